@@ -1,0 +1,190 @@
+"""ComaDICE's networks: the local functions nu_i, q_i, pi_i and the mixers M_theta (Sections 4.2, 5, B.2 and B.6).
+
+This file needs torch alone and can be copied into another project as it is.
+
+    nu = Nu(n_agents, obs_dim)                     nu_i(o_i; psi_nu)         nu(obs)               -> [..., n]
+    q = Q(n_agents, obs_dim, action_dim)           q_i(o_i, a_i; psi_q)      q(obs, action)        -> [..., n]
+    mixer = LinearMixer(n_agents, state_dim)       M_theta^s                 mixer(x, state)       -> [...]
+                                                   A_tot                     mixer.advantage(x, state)
+    pi = GaussianPolicy(n_agents, obs_dim, action_dim)                       pi.log_prob(obs, action) -> [..., n]
+
+Shapes: n agents, O observation entries, A actions or action entries, S state entries, any leading batch dimensions:
+obs [..., n, O], state [..., S], action [..., n, A] float (continuous) or [..., n] int64 (discrete), mask [..., n, A] bool.
+
+All agents go through one call with shared parameters; a one-hot agent id beside the observation tells them apart.
+Forward passes are pure: no buffers, no branches on data, so everything runs under torch.func.functional_call and torch.vmap.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Categorical, Normal
+from torch.nn.functional import elu
+
+
+class LocalMLP(nn.Module):
+    """An MLP of two hidden layers that all agents share, fed with their input and their one-hot id."""
+
+    def __init__(self, n_agents: int, in_dim: int, out_dim: int, hidden: int = 256, layer_norm: bool = False):
+        super().__init__()
+        norm = lambda: nn.LayerNorm(hidden) if layer_norm else nn.Identity()
+        self.layers = nn.Sequential(
+            nn.Linear(in_dim + n_agents, hidden), norm(), nn.ReLU(),
+            nn.Linear(hidden, hidden), norm(), nn.ReLU(),
+            nn.Linear(hidden, out_dim),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., n, in_dim] -> [..., n, out_dim]."""
+        n = x.shape[-2]
+        agent_id = torch.eye(n, dtype=x.dtype, device=x.device).expand(*x.shape[:-1], n)
+        return self.layers(torch.cat([x, agent_id], -1))
+
+
+class Nu(nn.Module):
+    """Local values nu_i(o_i; psi_nu), the factors of the Lagrange multiplier nu_tot."""
+
+    def __init__(self, n_agents: int, obs_dim: int, hidden: int = 256, layer_norm: bool = False):
+        super().__init__()
+        self.net = LocalMLP(n_agents, obs_dim, 1, hidden, layer_norm)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """obs [..., n, O] -> nu_i [..., n]."""
+        return self.net(obs)[..., 0]
+
+
+class Q(nn.Module):
+    """Local values q_i(o_i, a_i; psi_q): of the given action (continuous), or one output an action (discrete)."""
+
+    def __init__(self, n_agents: int, obs_dim: int, action_dim: int, hidden: int = 256, discrete: bool = False, layer_norm: bool = False):
+        super().__init__()
+        self.discrete = discrete
+        in_dim, out_dim = (obs_dim, action_dim) if discrete else (obs_dim + action_dim, 1)
+        self.net = LocalMLP(n_agents, in_dim, out_dim, hidden, layer_norm)
+
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        """obs [..., n, O], action [..., n, A] or [..., n] int64 -> q_i [..., n]."""
+        if self.discrete:
+            return self.net(obs).gather(-1, action.unsqueeze(-1))[..., 0]
+        return self.net(torch.cat([obs, action], -1))[..., 0]
+
+
+def hypernet(state_dim: int, out_dim: int, hidden: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(state_dim, hidden), nn.ReLU(), nn.Linear(hidden, out_dim))
+
+
+class LinearMixer(nn.Module):
+    """The 1-layer mixer of Section 5: M_theta^s[x] = x^T W_theta^s + b_theta^s, W >= 0 from hyper-networks of the state."""
+
+    def __init__(self, n_agents: int, state_dim: int, hidden: int = 64):
+        super().__init__()
+        self.W = hypernet(state_dim, n_agents, hidden)
+        self.b = hypernet(state_dim, 1, hidden)
+
+    def weights(self, state: Tensor) -> Tensor:
+        """state [..., S] -> W_theta^s [..., n], non-negative."""
+        return self.W(state).abs()
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        """M[x] of local values x [..., n]: nu_tot = M[nu] -> [...]."""
+        return (x * self.weights(state)).sum(-1) + self.b(state)[..., 0]
+
+    def advantage(self, x: Tensor, state: Tensor) -> Tensor:
+        """A_tot = M[x] - M[0] of local advantages x = q - nu [..., n] -> [...].
+
+        The bias b is no part of A_tot: M[q] - M[nu] = W (q - nu), so Eq. 5 holds for q_tot = M[q] only without it.
+        """
+        return (x * self.weights(state)).sum(-1)
+
+
+class TwoLayerMixer(nn.Module):
+    """The 2-layer mixer of Section B.6: M[x] = elu(x W_1 + b_1) W_2 + b_2, with W_1, W_2 >= 0 and biases from the state.
+
+    ELU is convex and non-decreasing, as Theorem 4.2 asks.
+    """
+
+    def __init__(self, n_agents: int, state_dim: int, hidden: int = 64):
+        super().__init__()
+        self.n_agents, self.hidden = n_agents, hidden
+        self.W1, self.b1 = hypernet(state_dim, n_agents * hidden, hidden), hypernet(state_dim, hidden, hidden)
+        self.W2, self.b2 = hypernet(state_dim, hidden, hidden), hypernet(state_dim, 1, hidden)
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        """M[x] of local values x [..., n]: nu_tot = M[nu] -> [...]."""
+        W1 = self.W1(state).abs().unflatten(-1, (self.n_agents, self.hidden))
+        layer1 = elu((x.unsqueeze(-1) * W1).sum(-2) + self.b1(state))
+        return (layer1 * self.W2(state).abs()).sum(-1) + self.b2(state)[..., 0]
+
+    def advantage(self, x: Tensor, state: Tensor) -> Tensor:
+        """A_tot = M[x] - M[0] of local advantages x = q - nu [..., n] -> [...].
+
+        With two layers M[q] - M[nu] and M[q - nu] differ. This A_tot keeps what the paper needs of it: it is convex in nu
+        (Theorem 4.2; M[0] does not depend on nu), and it is zero where every agent's advantage is.
+        """
+        return self(x, state) - self(torch.zeros_like(x), state)
+
+
+MIXERS = {1: LinearMixer, 2: TwoLayerMixer}
+
+
+class GaussianPolicy(nn.Module):
+    """pi_i(a_i | o_i; eta) = Normal(mean(o_i), std(o_i)) with independent entries, for continuous actions (Section B.2).
+
+    The mean is not squashed: recorded actions may lie beyond the simulator's bounds, which clips them.
+    """
+
+    def __init__(self, n_agents: int, obs_dim: int, action_dim: int, hidden: int = 256):
+        super().__init__()
+        self.net = LocalMLP(n_agents, obs_dim, 2 * action_dim, hidden)
+
+    def distribution(self, obs: Tensor) -> Normal:
+        mean, log_std = self.net(obs).chunk(2, -1)
+        return Normal(mean, log_std.clamp(-5, 2).exp(), validate_args=False)
+
+    def log_prob(self, obs: Tensor, action: Tensor, mask: Tensor | None = None) -> Tensor:
+        """log pi_i(a_i | o_i) -> [..., n]; the mask is for the discrete policy alone."""
+        return self.distribution(obs).log_prob(action).sum(-1)
+
+    def act(self, obs: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The mean action [..., n, A], which evaluation plays."""
+        return self.net(obs).chunk(2, -1)[0]
+
+
+class CategoricalPolicy(nn.Module):
+    """pi_i(a_i | o_i; eta) = Categorical over the available actions, unavailable ones at probability exactly 0 (Section B.2).
+
+    Every agent must have an available action (a dead one has its no-op).
+    """
+
+    def __init__(self, n_agents: int, obs_dim: int, action_dim: int, hidden: int = 256):
+        super().__init__()
+        self.net = LocalMLP(n_agents, obs_dim, action_dim, hidden)
+
+    def logits(self, obs: Tensor, mask: Tensor) -> Tensor:
+        return self.net(obs).masked_fill(~mask, -torch.inf)
+
+    def distribution(self, obs: Tensor, mask: Tensor) -> Categorical:
+        return Categorical(logits=self.logits(obs, mask), validate_args=False)
+
+    def log_prob(self, obs: Tensor, action: Tensor, mask: Tensor) -> Tensor:
+        """log pi_i(a_i | o_i) -> [..., n]; -inf for an unavailable action."""
+        return self.logits(obs, mask).log_softmax(-1).gather(-1, action.unsqueeze(-1))[..., 0]
+
+    def act(self, obs: Tensor, mask: Tensor) -> Tensor:
+        """The most likely available action [..., n], which evaluation plays."""
+        return self.logits(obs, mask).argmax(-1)
+
+
+class Critics(nn.Module):
+    """psi_nu, psi_q and theta together: what lines 3-8 of Algorithm 1 train."""
+
+    def __init__(self, n_agents, obs_dim, state_dim, action_dim, discrete, hidden=256, mixer_hidden=64, mixer_layers=1, layer_norm=False):
+        super().__init__()
+        self.nu = Nu(n_agents, obs_dim, hidden, layer_norm)
+        self.q = Q(n_agents, obs_dim, action_dim, hidden, discrete, layer_norm)
+        self.mixer = MIXERS[mixer_layers](n_agents, state_dim, mixer_hidden)
+        # The multiplier of E[w] = 1 (Table 4's lambda); it stays at 0 where the normaliser is off.
+        self.lam = nn.Parameter(torch.zeros(()))
+
+
+def make_policy(n_agents: int, obs_dim: int, action_dim: int, discrete: bool, hidden: int = 256) -> nn.Module:
+    return (CategoricalPolicy if discrete else GaussianPolicy)(n_agents, obs_dim, action_dim, hidden)
