@@ -1,0 +1,159 @@
+"""ComaDICE's equations, one short function each (numbers are the paper's).
+
+This file needs torch alone and can be copied into another project as it is.
+
+Everything works on tensors over a batch of transitions (s, a, r, s'), shapes [B], or [B, n] where a value is per agent.
+Expectations over the dataset are batch means. Given probabilities (`rho` over transitions, `p0` over initial states) they
+are exact sums instead, which is how a model that is known is solved, see tests/test_exact.py.
+
+Scales: alpha is in units of the reward (times steps, as nu is). Multiplying rewards and alpha by one factor
+multiplies nu, q and the advantages by it and leaves w unchanged.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# ---------------------------------------------------------------- f-divergences (Section B.5)
+
+KL_CAP = 10.0  # exp(KL_CAP) = 22,026 is the largest ratio that f_KL gives; see kl_f_star
+
+
+class Divergence(NamedTuple):
+    """f on t >= 0, strictly convex with f(1) = f'(1) = 0, and what Prop. 4.1 needs of it. All functions are element-wise."""
+
+    f: Callable[[Tensor], Tensor]  # f(t)
+    f_prime_inverse: Callable[[Tensor], Tensor]  # (f')^-1(y)
+    w_star: Callable[[Tensor], Tensor]  # max(0, (f')^-1(y)), the maximiser of ty - f(t) over t >= 0
+    f_star: Callable[[Tensor], Tensor]  # sup_{t >= 0} ty - f(t), so that f_star' = w_star
+
+
+def kl_f(t: Tensor) -> Tensor:
+    """t log t - t + 1, and 1 at t = 0."""
+    return torch.xlogy(t, t) - t + 1
+
+
+def kl_f_prime_inverse(y: Tensor) -> Tensor:
+    """exp(y), capped: see kl_f_star. (The paper prints exp(y - 1), which belongs to t log t.)"""
+    return y.clamp(max=KL_CAP).exp()
+
+
+def kl_f_star(y: Tensor) -> Tensor:
+    """exp(y) - 1 up to y = KL_CAP, and its tangent beyond.
+
+    That is the conjugate of f_KL with its domain cut to t <= exp(KL_CAP): w_star stays at exp(KL_CAP) instead of
+    overflowing (in float32 from y = 89 on), and the loss and its gradient still belong to each other.
+    """
+    return y.clamp(max=KL_CAP).expm1() + math.exp(KL_CAP) * (y - KL_CAP).relu()
+
+
+def chi2_f(t: Tensor) -> Tensor:
+    return 0.5 * (t - 1) ** 2
+
+
+def chi2_f_prime_inverse(y: Tensor) -> Tensor:
+    return y + 1
+
+
+def chi2_f_star(y: Tensor) -> Tensor:
+    """y + y^2/2 where w_star > 0, and -f(0) = -1/2 below y = -1."""
+    y = y.clamp(min=-1)
+    return y + 0.5 * y**2
+
+
+def soft_chi2_f(t: Tensor) -> Tensor:
+    """f_KL below t = 1, f_chi2 above."""
+    return torch.where(t < 1, kl_f(t), chi2_f(t))
+
+
+def soft_chi2_f_prime_inverse(y: Tensor) -> Tensor:
+    """exp(y) below y = 0, y + 1 above: always positive, never exponentially large."""
+    return torch.where(y < 0, y.clamp(max=0).exp(), y + 1)
+
+
+def soft_chi2_f_star(y: Tensor) -> Tensor:
+    return torch.where(y < 0, y.clamp(max=0).expm1(), chi2_f_star(y))
+
+
+DIVERGENCES = {
+    "kl": Divergence(kl_f, kl_f_prime_inverse, kl_f_prime_inverse, kl_f_star),
+    "chi2": Divergence(chi2_f, chi2_f_prime_inverse, lambda y: chi2_f_prime_inverse(y).clamp(min=0), chi2_f_star),
+    "soft_chi2": Divergence(soft_chi2_f, soft_chi2_f_prime_inverse, soft_chi2_f_prime_inverse, soft_chi2_f_star),
+}
+
+# ---------------------------------------------------------------- Eq. 5 to Eq. 11
+
+
+def expectation(x: Tensor, p: Tensor | None = None) -> Tensor:
+    """E[x] over a batch of samples, or the exact sum with probabilities p."""
+    return x.mean() if p is None else (p * x).sum()
+
+
+def td_advantage(reward: Tensor, terminated: Tensor, nu_tot: Tensor, nu_tot_next: Tensor, gamma: float) -> Tensor:
+    """A_tot(s, a) = r + gamma nu_tot(s') - nu_tot(s), the TD form. Only termination cuts the bootstrap, a time limit does not."""
+    return reward + gamma * (~terminated) * nu_tot_next - nu_tot  # Eq. 5, with q_tot written out
+
+
+def q_loss(A_tot: Tensor, reward: Tensor, terminated: Tensor, nu_tot: Tensor, nu_tot_next: Tensor, gamma: float, rho: Tensor | None = None) -> Tensor:
+    """The MSE that fits q: A_tot = M[q - nu] to the TD form. Its gradient belongs to psi_q alone.
+
+    The paper prints a minus sign too many: the residual is A_tot - (r + gamma nu_tot(s') - nu_tot(s)).
+    """
+    td = td_advantage(reward, terminated, nu_tot, nu_tot_next, gamma)
+    return expectation((A_tot - td) ** 2, rho)  # Eq. 9
+
+
+def dual_loss(nu_tot_init: Tensor, A_tot: Tensor, alpha: float | Tensor, f: Divergence, gamma: float,
+              lam: float | Tensor = 0.0, p0: Tensor | None = None, rho: Tensor | None = None) -> Tensor:
+    """L(nu, theta) = (1 - gamma) E_p0[nu_tot(s0)] + E_D[alpha f*(A_tot / alpha)], minimised over nu and theta.
+
+    Objective `exact`: A_tot is the TD form, with the gradient through nu_tot(s) and nu_tot(s'): Prop. 4.1's gradient.
+    Objective `printed`: A_tot is M[q - nu] with q fixed, as Eq. 10 stands in the paper. Its gradient only pushes nu up
+    where it is not initial, and nothing balances the mixer's bias, so it has no minimum.
+
+    lam is the multiplier of E_D[w] = 1 (Table 4's lambda, after OptiDICE): L is minimised over it too.
+    """
+    return (1 - gamma) * expectation(nu_tot_init, p0) + expectation(alpha * f.f_star((A_tot - lam) / alpha), rho) + lam  # Eq. 10
+
+
+def semi_loss(nu_tot: Tensor, A_tot: Tensor, alpha: float | Tensor, f: Divergence, rho: Tensor | None = None) -> Tensor:
+    """Objective `semi`: E_D[nu_tot(s) + alpha f*(A_tot / alpha)], the semi-gradient of Mao et al. (2024).
+
+    A_tot is the TD form with nu_tot(s') from target networks, so the gradient goes through nu_tot(s) alone. For data that
+    are stationary, (1 - gamma) E_p0[nu_tot] = E_D[nu_tot(s) - gamma nu_tot(s')]; what is left of it without the gradient
+    at s' is nu_tot(s). At its minimum E[w | s] = 1 in every state, so no normaliser is needed, with or without termination.
+    """
+    return expectation(nu_tot + alpha * f.f_star(A_tot / alpha), rho)
+
+
+def released_loss(nu_init: Tensor, A: Tensor, alpha: float | Tensor, f: Divergence, gamma: float, lam: float | Tensor = 0.0) -> Tensor:
+    """Objective `released`: the rule of the authors' released code, for local values nu_i(s0) and A_i = W_i (q_i - nu_i), [B, n].
+
+    f(w) and the factor A_i beside w are constants here, so nu's gradient is -W_i r'(y) y with y = (A_i - lam) / alpha and
+    r = w*: an asymmetric regression of nu_i onto q_i. The initial states enter unmixed.
+    """
+    w = f.w_star((A - lam) / alpha)
+    return (1 - gamma) * nu_init.mean() + (w * (A - lam).detach() - alpha * f.f(w).detach()).mean() + (lam * (1 - w.detach())).mean()
+
+
+def occupancy_ratio(A_tot: Tensor, alpha: float | Tensor, f: Divergence, lam: float | Tensor = 0.0) -> Tensor:
+    """w_tot*(s, a) = max(0, (f')^-1(A_tot / alpha)), the ratio rho^pi / rho^mu. (Section 5 prints its argument negated.)"""
+    return f.w_star((A_tot - lam) / alpha)  # Prop. 4.1 and Section 4.3
+
+
+def released_ratio(A: Tensor, alpha: float | Tensor, f: Divergence, lam: float | Tensor = 0.0, cap: float = math.inf) -> Tensor:
+    """The weight that goes with `released`: local ratios of A_i = W_i (q_i - nu_i) [B, n], summed over agents -> [B]."""
+    return f.w_star((A - lam) / alpha).clamp(max=cap).sum(-1)
+
+
+def policy_loss(w: Tensor, log_prob: Tensor) -> Tensor:
+    """-E_D[w_tot*(s, a) log pi_i(a_i | o_i)], summed over agents: w [B], log_prob [B, n]. Plain BC is w = 1."""
+    return -(w * log_prob.sum(-1)).mean()  # Eq. 11
+
+
+def effective_sample_size(w: Tensor) -> Tensor:
+    """(sum w)^2 / (B sum w^2), from 1/B (one sample has all the weight) to 1 (uniform, that is plain BC)."""
+    return w.sum() ** 2 / (len(w) * (w**2).sum()).clamp(min=torch.finfo(w.dtype).tiny)
