@@ -1,0 +1,338 @@
+"""Offline datasets: one native format, its validation, and replay.
+
+A dataset is a directory of TensorDict memory maps with a card beside them:
+
+    data/mamujoco/hopper/medium-replay/
+        card.json               what it is, how it was made, sizes, statistics
+        meta.json, *.memmap     rows, flat in time; `TensorDict.load_memmap` reads them too
+        agents/meta.json, agents/*.memmap
+
+An episode of T transitions is T + 1 rows, one after another. Row t holds what the team saw and did at time t:
+
+    state [S], ("agents", "observation") [n, O], ("agents", "action") [n, A] (float32) or [n] (int64, discrete),
+    ("agents", "action_mask") [n, A] bool, discrete tasks only,
+    reward [1], the reward of the step from t to t + 1,
+    terminated [1], this step ended the episode for good: there is no value beyond it,
+    done [1], this step ended the episode, by termination or by the time limit,
+    is_init [1], the episode's first row,
+    episode [1] int64, the episode's number.
+
+The last row of an episode holds its last observation alone (action and reward zero, no flag set). It is never sampled as
+a transition; the row after any transition is its next observation, so nothing is stored twice.
+
+    python comadice_data.py info data/mamujoco/hopper/medium-replay      # the dataset's row of Table 3
+"""
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import tyro
+from tensordict import TensorDict
+from torchrl.data import TensorDictReplayBuffer, TensorStorage
+from torchrl.data.replay_buffers.samplers import Sampler
+
+DTYPES = {str(d): d for d in (torch.float32, torch.int64, torch.bool)}
+REQUIRED = ["state", "agents/observation", "agents/action", "reward", "terminated", "done", "is_init", "episode"]
+OPTIONAL = ["agents/action_mask"]
+CHUNK = 65536  # rows looked at together when a dataset is validated; bounds the memory that this takes
+
+
+class BadInput(ValueError):
+    """The user's input can't be used; the message says what is wrong and what to do. Scripts exit with code 2."""
+
+
+def dataset_path(data: str | None, env: str, task: str, quality: str, root: str = "data") -> Path:
+    """`data` where it is given, else the directory that env, task and quality name."""
+    return Path(data) if data else Path(root, env, task, quality)
+
+
+# ---------------------------------------------------------------- writing
+
+
+class DatasetWriter:
+    """Appends whole episodes to a new dataset; memory stays bounded, and nothing is at `path` before close().
+
+        writer = DatasetWriter(path)
+        writer.append(episode)    # TensorDict [T + 1], see the module's docstring; flags and "episode" are added
+        writer.close(card)        # completes the card and moves the dataset into place
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.partial = self.path.with_name(self.path.name + ".partial")
+        shutil.rmtree(self.partial, ignore_errors=True)
+        try:
+            (self.partial / "agents").mkdir(parents=True)
+        except OSError as error:
+            raise BadInput(f"can't write a dataset at {self.path}: {error.strerror}") from error
+        self.files, self.template = {}, None
+        self.rows, self.returns = 0, []
+        self.action_low, self.action_high = math.inf, -math.inf
+
+    def append(self, episode: TensorDict):
+        T = episode.shape[0] - 1
+        episode = episode.clone(recurse=False)
+        episode["is_init"] = torch.zeros(T + 1, 1, dtype=torch.bool)
+        episode["is_init"][0] = True
+        episode["episode"] = torch.full((T + 1, 1), len(self.returns))
+        for key in ("reward", "terminated", "done", ("agents", "action")):
+            episode[key] = episode[key].clone()
+            episode[key][T] = 0
+        if not episode["done"][T - 1] or episode["done"][: T - 1].any():
+            raise ValueError("an episode's last transition, and only that one, must be done")
+        for key in REQUIRED + OPTIONAL:
+            value = episode.get(tuple(key.split("/")), None)
+            if value is not None:
+                if key not in self.files:
+                    self.files[key] = open(self.partial / f"{key}.raw", "wb")
+                self.files[key].write(value.contiguous().numpy().tobytes())
+        self.template = episode[:1].select(*(tuple(k.split("/")) for k in self.files))
+        self.rows += T + 1
+        self.returns.append(episode["reward"].sum().item())
+        action = episode["agents", "action"][:T]
+        self.action_low, self.action_high = min(self.action_low, action.min().item()), max(self.action_high, action.max().item())
+
+    def close(self, card: dict) -> Path:
+        """`card` says env, task, quality, engine, interface and made (how); the rest is filled in here."""
+        for file in self.files.values():
+            file.close()
+        # TensorDict writes its own meta.json for the full length; then the recorded bytes take the place of its zeros.
+        self.template.expand(self.rows).memmap_like(str(self.partial))
+        for key in self.files:
+            (self.partial / f"{key}.raw").replace(self.partial / f"{key}.memmap")
+        action = self.template["agents", "action"]
+        discrete = not action.is_floating_point()
+        returns = torch.tensor(self.returns, dtype=torch.float64)
+        card = card | {
+            "n_agents": action.shape[1],
+            "state_dim": self.template["state"].shape[-1],
+            "obs_dim": self.template["agents", "observation"].shape[-1],
+            "action_dim": self.template["agents", "action_mask"].shape[-1] if discrete else action.shape[-1],
+            "discrete": discrete,
+            "action_low": self.action_low,
+            "action_high": self.action_high,
+            "trajectories": len(self.returns),
+            "samples": self.rows - len(self.returns),
+            "return_mean": returns.mean().item(),
+            "return_std": returns.std(correction=0).item(),
+            "return_min": returns.min().item(),
+            "return_max": returns.max().item(),
+            "bytes": {key: (self.partial / f"{key}.memmap").stat().st_size for key in self.files},
+        }
+        (self.partial / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        self.partial.rename(self.path)
+        return self.path
+
+
+def episodes(data: TensorDict):
+    """Yields each episode of an opened dataset, [T + 1] rows."""
+    starts = data["is_init"][:, 0].nonzero()[:, 0].tolist() + [len(data)]
+    for start, end in zip(starts, starts[1:]):
+        yield data[start:end]
+
+
+# ---------------------------------------------------------------- reading
+
+
+def _json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise BadInput(f"{path} is missing: {path.parent} is not a complete dataset") from None
+    except (ValueError, OSError) as error:
+        raise BadInput(f"{path} can't be read as JSON ({error}): make or copy the dataset again") from None
+    if not isinstance(content, dict):
+        raise BadInput(f"{path} does not hold a JSON object: make or copy the dataset again")
+    return content
+
+
+def open_dataset(path: str | Path, env: str | None = None, task: str | None = None) -> tuple[TensorDict, dict]:
+    """Validates a dataset and maps it read-only: (rows [N], card).
+
+    Everything is checked before anything is mapped, since TensorDict's own loader grows a file that was cut and fills it
+    with zeros; no byte of the files changes, and nothing is unpickled. Raises BadInput with one line that says what is
+    wrong: a missing or cut file, another dtype or shape, a value that is not finite, an episode that does not close,
+    an action out of the card's bounds or forbidden by its mask, statistics that differ from the card's, a dataset of another task.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise BadInput(f"no dataset at {path}")
+    card = _json(path / "card.json")
+    for name, value in (("env", env), ("task", task)):
+        if value is not None and card.get(name) != value:
+            raise BadInput(f"{path} is a dataset of {name} '{card.get(name)}', not '{value}': give the matching --{name} or --data")
+
+    # Layout: card.json, TensorDict's meta.json and the sizes on disk must agree.
+    meta, agents = _json(path / "meta.json"), _json(path / "agents" / "meta.json")
+    counts = {}
+    for name in ("n_agents", "state_dim", "obs_dim", "action_dim", "trajectories", "samples"):
+        counts[name] = card.get(name)
+        if type(counts[name]) is not int or counts[name] < 1:
+            raise BadInput(f"{path}/card.json: '{name}' is {counts[name]!r}, not a positive count")
+    if type(card.get("discrete")) is not bool or not isinstance(card.get("bytes"), dict):
+        raise BadInput(f"{path}/card.json: 'discrete' or 'bytes' is missing")
+    N, n, A = counts["samples"] + counts["trajectories"], counts["n_agents"], counts["action_dim"]
+    expected = {
+        "state": (torch.float32, (N, counts["state_dim"])),
+        "agents/observation": (torch.float32, (N, n, counts["obs_dim"])),
+        "agents/action": (torch.int64, (N, n)) if card["discrete"] else (torch.float32, (N, n, A)),
+        "reward": (torch.float32, (N, 1)),
+        "terminated": (torch.bool, (N, 1)),
+        "done": (torch.bool, (N, 1)),
+        "is_init": (torch.bool, (N, 1)),
+        "episode": (torch.int64, (N, 1)),
+    }
+    if card["discrete"]:
+        expected["agents/action_mask"] = (torch.bool, (N, n, A))
+    if set(card["bytes"]) != set(expected):
+        raise BadInput(f"{path}/card.json lists the fields {sorted(card['bytes'])}, a dataset has {sorted(expected)}")
+    for key, (dtype, shape) in expected.items():
+        entry = (agents if key.startswith("agents/") else meta).get(key.removeprefix("agents/"))
+        if not isinstance(entry, dict) or entry.get("dtype") != str(dtype) or entry.get("shape") != list(shape):
+            raise BadInput(f"{path}: meta.json does not describe {key} as {dtype} {list(shape)}, which the card says")
+        file = path / f"{key}.memmap"
+        size = file.stat().st_size if file.is_file() else None
+        wanted = math.prod(shape) * dtype.itemsize
+        if size is None:
+            raise BadInput(f"{file} is missing: make or copy the dataset again")
+        if size != wanted or card["bytes"][key] != wanted:
+            raise BadInput(f"{file} has {size} bytes, {wanted} are needed (the card says {card['bytes'][key]}): the file was cut or changed, make or copy the dataset again")
+
+    # A private mapping: opened for reading alone, so that nothing done to the tensors can reach the files.
+    rows = TensorDict({"agents": TensorDict({}, [N, n])}, [N])
+    for key, (dtype, shape) in expected.items():
+        mapped = torch.from_file(str(path / f"{key}.memmap"), shared=False, size=math.prod(shape), dtype=torch.uint8 if dtype is torch.bool else dtype)
+        if dtype is torch.bool:
+            for start in range(0, len(mapped), CHUNK):
+                if (mapped[start : start + CHUNK] > 1).any():
+                    raise BadInput(f"{path}: {key} has a byte that is neither 0 nor 1: make or copy the dataset again")
+            mapped = mapped.view(torch.bool)
+        rows[tuple(key.split("/"))] = mapped.view(shape)
+    _check_episodes(path, rows, card)
+    _check_values(path, rows, card)
+    return rows.lock_(), card
+
+
+def _check_episodes(path: Path, rows: TensorDict, card: dict):
+    done, init, last = rows["done"][:, 0], rows["is_init"][:, 0], last_rows(rows)
+    starts, ends = init.nonzero()[:, 0], last.nonzero()[:, 0]
+    E = card["trajectories"]
+    closed = len(starts) == len(ends) == E and bool(init[0]) and int(ends[-1]) == len(rows) - 1 and not bool((done & last).any())
+    closed = closed and torch.equal(starts[1:], ends[:-1] + 1) and bool((ends - starts >= 1).all())
+    if not closed:
+        raise BadInput(f"{path}: the episodes do not close ({len(starts)} starts and {len(ends)} ends, {E} on the card)")
+    if bool((rows["terminated"] & ~rows["done"]).any()):
+        raise BadInput(f"{path}: a step is terminated but not done")
+    length = torch.diff(starts, append=torch.tensor([len(rows)]))
+    if not torch.equal(rows["episode"][:, 0], torch.repeat_interleave(torch.arange(E), length)):
+        raise BadInput(f"{path}: the episode numbers do not count the episodes")
+
+
+def _check_values(path: Path, rows: TensorDict, card: dict):
+    for start in range(0, len(rows), CHUNK):
+        chunk = rows[start : start + CHUNK]
+        for key in ("state", ("agents", "observation"), ("agents", "action"), "reward"):
+            finite = torch.isfinite(chunk[key])
+            if not finite.all():
+                row = start + int((~finite).reshape(len(chunk), -1).any(-1).nonzero()[0])
+                raise BadInput(f"{path}: {key if isinstance(key, str) else '/'.join(key)} is not finite at row {row}")
+        action = chunk["agents", "action"][~last_rows(rows)[start : start + CHUNK]]
+        if len(action) and not (card.get("action_low", math.nan) <= action.min() and action.max() <= card.get("action_high", math.nan)):
+            raise BadInput(f"{path}: actions from {action.min():g} to {action.max():g} leave the card's bounds [{card.get('action_low')}, {card.get('action_high')}]")
+        if card["discrete"]:
+            if len(action) and not (0 <= action.min() and action.max() < card["action_dim"]):
+                raise BadInput(f"{path}: an action is outside of 0 to {card['action_dim'] - 1}")
+            allowed = chunk["agents", "action_mask"].gather(-1, chunk["agents", "action"].unsqueeze(-1))[..., 0]
+            allowed = allowed.all(-1) | last_rows(rows)[start : start + CHUNK]
+            if not allowed.all():
+                raise BadInput(f"{path}: the action at row {start + int((~allowed).nonzero()[0])} is one that its mask forbids")
+    returns = episode_returns(rows)
+    for name, value in (("return_mean", returns.mean().item()), ("return_std", returns.std(correction=0).item())):
+        if not isinstance(card.get(name), float | int) or not math.isclose(value, card[name], rel_tol=1e-4, abs_tol=1e-3):
+            raise BadInput(f"{path}: the card says {name} {card.get(name)}, the rewards give {value:.4f}")
+
+
+def last_rows(rows: TensorDict) -> torch.Tensor:
+    """[N] bool: the rows that hold an episode's last observation and are no transitions."""
+    done = rows["done"][:, 0]
+    return torch.cat([done.new_zeros(1), done[:-1]])
+
+
+def episode_returns(rows: TensorDict) -> torch.Tensor:
+    """[E] float64: undiscounted return of each episode."""
+    episode = rows["episode"][:, 0]
+    return torch.zeros(int(episode[-1]) + 1, dtype=torch.float64, device=episode.device).index_add_(0, episode, rows["reward"][:, 0].double())
+
+
+def table_row(card: dict) -> str:
+    """The dataset's row of the paper's Table 3 (samples are transitions of the team)."""
+    header = ["Instance", "Quality", "Trajectories", "Samples", "Agents", "State dim", "Obs dim", "Action dim", "Average returns"]
+    row = [card["task"], card["quality"], *(card[k] for k in ("trajectories", "samples", "n_agents", "state_dim", "obs_dim", "action_dim"))]
+    row.append(f"{card['return_mean']:.1f} ± {card['return_std']:.1f}")
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (header, ["---"] * len(header), row))
+
+
+# ---------------------------------------------------------------- replay
+
+
+class TransitionSampler(Sampler):
+    """Draws transitions uniformly with replacement, on the device of the data: pairs of rows (t, t + 1), [B, 2]."""
+
+    def __init__(self, rows: TensorDict):
+        self.first = (~last_rows(rows)).nonzero()[:, 0]
+
+    def sample(self, storage, batch_size: int) -> tuple[torch.Tensor, dict]:
+        drawn = torch.randint(len(self.first), (batch_size,), device=self.first.device, generator=self._rng)
+        first = self.first[drawn]
+        return torch.stack([first, first + 1], -1), {}
+
+    def _empty(self):
+        raise NotImplementedError("a dataset is read-only")
+
+    dumps = loads = state_dict = load_state_dict = _empty
+
+
+def as_transition(pairs: TensorDict) -> TensorDict:
+    """[B, 2] rows -> [B] transitions in TorchRL's layout: row t, and what is seen at t + 1 under "next"."""
+    batch = pairs[:, 0]
+    batch["next"] = pairs[:, 1].select("state", ("agents", "observation"), ("agents", "action_mask"), strict=False)
+    return batch
+
+
+def make_replay(rows: TensorDict, batch_size: int, generator: torch.Generator | None = None) -> TensorDictReplayBuffer:
+    """TorchRL replay of a dataset's transitions, from wherever `rows` lie: the memory map on the CPU or a GPU's memory."""
+    replay = TensorDictReplayBuffer(
+        storage=TensorStorage(rows), sampler=TransitionSampler(rows), batch_size=batch_size, transform=as_transition
+    )
+    if generator is not None:
+        replay.set_rng(generator)
+    return replay
+
+
+def initial_rows(rows: TensorDict) -> TensorDict:
+    """The rows that begin an episode: samples of p_0."""
+    return rows[rows["is_init"][:, 0]].contiguous()
+
+
+# ---------------------------------------------------------------- command line
+
+
+def info(path: tyro.conf.Positional[str]):
+    """Validate a dataset and print its row of Table 3."""
+    _, card = open_dataset(path)
+    print(table_row(card))
+    print(f"engine: {card.get('engine')}\ninterface: {card.get('interface')}\nmade: {json.dumps(card.get('made'))}")
+
+
+if __name__ == "__main__":
+    try:
+        tyro.extras.subcommand_cli_from_dict({"info": info})
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
