@@ -1,0 +1,203 @@
+"""The simulators: Multi-Agent MuJoCo as a TorchRL environment.
+
+    env = make_env("mamujoco", "hopper", num_envs=32)          # 32 robots in this process
+    env = make_env("mamujoco", "hopper", 16, workers=2)        # 2 processes with 16 robots each
+    env.set_seed(0)
+    td = env.reset()
+
+Every environment speaks the same TensorDict keys (n agents, B environments):
+
+    ("agents", "observation")  [B, n, O]  float32
+    ("agents", "action")       [B, n, A]  float32
+    "state"                    [B, S]     float32, the global state that the mixers condition on
+    "reward"                   [B, 1]     float32, one reward for the team
+    "done", "terminated", "truncated"  [B, 1]  bool; truncated is the time limit, terminated is a fall
+
+`python comadice_envs.py` lists the tasks and their sizes.
+"""
+
+import importlib.metadata
+
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torchrl.data import Binary, Bounded, Composite, Unbounded
+from torchrl.envs import EnvBase, ParallelEnv
+
+from comadice_data import BadInput
+
+# The paper's tasks (Section 6.1). Any other scenario and partition is written out: "walker2d_2x3".
+MAMUJOCO_TASKS = {"hopper": ("Hopper", "3x1"), "ant": ("Ant", "2x4"), "halfcheetah": ("HalfCheetah", "6x1")}
+
+
+class NoSimulator(BadInput):
+    """No simulator for this env is installed here, or none exists; the message says which and how to get it."""
+
+
+def mamujoco_scenario(task: str) -> tuple[str, str]:
+    """Splits a task's name into gymnasium-robotics' scenario and partition.
+
+    Raises BadInput for a scenario that gymnasium-robotics does not have, NoSimulator where it is not installed.
+    """
+    try:
+        from gymnasium_robotics.envs.multiagent_mujoco import mujoco_multi
+    except ImportError as error:
+        raise NoSimulator(f"mamujoco needs gymnasium-robotics and mujoco ({error}): pip install -r requirements.txt") from None
+
+    if task in MAMUJOCO_TASKS:
+        return MAMUJOCO_TASKS[task]
+    known = [*mujoco_multi._MUJOCO_GYM_ENVIROMENTS, "ManySegmentSwimmer", "ManySegmentAnt", "CoupledHalfCheetah"]
+    name, _, partition = task.partition("_")
+    for scenario in known:
+        if scenario.lower() == name.lower() and partition:
+            return scenario, partition
+    raise BadInput(
+        f"unknown mamujoco task '{task}': use one of {', '.join(MAMUJOCO_TASKS)}, "
+        f"or SCENARIO_PARTITION such as walker2d_2x3 with a scenario of {', '.join(known)}"
+    )
+
+
+class MaMuJoCoEnv(EnvBase):
+    """`num_envs` robots of one MaMuJoCo task, stepped one after another in this process.
+
+    Two interfaces:
+    - agent_obsk=None, the benchmark's (that of the public datasets): every agent sees the whole single-agent
+      observation followed by its one-hot id, standardised over that vector's own entries; the state is the agents'
+      vectors side by side; the agents' actions go to the actuators in plain order.
+    - agent_obsk=k, gymnasium-robotics' own: every agent sees its joints and those within k joints of it (padded with
+      zeros to one width, since agents share networks), the state is the single-agent observation, and the
+      partition says which actuator an action drives.
+
+    Actions are handed to the simulator as they are; MuJoCo clips the controls, while a control cost in the reward
+    counts the action itself, exactly as in the single-agent environment.
+    """
+
+    batch_locked = True
+
+    def __init__(self, task: str, num_envs: int, agent_obsk: int | None = None, device="cpu"):
+        from gymnasium_robotics import mamujoco_v1
+        from gymnasium_robotics.envs.multiagent_mujoco.obsk import get_parts_and_edges
+
+        super().__init__(device=device, batch_size=torch.Size([num_envs]))
+        scenario, partition = mamujoco_scenario(task)
+        self.agent_obsk = agent_obsk
+        # The benchmark ran on MuJoCo 2.0, which left Ant's contact forces, and so their cost, at zero.
+        no_contact = {"include_cfrc_ext_in_observation": False, "contact_cost_weight": 0.0}
+        kwargs = no_contact if scenario == "Ant" and agent_obsk is None else {}
+        try:
+            parts, _, _ = get_parts_and_edges(scenario, partition)
+            self.robots = [mamujoco_v1.parallel_env(scenario, partition, agent_obsk, **kwargs) for _ in range(num_envs)]
+        except Exception as error:  # gymnasium-robotics raises a bare Exception for a partition that it does not know
+            raise BadInput(f"mamujoco task '{task}': {scenario} has no partition '{partition}' in gymnasium-robotics") from error
+        self.simulators = [robot.single_agent_env for robot in self.robots]
+        self.n, A = len(parts), len(parts[0])
+        if any(len(part) != A for part in parts):
+            raise BadInput(f"mamujoco task '{task}': agents with {[len(p) for p in parts]} actions can't share one network")
+        self.seeds = [None] * num_envs
+        # Raw single-agent observations of all robots, as MuJoCo has them; 84 entries for Ant's contact forces stay zero.
+        D = self.simulators[0].observation_space.shape[0]
+        self.raw = np.zeros((num_envs, D + 84 if kwargs else D))
+        self.D = D
+        if agent_obsk is not None:
+            # Local observation entries as indices into the raw observation; -1 is padding.
+            maps = list(self.robots[0].observation_factorization.values())
+            self.index = np.full((self.n, max(len(m) for m in maps)), -1)
+            for i, m in enumerate(maps):
+                self.index[i, : len(m)] = m
+
+        view = self._view()
+        n, O, S = self.n, view["agents", "observation"].shape[-1], view["state"].shape[-1]
+        box = self.simulators[0].action_space
+        low, high = float(box.low[0]), float(box.high[0])
+        B = num_envs
+        self.observation_spec = Composite(
+            agents=Composite(observation=Unbounded((B, n, O), device=device), shape=(B, n), device=device),
+            state=Unbounded((B, S), device=device),
+            shape=(B,), device=device,
+        )
+        self.action_spec = Composite(
+            agents=Composite(action=Bounded(low, high, (B, n, A), device=device), shape=(B, n), device=device),
+            shape=(B,), device=device,
+        )
+        self.reward_spec = Unbounded((B, 1), device=device)
+        flag = Binary(n=1, shape=(B, 1), dtype=torch.bool, device=device)
+        self.done_spec = Composite(done=flag, terminated=flag.clone(), truncated=flag.clone(), shape=(B,), device=device)
+
+    def _view(self) -> TensorDict:
+        """What the agents and the mixers see of self.raw."""
+        B = self.raw.shape[0]
+        if self.agent_obsk is None:
+            one_hot = np.broadcast_to(np.eye(self.n), (B, self.n, self.n))
+            obs = np.concatenate([np.broadcast_to(self.raw[:, None], (B, self.n, self.raw.shape[1])), one_hot], -1)
+            obs = (obs - obs.mean(-1, keepdims=True)) / obs.std(-1, keepdims=True)
+            state = obs.reshape(B, -1)
+        else:
+            obs = np.where(self.index < 0, 0.0, self.raw[:, self.index])
+            state = self.raw
+        obs, state = (torch.as_tensor(np.ascontiguousarray(x), dtype=torch.float32) for x in (obs, state))
+        return TensorDict({"agents": TensorDict({"observation": obs}, [B, self.n]), "state": state}, [B]).to(self.device)
+
+    def _set_seed(self, seed: int | None):
+        """Seeds every robot apart, from its next reset on."""
+        if seed is not None:
+            self.seeds = [int(s.generate_state(1)[0]) for s in np.random.SeedSequence(seed).spawn(len(self.robots))]
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs) -> TensorDict:
+        which = range(len(self.robots))
+        if tensordict is not None and "_reset" in tensordict.keys():
+            which = tensordict["_reset"].reshape(-1).nonzero()[:, 0].tolist()
+        for i in which:
+            self.raw[i, : self.D], _ = self.simulators[i].reset(seed=self.seeds[i])
+            self.seeds[i] = None
+        return self._view().update(self.full_done_spec.zero())
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDict:
+        """Steps the robots that "_step" selects (all without it); the others' entries repeat, with reward 0."""
+        B = len(self.robots)
+        actions = tensordict["agents", "action"].detach().cpu().numpy().astype(np.float64)
+        stepping = tensordict.get("_step", None)
+        stepping = np.ones(B, bool) if stepping is None else stepping.reshape(-1).cpu().numpy()
+        reward, terminated, truncated = np.zeros((B, 1)), ~stepping[:, None], np.zeros((B, 1), bool)
+        for i in np.flatnonzero(stepping):
+            action = actions[i].reshape(-1)
+            if self.agent_obsk is not None:
+                robot = self.robots[i]
+                action = robot.map_local_actions_to_global_action(dict(zip(robot.possible_agents, actions[i])))
+            self.raw[i, : self.D], reward[i], terminated[i], truncated[i], _ = self.simulators[i].step(action)
+        terminated, truncated = torch.as_tensor(terminated), torch.as_tensor(truncated)
+        out = {"reward": torch.as_tensor(reward, dtype=torch.float32), "terminated": terminated, "truncated": truncated, "done": terminated | truncated}
+        return self._view().update(TensorDict(out, [B]).to(self.device))
+
+    def close(self, **kwargs):
+        for robot in self.robots:
+            robot.close()
+        return super().close(**kwargs)
+
+
+def make_env(env: str, task: str, num_envs: int, workers: int = 1, agent_obsk: int | None = None, device="cpu") -> EnvBase:
+    """An environment of batch size [num_envs], or [workers, num_envs] in that many processes (TorchRL's ParallelEnv).
+
+    Raises NoSimulator for an env that is unknown or not installed, BadInput for an unknown task.
+    """
+    if env != "mamujoco":
+        raise NoSimulator(f"unknown env '{env}': there is mamujoco")
+    if workers == 1:
+        return MaMuJoCoEnv(task, num_envs, agent_obsk, device)
+    mamujoco_scenario(task)
+    return ParallelEnv(workers, lambda: MaMuJoCoEnv(task, num_envs, agent_obsk), device=device)
+
+
+def engine(env: str) -> str:
+    """Name and versions of the simulator, for dataset cards."""
+    return ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("mujoco", "gymnasium", "gymnasium-robotics"))
+
+
+if __name__ == "__main__":
+    print(f"{'task':<14}{'scenario':<14}{'partition':<11}{'agents':<8}{'state':<7}{'obs':<6}action")
+    for task, (scenario, partition) in MAMUJOCO_TASKS.items():
+        env = make_env("mamujoco", task, 1)
+        spec = env.observation_spec
+        print(
+            f"{task:<14}{scenario:<14}{partition:<11}{env.n:<8}{spec['state'].shape[-1]:<7}"
+            f"{spec['agents', 'observation'].shape[-1]:<6}{env.full_action_spec['agents', 'action'].shape[-1]}"
+        )
