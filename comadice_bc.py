@@ -1,0 +1,128 @@
+"""Second stage of ComaDICE: weighted behavioural cloning (Algorithm 1, lines 9-12; Eq. 11). Without a ratio it is plain BC.
+
+    python comadice_bc.py --env mamujoco --task hopper --quality medium-replay                                # BC
+    python comadice_bc.py --env mamujoco --task hopper --quality medium-replay \\
+        --checkpoint runs/mamujoco/hopper/medium-replay/comadice/seed0                                        # w* of that run
+"""
+
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+import tyro
+from tensordict import TensorDict
+from torchrl.envs import EnvBase
+from tqdm import tqdm
+
+from comadice_data import BadInput, last_rows, make_replay
+from comadice_eval import evaluate, try_eval_env
+from comadice_losses import effective_sample_size, policy_loss
+from comadice_mixer import make_policy
+from comadice_runs import RunArgs, check_args, check_checkpoint, finish_run, load_checkpoint, load_dataset, pick_device
+from comadice_runs import random_state, run_script, save_checkpoint, set_random_state, start_run
+
+
+@dataclass
+class Args(RunArgs):
+    lr: float = 1e-4
+    """Adam's learning rate (Table 4)"""
+    checkpoint: str | None = None
+    """a ComaDICE run whose saved ratio w* weights the data; plain BC without it"""
+
+
+def with_ratio(rows: TensorDict, w: torch.Tensor | None) -> TensorDict:
+    """The dataset with a row key "w" [N]: each transition's ratio over the mean ratio (1 where w is None), 0 on last rows.
+
+    Eq. 11's optimum does not depend on the ratio's scale; with mean 1 the size of a gradient step does not either.
+    """
+    rows = rows.clone(recurse=False).unlock_()
+    ratio = (~last_rows(rows)).float()
+    if w is not None:
+        ratio[ratio > 0] = w / w.mean()
+    rows["w"] = ratio
+    return rows.lock_()
+
+
+def ratio_stats(w: torch.Tensor) -> dict:
+    """What a reader needs to judge a ratio by, over the whole dataset."""
+    return {"mean_w": w.mean().item(), "w_zero": (w == 0).float().mean().item(), "ess": effective_sample_size(w).item()}
+
+
+def train_policy(rows: TensorDict, card: dict, w: torch.Tensor | None, args, seed: int, env: EnvBase | None, label: str, state: dict | None = None):
+    """Lines 9-12 of Algorithm 1: args.steps gradient steps on Eq. 11, evaluated args.evals times on the way.
+
+    w [T] are the transitions' ratios, None for plain BC; `state` is the checkpoint of a stopped run. A generator: at every
+    evaluation it yields (what a checkpoint needs to go on from here, row of metrics.csv, evaluation or None without env).
+    """
+    device = rows["state"].device
+    policy = make_policy(card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], args.hidden).to(device)
+    optimizer = torch.optim.Adam(policy.parameters(), args.lr)
+    start, seconds = 0, 0.0
+    if state is not None:
+        policy.load_state_dict(state["policy"])
+        optimizer.load_state_dict(state["policy_optimizer"])
+        start, seconds = state["step"], state["seconds"]
+    rows = with_ratio(rows, w)
+    replay = make_replay(rows, args.batch_size)
+    every = max(args.steps // args.evals, 1)
+    clock = time.perf_counter()
+    for step in tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, desc=label, mininterval=1):
+        loss = policy_update(policy, optimizer, replay.sample())
+        if step % every == 0 or step == args.steps:
+            row = {"stage": "policy", "step": step, "policy_loss": loss.item()}
+            seconds += time.perf_counter() - clock
+            result = None if env is None else evaluate(policy, env, args.eval_episodes, seed)
+            if result is not None:
+                row |= {"return": result["return_mean"], "return_std": result["return_std"]}
+            yield {"policy": policy.state_dict(), "policy_optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}, row, result
+            clock = time.perf_counter()
+
+
+def policy_update(policy, optimizer, batch: TensorDict) -> torch.Tensor:
+    """One step on Eq. 11."""
+    agents = batch["agents"]
+    loss = policy_loss(batch["w"], policy.log_prob(agents["observation"], agents["action"], agents.get("action_mask", None)))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()  # line 11
+    return loss.detach()
+
+
+def main(args: Args):
+    check_args(args)
+    device = pick_device(args.device)
+    rows, card = load_dataset(args, device)
+    w, algo = None, "bc"
+    if args.checkpoint is not None:
+        source = load_checkpoint(args.checkpoint)
+        check_checkpoint(source, card, args.checkpoint)
+        w, algo = source.get("w"), "weighted-bc"
+        if w is None or len(w) != card["samples"]:
+            raise BadInput(f"{args.checkpoint} holds no ratio for the {card['samples']} transitions of this dataset")
+        w = w.to(device)
+    env = try_eval_env(card, args.eval_episodes, args.workers)
+    for seed in args.seeds:
+        train_seed(args, seed, algo, rows, card, w, env)
+
+
+def train_seed(args: Args, seed: int, algo: str, rows: TensorDict, card: dict, w: torch.Tensor | None, env: EnvBase | None) -> list[dict]:
+    """One run of plain or weighted BC in its own directory; returns the rows of its metrics.csv."""
+    run, state = start_run(args, algo, seed)
+    if (run / "summary.json").exists():
+        return state["metrics"]
+    torch.manual_seed(seed)
+    metrics, result = [], None
+    if state is not None:
+        set_random_state(state["random"])
+        metrics = state["metrics"]
+    stats = {} if w is None else ratio_stats(w)
+    for progress, row, result in train_policy(rows, card, w, args, seed, env, f"{algo} seed {seed}", state):
+        metrics.append(row | stats)
+        state = progress | {"card": card, "config": asdict(args), "w": w, "random": random_state()}
+        save_checkpoint(run, state, metrics)
+    finish_run(run, args, algo, seed, card, metrics, state["seconds"], rows.device)
+    return metrics
+
+
+if __name__ == "__main__":
+    run_script(main, tyro.cli(Args))

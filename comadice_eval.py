@@ -1,0 +1,141 @@
+"""Rolls out saved policies in the real simulator.
+
+    python comadice_eval.py --run runs/mamujoco/hopper/medium-replay/comadice/seed0 --episodes 100
+
+plays the mean action (continuous) or the most likely available one (discrete) and prints return mean and standard
+deviation over episodes, and over seeds where several runs are given.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import tyro
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import step_mdp
+from tqdm import tqdm
+
+from comadice_data import BadInput
+from comadice_envs import NoSimulator, make_env
+from comadice_mixer import make_policy
+from comadice_runs import load_checkpoint, pick_device, run_script
+
+MAX_ROBOTS = 50  # environments that one process steps together
+
+
+@dataclass
+class Args:
+    run: list[str] = field(default_factory=list)
+    """run directories, one or several"""
+    episodes: int = 32
+    """episodes for each run"""
+    seed: int = 0
+    """seeds the simulator's initial states"""
+    workers: int = 1
+    """processes that simulate"""
+    device: str = "auto"
+    """auto, cpu, cuda, ...: where the policy runs"""
+    out: str | None = None
+    """also write the results to this JSON file"""
+
+
+def eval_env(card: dict, episodes: int, workers: int = 1) -> EnvBase:
+    """The simulator that a dataset's card names, as wide as `episodes` can use.
+
+    Raises NoSimulator where there is none for the card, BadInput where its sizes differ from the card's.
+    """
+    interface = card.get("interface", "benchmark")
+    obsk = int(interface.removeprefix("agent_obsk=")) if interface.startswith("agent_obsk=") else None
+    width = min(math.ceil(episodes / workers), MAX_ROBOTS)
+    env = make_env(card["env"], card["task"], width, workers, obsk)
+    n, O = env.observation_spec["agents", "observation"].shape[-2:]
+    sizes = {"n_agents": n, "obs_dim": O, "state_dim": env.observation_spec["state"].shape[-1],
+             "action_dim": env.full_action_spec["agents", "action"].shape[-1]}
+    for key, value in sizes.items():
+        if card[key] != value:
+            raise BadInput(f"the dataset's {key} is {card[key]}, the simulator of {card['env']} {card['task']} has {value}: the dataset is of another interface or version")
+    return env
+
+
+def try_eval_env(card: dict, episodes: int, workers: int = 1) -> EnvBase | None:
+    """eval_env, or None, said in one line, where no simulator is at hand: training needs the dataset alone."""
+    try:
+        return eval_env(card, episodes, workers)
+    except NoSimulator as error:
+        print(f"rollouts are off: {error}")
+        return None
+
+
+@torch.no_grad()
+def evaluate(policy: torch.nn.Module, env: EnvBase, episodes: int, seed: int) -> dict:
+    """Plays `episodes` whole episodes: their returns and the mean and standard deviation over episodes.
+
+    The result depends on the policy, the episodes, the env's width and the seed alone; no global random state is used.
+    """
+    device = next(policy.parameters()).device
+    env.set_seed(seed)
+    returns, lengths = [], []
+    while len(returns) < episodes:
+        td = env.reset()
+        alive = torch.ones_like(td["done"])
+        total, length = torch.zeros(alive.shape), torch.zeros(alive.shape)
+        while alive.any():
+            mask = td.get(("agents", "action_mask"), None)
+            action = policy.act(td["agents", "observation"].to(device), None if mask is None else mask.to(device))
+            td["agents", "action"] = action.to(env.device)
+            # Environments whose episode is over stand still.
+            td = env.step(td.set("_step", alive.squeeze(-1)))
+            total += td["next", "reward"].where(alive, 0)
+            length += alive
+            alive = alive & ~td["next", "done"]
+            td = step_mdp(td)
+        returns += total.flatten().tolist()
+        lengths += length.flatten().tolist()
+    returns, lengths = torch.tensor(returns[:episodes]), torch.tensor(lengths[:episodes])
+    return {
+        "return_mean": returns.mean().item(), "return_std": returns.std(correction=0).item(),
+        "winrate": None, "length": lengths.mean().item(), "returns": returns.tolist(),
+    }
+
+
+def load_policy(run: str | Path, device="cpu") -> tuple[torch.nn.Module, dict]:
+    """A run's policy and its checkpoint."""
+    state = load_checkpoint(run)
+    card = state["card"]
+    policy = make_policy(card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], state["config"]["hidden"])
+    if not state["policy"]:
+        raise BadInput(f"{run} has no policy yet: it was stopped in its first stage, go on with --resume")
+    try:
+        policy.load_state_dict(state["policy"])
+    except RuntimeError:
+        raise BadInput(f"{run}/checkpoint.pt: the policy's parameters are not those of this task's network") from None
+    return policy.to(device), state
+
+
+def main(args: Args):
+    if args.episodes < 1 or args.workers < 1:
+        raise BadInput("--episodes and --workers must be positive")
+    if not args.run:
+        raise BadInput("give the run directories with --run")
+    device = pick_device(args.device)
+    loaded = [load_policy(run, device) for run in args.run]  # before the first rollout, so that a bad one costs nothing
+    rows, env, last = [], None, None
+    for run, (policy, state) in zip(args.run, tqdm(loaded, desc="evaluate", unit="run")):
+        if state["card"] != last:
+            env, last = eval_env(state["card"], args.episodes, args.workers), state["card"]
+        result = evaluate(policy, env, args.episodes, args.seed)
+        rows.append({"run": str(run), "episodes": args.episodes, **{k: v for k, v in result.items() if k != "returns"}})
+    print(f"\n{'run':<70}{'return':>20}{'length':>9}")
+    for row in rows:
+        print(f"{row['run']:<70}{row['return_mean']:>10.1f} ± {row['return_std']:<7.1f}{row['length']:>9.1f}")
+    if len(rows) > 1:
+        means = torch.tensor([row["return_mean"] for row in rows])
+        print(f"{'mean ± std over runs':<70}{means.mean():>10.1f} ± {means.std(correction=0):<7.1f}")
+    if args.out:
+        Path(args.out).write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_script(main, tyro.cli(Args))

@@ -1,0 +1,200 @@
+"""Run directories: the flags that training scripts share, and what a run leaves on disk.
+
+    OUT/ENV/TASK/QUALITY/ALGO/seedN/
+        config.json      every argument
+        metrics.csv      a row an evaluation
+        summary.json     the result, written once the run is finished
+        checkpoint.pt    parameters, optimisers, random state; loads with weights_only=True
+"""
+
+import csv
+import json
+import resource
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from tensordict import TensorDict
+
+from comadice_data import BadInput, dataset_path, open_dataset
+
+DATA_ROOT = Path(__file__).parent / "data"
+
+
+@dataclass
+class RunArgs:
+    """Flags that mean the same in every training script."""
+
+    env: str | None = None
+    """simulator (default mamujoco, or what --data holds)"""
+    task: str | None = None
+    """task of that simulator (default hopper, or what --data holds)"""
+    quality: str | None = None
+    """quality of the dataset (default medium-replay, or what --data holds)"""
+    data: str | None = None
+    """a dataset directory, instead of data/ENV/TASK/QUALITY"""
+    out: str = "runs"
+    """run directories go to OUT/ENV/TASK/QUALITY/ALGO/seedN"""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """one run for each, one after another"""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
+    resume: bool = False
+    """go on with runs that were stopped, leave finished ones as they are"""
+    overwrite: bool = False
+    """replace runs that are already there"""
+
+    steps: int = 200_000
+    """gradient steps (of each stage, where there are two)"""
+    batch_size: int = 128
+    """transitions in a batch (Table 4)"""
+    hidden: int = 256
+    """hidden units of the local networks (Table 4)"""
+    evals: int = 100
+    """evaluations over the training of the policy (Table 4)"""
+    eval_episodes: int = 32
+    """episodes an evaluation (Table 4)"""
+    workers: int = 1
+    """processes that simulate evaluation episodes"""
+
+
+def check_args(args: RunArgs):
+    """Raises BadInput for a flag out of its range."""
+    for name in ("steps", "batch_size", "hidden", "evals", "eval_episodes", "workers"):
+        if getattr(args, name) < 1:
+            raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a positive number")
+    if not args.seeds or len(set(args.seeds)) < len(args.seeds):
+        raise BadInput(f"--seeds {args.seeds}: give different seeds, at least one")
+
+
+def pick_device(name: str) -> torch.device:
+    """Raises BadInput for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def load_dataset(args: RunArgs, device: torch.device) -> tuple[TensorDict, dict]:
+    """The dataset that the flags name, its rows on `device`; fills in args.env, task and quality from the card."""
+    if args.data is None:
+        args.env, args.task, args.quality = args.env or "mamujoco", args.task or "hopper", args.quality or "medium-replay"
+    path = dataset_path(args.data, args.env, args.task, args.quality, DATA_ROOT)
+    if args.data is None and not path.is_dir():
+        raise BadInput(f"no dataset at {path}: make it with `python comadice_collect.py --env {args.env} --task {args.task}`, or name another directory with --data")
+    rows, card = open_dataset(path, args.env, args.task)
+    args.env, args.task, args.quality = card["env"], card["task"], args.quality or card["quality"]
+    return (rows if device.type == "cpu" else rows.to(device)), card
+
+
+# ---------------------------------------------------------------- one run's directory
+
+
+def start_run(args: RunArgs, algo: str, seed: int) -> tuple[Path, dict | None]:
+    """Makes or finds a seed's run directory: (directory, checkpoint to go on from or None).
+
+    Raises BadInput where a run is in the way (without --resume or --overwrite), where it was made with other arguments,
+    or where OUT can't be written.
+    """
+    run = Path(args.out, args.env, args.task, args.quality, algo, f"seed{seed}")
+    ignore = ("seeds", "out", "resume", "overwrite", "device", "workers")
+    config = {k: v for k, v in asdict(args).items() if k not in ignore} | {"algo": algo, "seed": seed}
+    checkpoint = None
+    if (run / "config.json").exists() and not args.overwrite:
+        if not args.resume:
+            raise BadInput(f"{run} already holds a run: --resume goes on with it, --overwrite replaces it, --out goes elsewhere")
+        old = json.loads((run / "config.json").read_text())
+        changed = sorted(k for k in config if old.get(k) != config[k])
+        if changed:
+            raise BadInput(f"{run} was started with other arguments ({', '.join(f'{k} {old.get(k)}' for k in changed)}): give them again to resume")
+        if (run / "checkpoint.pt").exists():
+            checkpoint = load_checkpoint(run)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        for name in ("summary.json", "checkpoint.pt", "metrics.csv"):
+            if checkpoint is None:
+                (run / name).unlink(missing_ok=True)
+        write_atomically(run / "config.json", json.dumps(config | {"device": args.device, "workers": args.workers}, indent=2) + "\n")
+    except OSError as error:
+        raise BadInput(f"can't write to --out {args.out}: {error.strerror}") from None
+    return run, checkpoint
+
+
+def write_atomically(path: Path, text: str):
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def save_checkpoint(run: Path, state: dict, metrics: list[dict]):
+    """checkpoint.pt and metrics.csv, each replaced as a whole; the rows are in the checkpoint too, so a resumed run has them."""
+    torch.save(state | {"metrics": metrics}, run / "checkpoint.pt.partial")
+    (run / "checkpoint.pt.partial").replace(run / "checkpoint.pt")
+    keys = list(dict.fromkeys(key for row in metrics for key in row))
+    with open(run / "metrics.csv.partial", "w", newline="") as file:
+        table = csv.DictWriter(file, keys)
+        table.writeheader()
+        table.writerows(metrics)
+    (run / "metrics.csv.partial").replace(run / "metrics.csv")
+
+
+def load_checkpoint(run: str | Path) -> dict:
+    """A run's checkpoint on the CPU. Raises BadInput for a missing or unreadable one."""
+    path = Path(run, "checkpoint.pt")
+    if not path.is_file():
+        raise BadInput(f"no checkpoint at {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no one type for a file that is cut, foreign or unsafe
+        raise BadInput(f"{path} is not a checkpoint that can be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(state, dict) or not {"card", "config", "policy"} <= state.keys():
+        raise BadInput(f"{path} is not a checkpoint of this project")
+    return state
+
+
+def check_checkpoint(state: dict, card: dict, run: str | Path):
+    """Raises BadInput where a checkpoint belongs to another task or to other dimensions than the dataset's card."""
+    for key in ("env", "task", "interface", "n_agents", "state_dim", "obs_dim", "action_dim", "discrete"):
+        if state["card"].get(key) != card.get(key):
+            raise BadInput(f"{run}: the checkpoint's {key} is {state['card'].get(key)!r}, here it is {card.get(key)!r}")
+
+
+def random_state() -> dict:
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def set_random_state(state: dict):
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def finish_run(run: Path, args: RunArgs, algo: str, seed: int, card: dict, metrics: list[dict], seconds: float, device: torch.device) -> dict:
+    """Writes and returns summary.json: the last evaluation's return (null where rollouts were off)."""
+    last = metrics[-1]
+    summary = {
+        "env": args.env, "task": args.task, "quality": args.quality, "algo": algo, "seed": seed, "steps": args.steps,
+        "return": {"mean": last["return"], "std": last["return_std"]} if "return" in last else None,
+        "winrate": last.get("winrate"),
+        "dataset_return": card["return_mean"],
+        "updates_per_second": args.steps / seconds,
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "engine": card.get("engine"),
+    }
+    write_atomically(run / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def run_script(main, *args):
+    """Calls main(*args); input that can't be used ends in one line and exit code 2."""
+    try:
+        main(*args)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,268 @@
+"""ComaDICE, Algorithm 1: from an offline dataset to local policies to a measured return.
+
+    python comadice_train.py                  # a small hopper dataset that ships with this code; a few minutes on a CPU
+    python comadice_train.py --env mamujoco --task hopper --quality medium-replay --seeds 0 1 2 3 4
+
+Lines 3-8 train nu, q and the mixer for --steps, then the ratio w* is computed once for every transition of the dataset,
+then lines 9-12 (comadice_bc.py) train the local policies by weighted behavioural cloning for as many steps.
+"""
+
+import copy
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from tensordict import TensorDict
+from torchrl.data import TensorDictReplayBuffer, TensorStorage
+from tqdm import tqdm
+
+import comadice_bc
+import comadice_losses as losses
+from comadice_data import CHUNK, as_transition, initial_rows, make_replay
+from comadice_eval import try_eval_env
+from comadice_mixer import Critics
+from comadice_runs import RunArgs, check_args, finish_run, load_dataset, pick_device, random_state, run_script, save_checkpoint, set_random_state, start_run
+
+
+@dataclass
+class Args(RunArgs):
+    objective: Literal["exact", "printed", "released", "semi"] = "semi"
+    """how nu and theta are trained, see comadice_losses.py"""
+    advantage: Literal["td", "q"] = "td"
+    """what w* is extracted from: r + gamma nu_tot(s') - nu_tot(s), or M[q - nu]"""
+    alpha: float = 10.0
+    """weight of the divergence from the data, in units of the reward (Eq. 1)"""
+    f: Literal["soft_chi2", "chi2", "kl"] = "soft_chi2"
+    """f-divergence (Section B.5)"""
+    mixer_layers: Literal[1, 2] = 1
+    """layers of the mixer (Section B.6)"""
+    mixer_hidden: int = 64
+    """hidden units of the mixer's hyper-networks (Table 4)"""
+    gamma: float = 0.99
+    """discount (Table 4)"""
+    lr: float = 1e-4
+    """Adam's learning rate (Table 4)"""
+    tau: float = 0.005
+    """step of the target networks towards the networks (Table 4)"""
+    lambda_scale: float = 0.0
+    """step of the multiplier that holds E[w] = 1, relative to lr (Table 4's lambda; 0: off)"""
+    reward_scale: float = 0.1
+    """nu and q are learned in units of 1 / reward_scale rewards; alpha's meaning and w* do not depend on it"""
+    layer_norm: bool = False
+    """LayerNorm in nu and q"""
+
+
+# What `python comadice_train.py` runs: the dataset in the repository, fewer steps and evaluations than the paper's.
+QUICK = Args(quality="demo", steps=3000, evals=5, eval_episodes=10, overwrite=True)
+
+
+def critic_losses(critics, target, batch: TensorDict, init: TensorDict, alpha, args) -> tuple[torch.Tensor, torch.Tensor, TensorDict]:
+    """The losses of lines 5-7 on one batch: (L_q of Eq. 9, L(nu, theta) of Eq. 10, metrics as tensors).
+
+    batch [B]: transitions; init [B]: initial states; alpha: in units of the scaled reward.
+    """
+    f, gamma = losses.DIVERGENCES[args.f], args.gamma
+    obs, state = batch["agents", "observation"], batch["state"]
+    next_obs, next_state = batch["next", "agents", "observation"], batch["next", "state"]
+    reward, terminated = args.reward_scale * batch["reward"][:, 0], batch["terminated"][:, 0]
+    lam = critics.lam if args.lambda_scale else 0.0
+
+    nu, q = critics.nu(obs), critics.q(obs, batch["agents", "action"])
+    nu_tot = critics.mixer(nu, state)
+    with torch.no_grad():
+        target_nu_tot_next = target.mixer(target.nu(next_obs), next_state)
+
+    if args.objective == "released":
+        q_tot = critics.mixer(q, state)
+        target_nu_tot = torch.zeros_like(q_tot)  # q_tot itself is regressed, nu_tot(s) is no part of it
+        L_q = losses.q_loss(q_tot, reward, terminated, target_nu_tot, target_nu_tot_next, gamma)
+        with torch.no_grad():
+            W = critics.mixer.weights(state)
+        A = W * (q.detach() - nu)
+        L_nu = losses.released_loss(critics.nu(init["agents", "observation"]), A, alpha, f, gamma, lam)
+        w = losses.released_ratio(A, alpha, f, lam)
+    else:
+        L_q = losses.q_loss(critics.mixer.advantage(q - nu.detach(), state), reward, terminated, nu_tot.detach(), target_nu_tot_next, gamma)
+        if args.objective == "exact":
+            A = losses.td_advantage(reward, terminated, nu_tot, critics.mixer(critics.nu(next_obs), next_state), gamma)
+        elif args.objective == "printed":
+            A = critics.mixer.advantage(q.detach() - nu, state)
+        elif args.objective == "semi":
+            A = losses.td_advantage(reward, terminated, nu_tot, target_nu_tot_next, gamma)
+        if args.objective == "semi":
+            L_nu = losses.semi_loss(nu_tot, A, alpha, f)
+        else:
+            nu_tot_init = critics.mixer(critics.nu(init["agents", "observation"]), init["state"])
+            L_nu = losses.dual_loss(nu_tot_init, A, alpha, f, gamma, lam)
+        w = losses.occupancy_ratio(A, alpha, f, lam)
+    w = w.detach()
+    metrics = {"q_loss": L_q, "nu_loss": L_nu, "mean_nu": nu_tot.mean() / args.reward_scale, "mean_w": w.mean(),
+               "w_zero": (w == 0).float().mean(), "ess": losses.effective_sample_size(w)}
+    return L_q, L_nu, TensorDict({k: v.detach() for k, v in metrics.items()})
+
+
+def parameter_groups(critics, objective: str) -> tuple[list, list]:
+    """(what L_q trains, what L(nu, theta) trains): psi_q, and psi_nu with theta; `released` trains theta by L_q instead."""
+    psi_q, psi_nu, theta = (list(m.parameters()) for m in (critics.q, critics.nu, critics.mixer))
+    return (psi_q + theta, psi_nu) if objective == "released" else (psi_q, psi_nu + theta)
+
+
+def critic_update(critics, target, optimizer, batch: TensorDict, init: TensorDict, args) -> TensorDict:
+    """Lines 5-7 of Algorithm 1, with one Adam step for all three, and the target networks' step."""
+    L_q, L_nu, metrics = critic_losses(critics, target, batch, init, args.alpha * args.reward_scale, args)
+    for loss, parameters in zip((L_q, L_nu), parameter_groups(critics, args.objective)):
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients):
+            parameter.grad = gradient
+    if args.lambda_scale:
+        critics.lam.grad = args.lambda_scale * torch.autograd.grad(L_nu, critics.lam)[0]
+    optimizer.step()
+    with torch.no_grad():
+        torch._foreach_lerp_(list(target.parameters()), list(critics.parameters()), args.tau)
+    return metrics
+
+
+@torch.no_grad()
+def dataset_ratio(critics, rows: TensorDict, args) -> torch.Tensor:
+    """w_tot* of every transition of the dataset, [T]: Section 4.3, from the target copies of all networks."""
+    f, alpha = losses.DIVERGENCES[args.f], args.alpha * args.reward_scale
+    lam = critics.lam if args.lambda_scale else 0.0
+    first = make_replay(rows, 1).sampler.first
+    w = []
+    for index in first.split(CHUNK // 8):
+        batch = as_transition(rows[torch.stack([index, index + 1], -1)])
+        obs, state = batch["agents", "observation"], batch["state"]
+        nu, q = critics.nu(obs), critics.q(obs, batch["agents", "action"])
+        if args.objective == "released":
+            w.append(losses.released_ratio(critics.mixer.weights(state) * (q - nu), alpha, f, lam))
+            continue
+        if args.advantage == "q":
+            A_tot = critics.mixer.advantage(q - nu, state)
+        else:
+            nu_tot_next = critics.mixer(critics.nu(batch["next", "agents", "observation"]), batch["next", "state"])
+            A_tot = losses.td_advantage(args.reward_scale * batch["reward"][:, 0], batch["terminated"][:, 0], critics.mixer(nu, state), nu_tot_next, args.gamma)
+        w.append(losses.occupancy_ratio(A_tot, alpha, f, lam))
+    return torch.cat(w)
+
+
+def make_critics(card: dict, args) -> Critics:
+    sizes = (card[k] for k in ("n_agents", "obs_dim", "state_dim", "action_dim", "discrete"))
+    return Critics(*sizes, args.hidden, args.mixer_hidden, args.mixer_layers, args.layer_norm)
+
+
+def train_critics(rows: TensorDict, card: dict, args, seed: int, state: dict | None = None):
+    """Lines 3-8 of Algorithm 1. A generator: args.evals times on the way it yields (what a checkpoint needs, row of metrics.csv)."""
+    device = rows["state"].device
+    critics = make_critics(card, args).to(device)
+    target = copy.deepcopy(critics)
+    optimizer = torch.optim.Adam(critics.parameters(), args.lr)
+    start, seconds = 0, 0.0
+    if state is not None:
+        critics.load_state_dict(state["critics"])
+        target.load_state_dict(state["target"])
+        optimizer.load_state_dict(state["critic_optimizer"])
+        start, seconds = state["critic_step"], state["seconds"]
+    replay = make_replay(rows, args.batch_size)
+    initial = TensorDictReplayBuffer(storage=TensorStorage(initial_rows(rows)), batch_size=args.batch_size)
+    every = max(args.steps // args.evals, 1)
+    clock = time.perf_counter()
+    for step in tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, desc=f"critics seed {seed}", mininterval=1):
+        metrics = critic_update(critics, target, optimizer, replay.sample(), initial.sample(), args)
+        if step % every == 0 or step == args.steps:
+            row = {"stage": "critics", "step": step} | {k: v.item() for k, v in metrics.items()}
+            seconds += time.perf_counter() - clock
+            yield {"critics": critics.state_dict(), "target": target.state_dict(), "critic_optimizer": optimizer.state_dict(),
+                   "critic_step": step, "seconds": seconds}, row
+            clock = time.perf_counter()
+
+
+def train_seed(args: Args, seed: int, rows: TensorDict, card: dict, env) -> list[dict]:
+    """Algorithm 1 in one run directory; returns the rows of its metrics.csv."""
+    run, state = start_run(args, "comadice", seed)
+    if (run / "summary.json").exists():
+        return state["metrics"]
+    torch.manual_seed(seed)
+    common = {"card": card, "config": asdict(args), "policy": {}, "step": 0}
+    metrics = []
+    if state is not None:
+        set_random_state(state["random"])
+        metrics = state["metrics"]
+    if state is None or state["critic_step"] < args.steps:
+        for progress, row in train_critics(rows, card, args, seed, state):
+            metrics.append(row)
+            state = common | progress | {"random": random_state()}
+            save_checkpoint(run, state, metrics)
+    critics = make_critics(card, args).to(rows["state"].device)
+    critics.load_state_dict(state["target"])
+    w = dataset_ratio(critics, rows, args)
+    stats = comadice_bc.ratio_stats(w)
+    going_on = state if state["step"] else None
+    for progress, row, _ in comadice_bc.train_policy(rows, card, w, args, seed, env, f"policy seed {seed}", going_on):
+        metrics.append(row | stats)
+        state = state | progress | {"w": w, "random": random_state()}
+        save_checkpoint(run, state, metrics)
+    finish_run(run, args, "comadice", seed, card, metrics, state["seconds"], rows["state"].device)
+    return metrics
+
+
+def plot_curves(curves: dict[str, list[list[dict]]], dataset_return: float, title: str, path: Path):
+    """Learning curves: per algorithm the mean and the range over seeds of the evaluated return."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.4, 4))
+    for name, seeds in curves.items():
+        seeds = [[row for row in metrics if row.get("return") is not None] for metrics in seeds]
+        steps = [row["step"] for row in seeds[0]]
+        returns = torch.tensor([[row["return"] for row in metrics] for metrics in seeds])
+        axis.plot(steps, returns.mean(0), label=name)
+        axis.fill_between(steps, returns.min(0).values, returns.max(0).values, alpha=0.2)
+    axis.axhline(dataset_return, color="grey", linestyle="--", label="behaviour data")
+    axis.set(xlabel="gradient steps of the policy", ylabel="return", title=title)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(args: Args):
+    quick = args is QUICK
+    check_args(args)
+    device = pick_device(args.device)
+    if quick:
+        print("No arguments: the demonstration on the small dataset in data/mamujoco/hopper/demo,")
+        print(f"{args.steps:,} steps a stage, {args.evals} evaluations of {args.eval_episodes} episodes. The paper's setting on a full dataset:")
+        print("  python comadice_collect.py --env mamujoco --task hopper")
+        print("  python comadice_train.py --env mamujoco --task hopper --quality medium-replay --seeds 0 1 2 3 4\n")
+    rows, card = load_dataset(args, device)
+    env = try_eval_env(card, args.eval_episodes, args.workers)
+    curves = {"ComaDICE": [train_seed(args, seed, rows, card, env) for seed in args.seeds]}
+    if quick:
+        shared = {k: v for k, v in asdict(args).items() if k in RunArgs.__dataclass_fields__}
+        bc = comadice_bc.Args(**shared)
+        curves["BC"] = [comadice_bc.train_seed(bc, seed, "bc", rows, card, None, env) for seed in args.seeds]
+
+    folder = Path(args.out, args.env, args.task, args.quality)
+    print(f"\n{args.env} {args.task} {args.quality}, {args.steps:,} steps, seeds {args.seeds}, {card['engine']}")
+    print(f"{'':<24}{'return':>12}")
+    print(f"{'behaviour data':<24}{card['return_mean']:>12.1f} ± {card['return_std']:.1f} (over episodes)")
+    for name, seeds in reversed(curves.items()):
+        if env is None:
+            print(f"{name:<24}{'not rolled out':>12}")
+            continue
+        returns = torch.tensor([metrics[-1]["return"] for metrics in seeds])
+        spread = f"{returns.std(correction=0):.1f} (over seeds)" if len(seeds) > 1 else f"{seeds[0][-1]['return_std']:.1f} (over episodes)"
+        print(f"{name:<24}{returns.mean():>12.1f} ± {spread}")
+    if env is not None:
+        plot_curves(curves, card["return_mean"], f"{args.task} {args.quality}", folder / "learning_curve.png")
+        print(f"learning curve: {folder / 'learning_curve.png'}")
+
+
+if __name__ == "__main__":
+    run_script(main, QUICK if len(sys.argv) == 1 else tyro.cli(Args))
