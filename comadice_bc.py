@@ -18,8 +18,20 @@ from comadice_data import BadInput, last_rows, make_replay
 from comadice_eval import evaluate, try_eval_env
 from comadice_losses import effective_sample_size, policy_loss
 from comadice_mixer import make_policy
-from comadice_runs import RunArgs, check_args, check_checkpoint, finish_run, load_checkpoint, load_dataset, pick_device
-from comadice_runs import random_state, run_script, save_checkpoint, set_random_state, start_run
+from comadice_runs import (
+    RunArgs,
+    check_args,
+    check_checkpoint,
+    finish_run,
+    load_checkpoint,
+    load_dataset,
+    pick_device,
+    random_state,
+    run_script,
+    save_checkpoint,
+    set_random_state,
+    start_run,
+)
 
 
 @dataclass
@@ -52,7 +64,7 @@ def train_policy(rows: TensorDict, card: dict, w: torch.Tensor | None, args, see
     """Lines 9-12 of Algorithm 1: args.steps gradient steps on Eq. 11, evaluated args.evals times on the way.
 
     w [T] are the transitions' ratios, None for plain BC; `state` is the checkpoint of a stopped run. A generator: at every
-    evaluation it yields (what a checkpoint needs to go on from here, row of metrics.csv, evaluation or None without env).
+    evaluation it yields (what a checkpoint needs to go on from here, row of metrics.csv).
     """
     device = rows["state"].device
     policy = make_policy(card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], args.hidden).to(device)
@@ -71,10 +83,10 @@ def train_policy(rows: TensorDict, card: dict, w: torch.Tensor | None, args, see
         if step % every == 0 or step == args.steps:
             row = {"stage": "policy", "step": step, "policy_loss": loss.item()}
             seconds += time.perf_counter() - clock
-            result = None if env is None else evaluate(policy, env, args.eval_episodes, seed)
-            if result is not None:
-                row |= {"return": result["return_mean"], "return_std": result["return_std"]}
-            yield {"policy": policy.state_dict(), "policy_optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}, row, result
+            if env is not None:
+                result = evaluate(policy, env, args.eval_episodes, seed)
+                row |= {"return": result["return_mean"], "return_std": result["return_std"], "winrate": result["winrate"]}
+            yield {"policy": policy.state_dict(), "policy_optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}, row
             clock = time.perf_counter()
 
 
@@ -111,16 +123,16 @@ def train_seed(args: Args, seed: int, algo: str, rows: TensorDict, card: dict, w
     if (run / "summary.json").exists():
         return state["metrics"]
     torch.manual_seed(seed)
-    metrics, result = [], None
+    metrics = []
     if state is not None:
         set_random_state(state["random"])
         metrics = state["metrics"]
     stats = {} if w is None else ratio_stats(w)
-    for progress, row, result in train_policy(rows, card, w, args, seed, env, f"{algo} seed {seed}", state):
+    for progress, row in train_policy(rows, card, w, args, seed, env, f"{algo} seed {seed}", state):
         metrics.append(row | stats)
         state = progress | {"card": card, "config": asdict(args), "w": w, "random": random_state()}
         save_checkpoint(run, state, metrics)
-    finish_run(run, args, algo, seed, card, metrics, state["seconds"], rows.device)
+    finish_run(run, args, algo, seed, card, metrics, args.steps / state["seconds"], rows["state"].device)
     return metrics
 
 

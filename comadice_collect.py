@@ -19,7 +19,6 @@ Everything lies under OUT/ENV/TASK: the four datasets, and behaviour/ with check
 
 import csv
 import sys
-import time
 from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,12 +28,12 @@ import tyro
 from tensordict import TensorDict
 from tensordict.nn import AddStateIndependentNormalScale, TensorDictModule, TensorDictSequential
 from torchrl.collectors import Collector
-from torchrl.envs.utils import ExplorationType, set_exploration_type, step_mdp
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import IndependentNormal, MultiAgentMLP, ProbabilisticActor
 from torchrl.objectives.multiagent import MAPPOLoss
 from tqdm import tqdm
 
-from comadice_data import BadInput, DatasetWriter, dataset_path, episodes, open_dataset
+from comadice_data import BadInput, DatasetWriter, dataset_path, episodes, open_dataset, table_row
 from comadice_envs import engine, make_env
 
 OBS, ACTION = ("agents", "observation"), ("agents", "action")
@@ -123,7 +122,7 @@ class EpisodeSplitter:
             done = batch["next", "done"][b, :, 0]
             start = 0
             for end in done.nonzero()[:, 0].tolist():
-                yield self._close(self.open.pop(b, []) + [batch[b, start : end + 1]])
+                yield self._close([*self.open.pop(b, []), batch[b, start : end + 1]])
                 start = end + 1
             if start < batch.shape[1]:
                 self.open.setdefault(b, []).append(batch[b, start:].clone())
@@ -166,7 +165,7 @@ def train(args: Args, root: Path) -> list[dict]:
     done_steps = curve[-1]["step"] if curve else 0
     if done_steps >= args.steps:
         return curve
-    collector = Collector(env, actor, frames_per_batch=frames, total_frames=-1, policy_device=args.device)
+    collector = Collector(env, actor, frames_per_batch=frames, total_frames=-1, policy_device=args.device, auto_register_policy_transforms=False)
     splitter, every = EpisodeSplitter(), max(args.steps // args.checkpoints, frames)
     writer, finished, next_checkpoint = DatasetWriter(root / f"episodes-{len(curve):03d}"), 0, done_steps + every
     bar = tqdm(total=args.steps, initial=done_steps, unit="step", desc=f"MAPPO {args.task}", mininterval=1)
@@ -237,7 +236,6 @@ def record(args: Args, root: Path, checkpoint: int, quality: str, made: dict):
                 step, td = env.step_and_maybe_reset(actor(td))
                 steps.append(step)
             for episode in splitter(torch.stack(steps, len(env.batch_size)).reshape(-1, args.horizon)):
-                # Which episodes are kept must not depend on how long they are, so the order of ending alone decides.
                 if recorded < args.samples:
                     writer.append(episode)
                     recorded += len(episode) - 1
@@ -283,8 +281,8 @@ def main(args: Args):
         record(args, root, checkpoint, quality, {"checkpoint": checkpoint, **curve[checkpoint]})
     merge(args, [root.parent / "medium", root.parent / "expert"], "medium-expert", root, {"of": "medium and expert"})
     for quality in ("medium-replay", "medium", "expert", "medium-expert"):
-        _, info = open_dataset(root.parent / quality)
-        print(f"{root.parent / quality}: {info['trajectories']} trajectories, {info['samples']} samples, return {info['return_mean']:.1f} ± {info['return_std']:.1f}")
+        print(f"\n{root.parent / quality}")
+        print(table_row(open_dataset(root.parent / quality)[1]))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import json
 import math
 import shutil
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -132,8 +133,8 @@ class DatasetWriter:
 
 def episodes(data: TensorDict):
     """Yields each episode of an opened dataset, [T + 1] rows."""
-    starts = data["is_init"][:, 0].nonzero()[:, 0].tolist() + [len(data)]
-    for start, end in zip(starts, starts[1:]):
+    starts = [*data["is_init"][:, 0].nonzero()[:, 0].tolist(), len(data)]
+    for start, end in pairwise(starts):
         yield data[start:end]
 
 
@@ -202,7 +203,8 @@ def open_dataset(path: str | Path, env: str | None = None, task: str | None = No
         if size is None:
             raise BadInput(f"{file} is missing: make or copy the dataset again")
         if size != wanted or card["bytes"][key] != wanted:
-            raise BadInput(f"{file} has {size} bytes, {wanted} are needed (the card says {card['bytes'][key]}): the file was cut or changed, make or copy the dataset again")
+            said = card["bytes"][key]
+            raise BadInput(f"{file} has {size} bytes, {wanted} are needed (the card says {said}): the file was cut, make or copy the dataset again")
 
     # A private mapping: opened for reading alone, so that nothing done to the tensors can reach the files.
     rows = TensorDict({"agents": TensorDict({}, [N, n])}, [N])
@@ -235,6 +237,9 @@ def _check_episodes(path: Path, rows: TensorDict, card: dict):
 
 
 def _check_values(path: Path, rows: TensorDict, card: dict):
+    low, high = card.get("action_low"), card.get("action_high")
+    if not isinstance(low, float | int) or not isinstance(high, float | int):
+        raise BadInput(f"{path}/card.json: action_low or action_high is missing")
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
         for key in ("state", ("agents", "observation"), ("agents", "action"), "reward"):
@@ -243,8 +248,8 @@ def _check_values(path: Path, rows: TensorDict, card: dict):
                 row = start + int((~finite).reshape(len(chunk), -1).any(-1).nonzero()[0])
                 raise BadInput(f"{path}: {key if isinstance(key, str) else '/'.join(key)} is not finite at row {row}")
         action = chunk["agents", "action"][~last_rows(rows)[start : start + CHUNK]]
-        if len(action) and not (card.get("action_low", math.nan) <= action.min() and action.max() <= card.get("action_high", math.nan)):
-            raise BadInput(f"{path}: actions from {action.min():g} to {action.max():g} leave the card's bounds [{card.get('action_low')}, {card.get('action_high')}]")
+        if len(action) and not (low <= action.min() and action.max() <= high):
+            raise BadInput(f"{path}: actions from {action.min():g} to {action.max():g} leave the card's bounds [{low}, {high}]")
         if card["discrete"]:
             if len(action) and not (0 <= action.min() and action.max() < card["action_dim"]):
                 raise BadInput(f"{path}: an action is outside of 0 to {card['action_dim'] - 1}")

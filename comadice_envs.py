@@ -17,6 +17,7 @@ Every environment speaks the same TensorDict keys (n agents, B environments):
 """
 
 import importlib.metadata
+import warnings
 
 import numpy as np
 import torch
@@ -57,6 +58,13 @@ def mamujoco_scenario(task: str) -> tuple[str, str]:
     )
 
 
+def check_task(env: str, task: str):
+    """Raises NoSimulator for an env that is unknown or not installed, BadInput for an unknown task."""
+    if env != "mamujoco":
+        raise NoSimulator(f"unknown env '{env}': there is mamujoco")
+    mamujoco_scenario(task)
+
+
 class MaMuJoCoEnv(EnvBase):
     """`num_envs` robots of one MaMuJoCo task, stepped one after another in this process.
 
@@ -75,20 +83,25 @@ class MaMuJoCoEnv(EnvBase):
     batch_locked = True
 
     def __init__(self, task: str, num_envs: int, agent_obsk: int | None = None, device="cpu"):
+        super().__init__(device=device, batch_size=torch.Size([num_envs]))
+        scenario, partition = mamujoco_scenario(task)
+        import mujoco
         from gymnasium_robotics import mamujoco_v1
         from gymnasium_robotics.envs.multiagent_mujoco.obsk import get_parts_and_edges
 
-        super().__init__(device=device, batch_size=torch.Size([num_envs]))
-        scenario, partition = mamujoco_scenario(task)
+        # MuJoCo repeats its warnings for every robot; Python's own show each text once.
+        mujoco.set_mju_user_warning(warnings.warn)
         self.agent_obsk = agent_obsk
         # The benchmark ran on MuJoCo 2.0, which left Ant's contact forces, and so their cost, at zero.
         no_contact = {"include_cfrc_ext_in_observation": False, "contact_cost_weight": 0.0}
         kwargs = no_contact if scenario == "Ant" and agent_obsk is None else {}
         try:
             parts, _, _ = get_parts_and_edges(scenario, partition)
-            self.robots = [mamujoco_v1.parallel_env(scenario, partition, agent_obsk, **kwargs) for _ in range(num_envs)]
-        except Exception as error:  # gymnasium-robotics raises a bare Exception for a partition that it does not know
+        except Exception as error:  # gymnasium-robotics has no other type for a partition that it does not know
             raise BadInput(f"mamujoco task '{task}': {scenario} has no partition '{partition}' in gymnasium-robotics") from error
+        self.robots = [mamujoco_v1.parallel_env(scenario, partition, agent_obsk, **kwargs) for _ in range(num_envs)]
+        if agent_obsk is not None and self.robots[0].observation_factorization is None:
+            raise BadInput(f"gymnasium-robotics has no agent_obsk observations for {scenario}: use the benchmark's (no --agent-obsk)")
         self.simulators = [robot.single_agent_env for robot in self.robots]
         self.n, A = len(parts), len(parts[0])
         if any(len(part) != A for part in parts):
@@ -179,11 +192,9 @@ def make_env(env: str, task: str, num_envs: int, workers: int = 1, agent_obsk: i
 
     Raises NoSimulator for an env that is unknown or not installed, BadInput for an unknown task.
     """
-    if env != "mamujoco":
-        raise NoSimulator(f"unknown env '{env}': there is mamujoco")
+    check_task(env, task)
     if workers == 1:
         return MaMuJoCoEnv(task, num_envs, agent_obsk, device)
-    mamujoco_scenario(task)
     return ParallelEnv(workers, lambda: MaMuJoCoEnv(task, num_envs, agent_obsk), device=device)
 
 

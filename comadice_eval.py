@@ -55,7 +55,8 @@ def eval_env(card: dict, episodes: int, workers: int = 1) -> EnvBase:
              "action_dim": env.full_action_spec["agents", "action"].shape[-1]}
     for key, value in sizes.items():
         if card[key] != value:
-            raise BadInput(f"the dataset's {key} is {card[key]}, the simulator of {card['env']} {card['task']} has {value}: the dataset is of another interface or version")
+            name = f"{card['env']} {card['task']}"
+            raise BadInput(f"the dataset's {key} is {card[key]}, the simulator of {name} has {value}: it was made with another interface or version")
     return env
 
 

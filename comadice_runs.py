@@ -18,6 +18,7 @@ import torch
 from tensordict import TensorDict
 
 from comadice_data import BadInput, dataset_path, open_dataset
+from comadice_envs import check_task
 
 DATA_ROOT = Path(__file__).parent / "data"
 
@@ -86,7 +87,9 @@ def load_dataset(args: RunArgs, device: torch.device) -> tuple[TensorDict, dict]
         args.env, args.task, args.quality = args.env or "mamujoco", args.task or "hopper", args.quality or "medium-replay"
     path = dataset_path(args.data, args.env, args.task, args.quality, DATA_ROOT)
     if args.data is None and not path.is_dir():
-        raise BadInput(f"no dataset at {path}: make it with `python comadice_collect.py --env {args.env} --task {args.task}`, or name another directory with --data")
+        check_task(args.env, args.task)
+        made_by = f"python comadice_collect.py --env {args.env} --task {args.task}"
+        raise BadInput(f"no dataset at {path}: make it with `{made_by}`, or name a directory with --data")
     rows, card = open_dataset(path, args.env, args.task)
     args.env, args.task, args.quality = card["env"], card["task"], args.quality or card["quality"]
     return (rows if device.type == "cpu" else rows.to(device)), card
@@ -174,7 +177,7 @@ def set_random_state(state: dict):
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def finish_run(run: Path, args: RunArgs, algo: str, seed: int, card: dict, metrics: list[dict], seconds: float, device: torch.device) -> dict:
+def finish_run(run: Path, args: RunArgs, algo: str, seed: int, card: dict, metrics: list[dict], updates_per_second: float, device: torch.device) -> dict:
     """Writes and returns summary.json: the last evaluation's return (null where rollouts were off)."""
     last = metrics[-1]
     summary = {
@@ -182,7 +185,7 @@ def finish_run(run: Path, args: RunArgs, algo: str, seed: int, card: dict, metri
         "return": {"mean": last["return"], "std": last["return_std"]} if "return" in last else None,
         "winrate": last.get("winrate"),
         "dataset_return": card["return_mean"],
-        "updates_per_second": args.steps / seconds,
+        "updates_per_second": updates_per_second,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "engine": card.get("engine"),

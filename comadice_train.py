@@ -10,7 +10,7 @@ then lines 9-12 (comadice_bc.py) train the local policies by weighted behavioura
 import copy
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -165,7 +165,7 @@ def train_critics(rows: TensorDict, card: dict, args, seed: int, state: dict | N
         critics.load_state_dict(state["critics"])
         target.load_state_dict(state["target"])
         optimizer.load_state_dict(state["critic_optimizer"])
-        start, seconds = state["critic_step"], state["seconds"]
+        start, seconds = state["critic_step"], state["critic_seconds"]
     replay = make_replay(rows, args.batch_size)
     initial = TensorDictReplayBuffer(storage=TensorStorage(initial_rows(rows)), batch_size=args.batch_size)
     every = max(args.steps // args.evals, 1)
@@ -176,7 +176,7 @@ def train_critics(rows: TensorDict, card: dict, args, seed: int, state: dict | N
             row = {"stage": "critics", "step": step} | {k: v.item() for k, v in metrics.items()}
             seconds += time.perf_counter() - clock
             yield {"critics": critics.state_dict(), "target": target.state_dict(), "critic_optimizer": optimizer.state_dict(),
-                   "critic_step": step, "seconds": seconds}, row
+                   "critic_step": step, "critic_seconds": seconds}, row
             clock = time.perf_counter()
 
 
@@ -201,11 +201,12 @@ def train_seed(args: Args, seed: int, rows: TensorDict, card: dict, env) -> list
     w = dataset_ratio(critics, rows, args)
     stats = comadice_bc.ratio_stats(w)
     going_on = state if state["step"] else None
-    for progress, row, _ in comadice_bc.train_policy(rows, card, w, args, seed, env, f"policy seed {seed}", going_on):
+    for progress, row in comadice_bc.train_policy(rows, card, w, args, seed, env, f"policy seed {seed}", going_on):
         metrics.append(row | stats)
         state = state | progress | {"w": w, "random": random_state()}
         save_checkpoint(run, state, metrics)
-    finish_run(run, args, "comadice", seed, card, metrics, state["seconds"], rows["state"].device)
+    updates_per_second = 2 * args.steps / (state["critic_seconds"] + state["seconds"])
+    finish_run(run, args, "comadice", seed, card, metrics, updates_per_second, rows["state"].device)
     return metrics
 
 
