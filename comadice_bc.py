@@ -36,8 +36,6 @@ from comadice_runs import (
 
 @dataclass
 class Args(RunArgs):
-    lr: float = 1e-4
-    """Adam's learning rate (Table 4)"""
     checkpoint: str | None = None
     """a ComaDICE run whose saved ratio w* weights the data; plain BC without it"""
 

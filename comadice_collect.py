@@ -11,13 +11,15 @@ The protocol, fixed before any offline training looks at the data:
     medium          the first checkpoint whose return is at least a third of expert's
     medium-replay   every episode that training finished up to the medium checkpoint
     medium-expert   the medium and the expert episodes together
+    demo            every K-th episode of medium-replay, about --demo-samples transitions: small enough to ship with code
 
 Expert and medium are `--samples` transitions each, of whole episodes, by the stochastic policy.
-Everything lies under OUT/ENV/TASK: the four datasets, and behaviour/ with checkpoints, the learning curve
+Everything lies under OUT/ENV/TASK: the datasets, and behaviour/ with checkpoints, the learning curve
 (curve.csv) and the episodes of training in one dataset a checkpoint. A run that was stopped goes on with the same command.
 """
 
 import csv
+import importlib.metadata
 import sys
 from collections import deque
 from dataclasses import asdict, dataclass
@@ -51,6 +53,8 @@ class Args:
     """environment steps of MAPPO"""
     samples: int = 1_000_000
     """transitions of the expert and of the medium dataset"""
+    demo_samples: int = 10_000
+    """transitions of the demo dataset"""
     seed: int = 0
     """seeds networks, minibatches and simulators"""
     out: str = "data"
@@ -245,23 +249,28 @@ def record(args: Args, root: Path, checkpoint: int, quality: str, made: dict):
     writer.close(card(args, quality, made))
 
 
-def merge(args: Args, sources: list[Path], quality: str, root: Path, made: dict):
-    """One dataset of the episodes of several."""
-    writer = DatasetWriter(root.parent / quality)
+def merge(args: Args, sources: list[Path], quality: str, root: Path, made: dict, every: int = 1):
+    """One dataset of every `every`-th episode of several."""
+    writer, count = DatasetWriter(root.parent / quality), 0
     for source in tqdm(sources, desc=f"write {quality}"):
         for episode in episodes(open_dataset(source)[0]):
-            writer.append(episode)
+            if count % every == 0:
+                writer.append(episode)
+            count += 1
     writer.close(card(args, quality, made))
 
 
 def card(args: Args, quality: str, made: dict) -> dict:
+    """All that it takes to make the dataset again."""
     interface = "benchmark" if args.agent_obsk is None else f"agent_obsk={args.agent_obsk}"
-    made = {"by": "comadice_collect.py", "arguments": asdict(args), **made}
+    arguments = {k: v for k, v in asdict(args).items() if k != "out"}
+    versions = {package: importlib.metadata.version(package) for package in ("torch", "torchrl", "tensordict", "numpy")}
+    made = {"by": "comadice_collect.py", "arguments": arguments, "versions": versions, **made}
     return {"env": args.env, "task": args.task, "quality": quality, "engine": engine(args.env), "interface": interface, "made": made}
 
 
 def main(args: Args):
-    for name in ("steps", "samples", "num_envs", "workers", "checkpoints", "horizon", "epochs", "minibatch"):
+    for name in ("steps", "samples", "num_envs", "workers", "checkpoints", "horizon", "epochs", "minibatch", "demo_samples"):
         if getattr(args, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a positive number")
     root = dataset_path(None, args.env, args.task, "behaviour", args.out)
@@ -280,7 +289,10 @@ def main(args: Args):
     for quality, checkpoint in (("medium", medium), ("expert", expert)):
         record(args, root, checkpoint, quality, {"checkpoint": checkpoint, **curve[checkpoint]})
     merge(args, [root.parent / "medium", root.parent / "expert"], "medium-expert", root, {"of": "medium and expert"})
-    for quality in ("medium-replay", "medium", "expert", "medium-expert"):
+    samples = open_dataset(root.parent / "medium-replay")[1]["samples"]
+    every = max(samples // args.demo_samples, 1)
+    merge(args, [root.parent / "medium-replay"], "demo", root, {"of": f"every {every}th episode of medium-replay"}, every)
+    for quality in ("medium-replay", "medium", "expert", "medium-expert", "demo"):
         print(f"\n{root.parent / quality}")
         print(table_row(open_dataset(root.parent / quality)[1]))
 

@@ -48,6 +48,8 @@ class RunArgs:
 
     steps: int = 200_000
     """gradient steps (of each stage, where there are two)"""
+    lr: float = 1e-4
+    """Adam's learning rate (Table 4)"""
     batch_size: int = 128
     """transitions in a batch (Table 4)"""
     hidden: int = 256
@@ -65,6 +67,8 @@ def check_args(args: RunArgs):
     for name in ("steps", "batch_size", "hidden", "evals", "eval_episodes", "workers"):
         if getattr(args, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a positive number")
+    if not args.lr > 0:
+        raise BadInput(f"--lr is {args.lr}: give a positive number")
     if not args.seeds or len(set(args.seeds)) < len(args.seeds):
         raise BadInput(f"--seeds {args.seeds}: give different seeds, at least one")
 

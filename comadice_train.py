@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import comadice_bc
 import comadice_losses as losses
-from comadice_data import CHUNK, as_transition, initial_rows, make_replay
+from comadice_data import CHUNK, BadInput, as_transition, initial_rows, make_replay
 from comadice_eval import try_eval_env
 from comadice_mixer import Critics
 from comadice_runs import RunArgs, check_args, finish_run, load_dataset, pick_device, random_state, run_script, save_checkpoint, set_random_state, start_run
@@ -44,8 +44,8 @@ class Args(RunArgs):
     """hidden units of the mixer's hyper-networks (Table 4)"""
     gamma: float = 0.99
     """discount (Table 4)"""
-    lr: float = 1e-4
-    """Adam's learning rate (Table 4)"""
+    init_batch_size: int = 32
+    """initial states in a batch"""
     tau: float = 0.005
     """step of the target networks towards the networks (Table 4)"""
     lambda_scale: float = 0.0
@@ -60,44 +60,50 @@ class Args(RunArgs):
 QUICK = Args(quality="demo", steps=3000, evals=5, eval_episodes=10, overwrite=True)
 
 
+def values(critics, *where: TensorDict) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """nu [B, n] and nu_tot [B] at several batches of states, from one call of each network."""
+    sizes = [len(w["state"]) for w in where]
+    nu = critics.nu(torch.cat([w["agents", "observation"] for w in where]))
+    nu_tot = critics.mixer(nu, torch.cat([w["state"] for w in where]))
+    return nu.split(sizes), nu_tot.split(sizes)
+
+
 def critic_losses(critics, target, batch: TensorDict, init: TensorDict, alpha, args) -> tuple[torch.Tensor, torch.Tensor, TensorDict]:
     """The losses of lines 5-7 on one batch: (L_q of Eq. 9, L(nu, theta) of Eq. 10, metrics as tensors).
 
-    batch [B]: transitions; init [B]: initial states; alpha: in units of the scaled reward.
+    batch [B]: transitions; init: initial states; alpha: in units of the scaled reward.
     """
     f, gamma = losses.DIVERGENCES[args.f], args.gamma
     obs, state = batch["agents", "observation"], batch["state"]
-    next_obs, next_state = batch["next", "agents", "observation"], batch["next", "state"]
     reward, terminated = args.reward_scale * batch["reward"][:, 0], batch["terminated"][:, 0]
     lam = critics.lam if args.lambda_scale else 0.0
+    q = critics.q(obs, batch["agents", "action"])
 
-    nu, q = critics.nu(obs), critics.q(obs, batch["agents", "action"])
-    nu_tot = critics.mixer(nu, state)
-    with torch.no_grad():
-        target_nu_tot_next = target.mixer(target.nu(next_obs), next_state)
+    if args.objective == "exact":
+        (nu, _, _), (nu_tot, nu_tot_next, nu_tot_init) = values(critics, batch, batch["next"], init)
+        A = losses.td_advantage(reward, terminated, nu_tot, nu_tot_next, gamma)
+        nu_tot_next = nu_tot_next.detach()
+    else:
+        with torch.no_grad():
+            _, (nu_tot_next,) = values(target, batch["next"])
+        if args.objective == "semi":
+            (nu,), (nu_tot,) = values(critics, batch)
+            A = losses.td_advantage(reward, terminated, nu_tot, nu_tot_next, gamma)
+        else:
+            (nu, nu_init), (nu_tot, nu_tot_init) = values(critics, batch, init)
+            if args.objective == "printed":
+                A = critics.mixer.advantage(q.detach() - nu, state)
+            elif args.objective == "released":
+                A = critics.mixer.weights(state).detach() * (q.detach() - nu)
 
     if args.objective == "released":
-        q_tot = critics.mixer(q, state)
-        target_nu_tot = torch.zeros_like(q_tot)  # q_tot itself is regressed, nu_tot(s) is no part of it
-        L_q = losses.q_loss(q_tot, reward, terminated, target_nu_tot, target_nu_tot_next, gamma)
-        with torch.no_grad():
-            W = critics.mixer.weights(state)
-        A = W * (q.detach() - nu)
-        L_nu = losses.released_loss(critics.nu(init["agents", "observation"]), A, alpha, f, gamma, lam)
+        # q_tot itself is regressed, and theta with it; nu_tot(s) is no part of it.
+        L_q = losses.q_loss(critics.mixer(q, state), reward, terminated, torch.zeros_like(nu_tot), nu_tot_next, gamma)
+        L_nu = losses.released_loss(nu_init, A, alpha, f, gamma, lam)
         w = losses.released_ratio(A, alpha, f, lam)
     else:
-        L_q = losses.q_loss(critics.mixer.advantage(q - nu.detach(), state), reward, terminated, nu_tot.detach(), target_nu_tot_next, gamma)
-        if args.objective == "exact":
-            A = losses.td_advantage(reward, terminated, nu_tot, critics.mixer(critics.nu(next_obs), next_state), gamma)
-        elif args.objective == "printed":
-            A = critics.mixer.advantage(q.detach() - nu, state)
-        elif args.objective == "semi":
-            A = losses.td_advantage(reward, terminated, nu_tot, target_nu_tot_next, gamma)
-        if args.objective == "semi":
-            L_nu = losses.semi_loss(nu_tot, A, alpha, f)
-        else:
-            nu_tot_init = critics.mixer(critics.nu(init["agents", "observation"]), init["state"])
-            L_nu = losses.dual_loss(nu_tot_init, A, alpha, f, gamma, lam)
+        L_q = losses.q_loss(critics.mixer.advantage(q - nu.detach(), state), reward, terminated, nu_tot.detach(), nu_tot_next, gamma)
+        L_nu = losses.semi_loss(nu_tot, A, alpha, f) if args.objective == "semi" else losses.dual_loss(nu_tot_init, A, alpha, f, gamma, lam)
         w = losses.occupancy_ratio(A, alpha, f, lam)
     w = w.detach()
     metrics = {"q_loss": L_q, "nu_loss": L_nu, "mean_nu": nu_tot.mean() / args.reward_scale, "mean_w": w.mean(),
@@ -111,18 +117,28 @@ def parameter_groups(critics, objective: str) -> tuple[list, list]:
     return (psi_q + theta, psi_nu) if objective == "released" else (psi_q, psi_nu + theta)
 
 
-def critic_update(critics, target, optimizer, batch: TensorDict, init: TensorDict, args) -> TensorDict:
-    """Lines 5-7 of Algorithm 1, with one Adam step for all three, and the target networks' step."""
-    L_q, L_nu, metrics = critic_losses(critics, target, batch, init, args.alpha * args.reward_scale, args)
+def set_gradients(critics, L_q: torch.Tensor, L_nu: torch.Tensor, args):
+    """Gives each parameter the gradient of the one loss that trains it."""
     for loss, parameters in zip((L_q, L_nu), parameter_groups(critics, args.objective)):
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients):
             parameter.grad = gradient
     if args.lambda_scale:
         critics.lam.grad = args.lambda_scale * torch.autograd.grad(L_nu, critics.lam)[0]
+
+
+@torch.no_grad()
+def update_target(target, critics, tau: float):
+    """target <- target + tau (critics - target), in every parameter."""
+    torch._foreach_lerp_(list(target.parameters()), list(critics.parameters()), tau)
+
+
+def critic_update(critics, target, optimizer, batch: TensorDict, init: TensorDict, args) -> TensorDict:
+    """Lines 5-7 of Algorithm 1, with one Adam step for all three, and the target networks' step."""
+    L_q, L_nu, metrics = critic_losses(critics, target, batch, init, args.alpha * args.reward_scale, args)
+    set_gradients(critics, L_q, L_nu, args)
     optimizer.step()
-    with torch.no_grad():
-        torch._foreach_lerp_(list(target.parameters()), list(critics.parameters()), args.tau)
+    update_target(target, critics, args.tau)
     return metrics
 
 
@@ -167,7 +183,7 @@ def train_critics(rows: TensorDict, card: dict, args, seed: int, state: dict | N
         optimizer.load_state_dict(state["critic_optimizer"])
         start, seconds = state["critic_step"], state["critic_seconds"]
     replay = make_replay(rows, args.batch_size)
-    initial = TensorDictReplayBuffer(storage=TensorStorage(initial_rows(rows)), batch_size=args.batch_size)
+    initial = TensorDictReplayBuffer(storage=TensorStorage(initial_rows(rows)), batch_size=args.init_batch_size)
     every = max(args.steps // args.evals, 1)
     clock = time.perf_counter()
     for step in tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, desc=f"critics seed {seed}", mininterval=1):
@@ -235,6 +251,10 @@ def plot_curves(curves: dict[str, list[list[dict]]], dataset_return: float, titl
 def main(args: Args):
     quick = args is QUICK
     check_args(args)
+    if not args.alpha > 0 or not 0 <= args.gamma < 1 or not 0 < args.tau <= 1 or not args.reward_scale > 0:
+        raise BadInput("--alpha and --reward-scale must be positive, --gamma in [0, 1) and --tau in (0, 1]")
+    if args.objective == "released" and args.mixer_layers == 2:
+        raise BadInput("--objective released needs local weights W_i, which a 2-layer mixer does not have: use --mixer-layers 1")
     device = pick_device(args.device)
     if quick:
         print("No arguments: the demonstration on the small dataset in data/mamujoco/hopper/demo,")
