@@ -71,6 +71,7 @@ def train_policy(rows: TensorDict, card: dict, w: torch.Tensor | None, args, see
     if state is not None:
         policy.load_state_dict(state["policy"])
         optimizer.load_state_dict(state["policy_optimizer"])
+        set_random_state(state["random"])  # after the initialisations above have drawn from it
         start, seconds = state["step"], state["seconds"]
     rows = with_ratio(rows, w)
     replay = make_replay(rows, args.batch_size)
@@ -123,7 +124,6 @@ def train_seed(args: Args, seed: int, algo: str, rows: TensorDict, card: dict, w
     torch.manual_seed(seed)
     metrics = []
     if state is not None:
-        set_random_state(state["random"])
         metrics = state["metrics"]
     stats = {} if w is None else ratio_stats(w)
     for progress, row in train_policy(rows, card, w, args, seed, env, f"{algo} seed {seed}", state):

@@ -20,7 +20,6 @@ Everything lies under OUT/ENV/TASK: the datasets, and behaviour/ with checkpoint
 
 import csv
 import importlib.metadata
-import sys
 from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ from tqdm import tqdm
 
 from comadice_data import BadInput, DatasetWriter, dataset_path, episodes, open_dataset, table_row
 from comadice_envs import engine, make_env
+from comadice_runs import pick_device, run_script
 
 OBS, ACTION = ("agents", "observation"), ("agents", "action")
 
@@ -156,8 +156,12 @@ def train(args: Args, root: Path) -> list[dict]:
     # What a stopped run left: checkpoints and one dataset of episodes for each.
     curve, recent = [], deque(maxlen=100)
     if (root / "state.pt").exists():
-        state = torch.load(root / "state.pt", weights_only=True)
-        if state["args"] != asdict(args):
+        try:
+            state = torch.load(root / "state.pt", weights_only=True)
+        except Exception as error:  # torch.load has no one type for a file that is cut, foreign or unsafe
+            raise BadInput(f"{root / 'state.pt'} can't be read: delete {root} to train again") from error
+        free = ("out", "device", "workers", "samples", "demo_samples")  # may differ when a run goes on
+        if any(state["args"][k] != v for k, v in asdict(args).items() if k not in free):
             raise BadInput(f"{root} holds a run with other settings: give them again, another --out, or delete it")
         loss.load_state_dict(state["loss"])
         optimizer.load_state_dict(state["optimizer"])
@@ -273,6 +277,8 @@ def main(args: Args):
     for name in ("steps", "samples", "num_envs", "workers", "checkpoints", "horizon", "epochs", "minibatch", "demo_samples"):
         if getattr(args, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a positive number")
+    pick_device(args.device)
+    make_env(args.env, args.task, 1, 1, args.agent_obsk).close()  # an unknown task ends here, before anything is written
     root = dataset_path(None, args.env, args.task, "behaviour", args.out)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -281,6 +287,8 @@ def main(args: Args):
     curve = train(args, root)
     returns = [point["return"] for point in curve]
     expert = max(range(len(curve)), key=returns.__getitem__)
+    if returns[expert] <= 0:
+        raise BadInput(f"the best return of {args.task} is {returns[expert]:.1f}, and a third of it makes no medium policy: train for more --steps")
     medium = next(i for i, r in enumerate(returns) if r >= returns[expert] / 3)
     print(f"expert: checkpoint {expert}, step {curve[expert]['step']:,}, return {returns[expert]:.1f}")
     print(f"medium: checkpoint {medium}, step {curve[medium]['step']:,}, return {returns[medium]:.1f}")
@@ -298,8 +306,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main, tyro.cli(Args))

@@ -25,6 +25,7 @@ a transition; the row after any transition is its next observation, so nothing i
 
 import json
 import math
+import re
 import shutil
 import sys
 from itertools import pairwise
@@ -141,15 +142,16 @@ def episodes(data: TensorDict):
 # ---------------------------------------------------------------- reading
 
 
-def _json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """A file's JSON object. Raises BadInput for a file that is missing or anything else."""
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
-        raise BadInput(f"{path} is missing: {path.parent} is not a complete dataset") from None
+        raise BadInput(f"{path} is missing: {path.parent} is not complete") from None
     except (ValueError, OSError) as error:
-        raise BadInput(f"{path} can't be read as JSON ({error}): make or copy the dataset again") from None
+        raise BadInput(f"{path} can't be read as JSON ({error}): make or copy it again") from None
     if not isinstance(content, dict):
-        raise BadInput(f"{path} does not hold a JSON object: make or copy the dataset again")
+        raise BadInput(f"{path} does not hold a JSON object: make or copy it again")
     return content
 
 
@@ -164,13 +166,18 @@ def open_dataset(path: str | Path, env: str | None = None, task: str | None = No
     path = Path(path)
     if not path.is_dir():
         raise BadInput(f"no dataset at {path}")
-    card = _json(path / "card.json")
+    card = read_json(path / "card.json")
+    for name in ("env", "task", "quality", "interface"):
+        if not isinstance(card.get(name), str):
+            raise BadInput(f"{path}/card.json: '{name}' is {card.get(name)!r}, not a name")
+    if not re.fullmatch(r"benchmark|agent_obsk=\d+", card["interface"]):
+        raise BadInput(f"{path}/card.json: 'interface' is '{card['interface']}', not benchmark or agent_obsk=K")
     for name, value in (("env", env), ("task", task)):
         if value is not None and card.get(name) != value:
             raise BadInput(f"{path} is a dataset of {name} '{card.get(name)}', not '{value}': give the matching --{name} or --data")
 
     # Layout: card.json, TensorDict's meta.json and the sizes on disk must agree.
-    meta, agents = _json(path / "meta.json"), _json(path / "agents" / "meta.json")
+    meta, agents = read_json(path / "meta.json"), read_json(path / "agents" / "meta.json")
     counts = {}
     for name in ("n_agents", "state_dim", "obs_dim", "action_dim", "trajectories", "samples"):
         counts[name] = card.get(name)
@@ -253,8 +260,9 @@ def _check_values(path: Path, rows: TensorDict, card: dict):
         if card["discrete"]:
             if len(action) and not (0 <= action.min() and action.max() < card["action_dim"]):
                 raise BadInput(f"{path}: an action is outside of 0 to {card['action_dim'] - 1}")
-            allowed = chunk["agents", "action_mask"].gather(-1, chunk["agents", "action"].unsqueeze(-1))[..., 0]
-            allowed = allowed.all(-1) | last_rows(rows)[start : start + CHUNK]
+            last = last_rows(rows)[start : start + CHUNK]
+            action = chunk["agents", "action"].where(~last[:, None], 0)
+            allowed = chunk["agents", "action_mask"].gather(-1, action.unsqueeze(-1))[..., 0].all(-1) | last
             if not allowed.all():
                 raise BadInput(f"{path}: the action at row {start + int((~allowed).nonzero()[0])} is one that its mask forbids")
     returns = episode_returns(rows)

@@ -18,6 +18,7 @@ Every environment speaks the same TensorDict keys (n agents, B environments):
 
 import importlib.metadata
 import warnings
+from functools import partial
 
 import numpy as np
 import torch
@@ -99,7 +100,10 @@ class MaMuJoCoEnv(EnvBase):
             parts, _, _ = get_parts_and_edges(scenario, partition)
         except Exception as error:  # gymnasium-robotics has no other type for a partition that it does not know
             raise BadInput(f"mamujoco task '{task}': {scenario} has no partition '{partition}' in gymnasium-robotics") from error
-        self.robots = [mamujoco_v1.parallel_env(scenario, partition, agent_obsk, **kwargs) for _ in range(num_envs)]
+        try:
+            self.robots = [mamujoco_v1.parallel_env(scenario, partition, agent_obsk, **kwargs) for _ in range(num_envs)]
+        except (IndexError, ValueError) as error:  # a scenario's model that this version of MuJoCo does not take
+            raise BadInput(f"mamujoco task '{task}': gymnasium-robotics can't build it with this MuJoCo ({error})") from error
         if agent_obsk is not None and self.robots[0].observation_factorization is None:
             raise BadInput(f"gymnasium-robotics has no agent_obsk observations for {scenario}: use the benchmark's (no --agent-obsk)")
         self.simulators = [robot.single_agent_env for robot in self.robots]
@@ -195,7 +199,7 @@ def make_env(env: str, task: str, num_envs: int, workers: int = 1, agent_obsk: i
     check_task(env, task)
     if workers == 1:
         return MaMuJoCoEnv(task, num_envs, agent_obsk, device)
-    return ParallelEnv(workers, lambda: MaMuJoCoEnv(task, num_envs, agent_obsk), device=device)
+    return ParallelEnv(workers, partial(MaMuJoCoEnv, task, num_envs, agent_obsk), device=device)
 
 
 def engine(env: str) -> str:

@@ -86,8 +86,11 @@ def evaluate(policy: torch.nn.Module, env: EnvBase, episodes: int, seed: int) ->
             mask = td.get(("agents", "action_mask"), None)
             action = policy.act(td["agents", "observation"].to(device), None if mask is None else mask.to(device))
             td["agents", "action"] = action.to(env.device)
-            # Environments whose episode is over stand still.
-            td = env.step(td.set("_step", alive.squeeze(-1)))
+            # Environments whose episode is over stand still; TorchRL's ParallelEnv can hold whole workers only.
+            stepping = alive.squeeze(-1)
+            if stepping.ndim == 2:
+                stepping = stepping.any(-1, keepdim=True).expand_as(stepping)
+            td = env.step(td.set("_step", stepping))
             total += td["next", "reward"].where(alive, 0)
             length += alive
             alive = alive & ~td["next", "done"]
@@ -120,6 +123,8 @@ def main(args: Args):
         raise BadInput("--episodes and --workers must be positive")
     if not args.run:
         raise BadInput("give the run directories with --run")
+    if args.out and not Path(args.out).absolute().parent.is_dir():
+        raise BadInput(f"can't write --out {args.out}: its folder does not exist")
     device = pick_device(args.device)
     loaded = [load_policy(run, device) for run in args.run]  # before the first rollout, so that a bad one costs nothing
     rows, env, last = [], None, None

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tensordict import TensorDict
 
-from comadice_data import BadInput, dataset_path, open_dataset
+from comadice_data import BadInput, dataset_path, open_dataset, read_json
 from comadice_envs import check_task
 
 DATA_ROOT = Path(__file__).parent / "data"
@@ -109,14 +109,14 @@ def start_run(args: RunArgs, algo: str, seed: int) -> tuple[Path, dict | None]:
     or where OUT can't be written.
     """
     run = Path(args.out, args.env, args.task, args.quality, algo, f"seed{seed}")
-    ignore = ("seeds", "out", "resume", "overwrite", "device", "workers")
-    config = {k: v for k, v in asdict(args).items() if k not in ignore} | {"algo": algo, "seed": seed}
+    config = asdict(args) | {"algo": algo, "seed": seed}
+    free = ("seeds", "data", "out", "resume", "overwrite", "device", "workers")  # may differ when a run is resumed
     checkpoint = None
     if (run / "config.json").exists() and not args.overwrite:
         if not args.resume:
             raise BadInput(f"{run} already holds a run: --resume goes on with it, --overwrite replaces it, --out goes elsewhere")
-        old = json.loads((run / "config.json").read_text())
-        changed = sorted(k for k in config if old.get(k) != config[k])
+        old = read_json(run / "config.json")
+        changed = sorted(k for k in config if k not in free and old.get(k) != config[k])
         if changed:
             raise BadInput(f"{run} was started with other arguments ({', '.join(f'{k} {old.get(k)}' for k in changed)}): give them again to resume")
         if (run / "checkpoint.pt").exists():
@@ -126,7 +126,7 @@ def start_run(args: RunArgs, algo: str, seed: int) -> tuple[Path, dict | None]:
         for name in ("summary.json", "checkpoint.pt", "metrics.csv"):
             if checkpoint is None:
                 (run / name).unlink(missing_ok=True)
-        write_atomically(run / "config.json", json.dumps(config | {"device": args.device, "workers": args.workers}, indent=2) + "\n")
+        write_atomically(run / "config.json", json.dumps(config, indent=2) + "\n")
     except OSError as error:
         raise BadInput(f"can't write to --out {args.out}: {error.strerror}") from None
     return run, checkpoint
@@ -139,15 +139,19 @@ def write_atomically(path: Path, text: str):
 
 
 def save_checkpoint(run: Path, state: dict, metrics: list[dict]):
-    """checkpoint.pt and metrics.csv, each replaced as a whole; the rows are in the checkpoint too, so a resumed run has them."""
-    torch.save(state | {"metrics": metrics}, run / "checkpoint.pt.partial")
-    (run / "checkpoint.pt.partial").replace(run / "checkpoint.pt")
+    """metrics.csv and checkpoint.pt, each replaced as a whole.
+
+    The table's rows are in the checkpoint too, and the table comes first, so a run that is killed between the two writes
+    its row again when it is resumed.
+    """
     keys = list(dict.fromkeys(key for row in metrics for key in row))
     with open(run / "metrics.csv.partial", "w", newline="") as file:
         table = csv.DictWriter(file, keys)
         table.writeheader()
         table.writerows(metrics)
     (run / "metrics.csv.partial").replace(run / "metrics.csv")
+    torch.save(state | {"metrics": metrics}, run / "checkpoint.pt.partial")
+    (run / "checkpoint.pt.partial").replace(run / "checkpoint.pt")
 
 
 def load_checkpoint(run: str | Path) -> dict:

@@ -181,6 +181,7 @@ def train_critics(rows: TensorDict, card: dict, args, seed: int, state: dict | N
         critics.load_state_dict(state["critics"])
         target.load_state_dict(state["target"])
         optimizer.load_state_dict(state["critic_optimizer"])
+        set_random_state(state["random"])  # after the initialisations above have drawn from it
         start, seconds = state["critic_step"], state["critic_seconds"]
     replay = make_replay(rows, args.batch_size)
     initial = TensorDictReplayBuffer(storage=TensorStorage(initial_rows(rows)), batch_size=args.init_batch_size)
@@ -205,7 +206,6 @@ def train_seed(args: Args, seed: int, rows: TensorDict, card: dict, env) -> list
     common = {"card": card, "config": asdict(args), "policy": {}, "step": 0}
     metrics = []
     if state is not None:
-        set_random_state(state["random"])
         metrics = state["metrics"]
     if state is None or state["critic_step"] < args.steps:
         for progress, row in train_critics(rows, card, args, seed, state):
@@ -216,6 +216,7 @@ def train_seed(args: Args, seed: int, rows: TensorDict, card: dict, env) -> list
     critics.load_state_dict(state["target"])
     w = dataset_ratio(critics, rows, args)
     stats = comadice_bc.ratio_stats(w)
+    set_random_state(state["random"])  # the second stage begins alike whether or not the run was stopped before it
     going_on = state if state["step"] else None
     for progress, row in comadice_bc.train_policy(rows, card, w, args, seed, env, f"policy seed {seed}", going_on):
         metrics.append(row | stats)
@@ -251,8 +252,13 @@ def plot_curves(curves: dict[str, list[list[dict]]], dataset_return: float, titl
 def main(args: Args):
     quick = args is QUICK
     check_args(args)
-    if not args.alpha > 0 or not 0 <= args.gamma < 1 or not 0 < args.tau <= 1 or not args.reward_scale > 0:
-        raise BadInput("--alpha and --reward-scale must be positive, --gamma in [0, 1) and --tau in (0, 1]")
+    for name in ("alpha", "reward_scale", "mixer_hidden", "init_batch_size"):
+        if not getattr(args, name) > 0:
+            raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a positive number")
+    if not 0 <= args.gamma < 1 or not 0 < args.tau <= 1 or not args.lambda_scale >= 0:
+        raise BadInput("--gamma must be in [0, 1), --tau in (0, 1] and --lambda-scale at least 0")
+    if args.objective == "semi" and args.lambda_scale:
+        raise BadInput("--objective semi has E[w | s] = 1 in every state and no multiplier: use --lambda-scale 0")
     if args.objective == "released" and args.mixer_layers == 2:
         raise BadInput("--objective released needs local weights W_i, which a 2-layer mixer does not have: use --mixer-layers 1")
     device = pick_device(args.device)
@@ -270,7 +276,7 @@ def main(args: Args):
         curves["BC"] = [comadice_bc.train_seed(bc, seed, "bc", rows, card, None, env) for seed in args.seeds]
 
     folder = Path(args.out, args.env, args.task, args.quality)
-    print(f"\n{args.env} {args.task} {args.quality}, {args.steps:,} steps, seeds {args.seeds}, {card['engine']}")
+    print(f"\n{args.env} {args.task} {args.quality}, {args.steps:,} steps, seeds {args.seeds}, {card.get('engine')}")
     print(f"{'':<24}{'return':>12}")
     print(f"{'behaviour data':<24}{card['return_mean']:>12.1f} ± {card['return_std']:.1f} (over episodes)")
     for name, seeds in reversed(curves.items()):

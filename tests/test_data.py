@@ -1,0 +1,548 @@
+"""The dataset format: what is written is read, and what is damaged is refused and left alone."""
+
+import json
+import math
+import random
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, files_hash, hopper_card
+from tensordict import TensorDict
+
+from comadice_data import BadInput, DatasetWriter, as_transition, dataset_path, episodes, initial_rows, last_rows, make_replay, open_dataset, table_row
+
+FIELDS = ["state", "agents/observation", "agents/action", "reward", "terminated", "done", "is_init", "episode"]
+
+
+@pytest.fixture(params=["hopper", "game"])
+def recorded(request, hopper_data, hopper_episodes, discrete_data, discrete_episodes):
+    """(directory, the episodes that were written) for continuous and for discrete actions."""
+    return (hopper_data, hopper_episodes) if request.param == "hopper" else (discrete_data, discrete_episodes)
+
+
+@pytest.fixture
+def copy(hopper_data, tmp_path):
+    return shutil.copytree(hopper_data, tmp_path / "copy")
+
+
+@pytest.fixture
+def game(discrete_data, tmp_path):
+    return shutil.copytree(discrete_data, tmp_path / "game")
+
+
+def key(name: str):
+    return tuple(name.split("/"))
+
+
+# ---------------------------------------------------------------- round trips
+
+
+def test_round_trip_of_every_array(recorded):
+    path, written = recorded
+    rows, card = open_dataset(path)
+    assert len(rows) == sum(len(e) for e in written) == card["samples"] + card["trajectories"]
+    wanted = torch.cat(written)
+    last = last_rows(rows)
+    assert last.nonzero()[:, 0].tolist() == (np.cumsum([len(e) for e in written]) - 1).tolist()
+    # The last row of an episode keeps what is seen there; its action, reward and flags count for nothing and are zero.
+    for name in [n for n in FIELDS if n not in ("is_init", "episode")] + ["agents/action_mask"] * card["discrete"]:
+        value = rows[key(name)]
+        assert value.dtype == wanted[key(name)].dtype
+        seen = name in ("state", "agents/observation", "agents/action_mask")
+        assert torch.equal(value if seen else value[~last], wanted[key(name)] if seen else wanted[key(name)][~last]), name
+        assert seen or not value[last].any(), name
+    assert ("action_mask" in rows["agents"].keys()) == card["discrete"]
+    assert rows["is_init"][:, 0].nonzero()[:, 0].tolist() == [0, *(last.nonzero()[:-1, 0] + 1).tolist()]
+    assert rows["episode"][:, 0].tolist() == [i for i, e in enumerate(written) for _ in range(len(e))]
+
+
+def test_card_statistics(recorded):
+    path, written = recorded
+    _, card = open_dataset(path)
+    returns = np.array([e["reward"][:-1].double().sum().item() for e in written])
+    actions = torch.cat([e["agents", "action"][:-1] for e in written])
+    assert card["trajectories"] == len(written) and card["samples"] == sum(len(e) - 1 for e in written)
+    for name, value in (("mean", returns.mean()), ("std", returns.std()), ("min", returns.min()), ("max", returns.max())):
+        assert card[f"return_{name}"] == pytest.approx(value, rel=1e-5), name
+    assert (card["action_low"], card["action_high"]) == (actions.min().item(), actions.max().item())
+    sizes = [card[k] for k in ("n_agents", "obs_dim", "state_dim", "action_dim", "discrete")]
+    assert sizes == ([2, 3, 5, 4, True] if card["discrete"] else [3, 14, 42, 1, False])
+
+
+def test_terminated_and_done_are_kept_apart(hopper_data, hopper_episodes):
+    rows, _ = open_dataset(hopper_data)
+    falls, limits = rows["terminated"].sum().item(), (rows["done"] & ~rows["terminated"]).sum().item()
+    assert falls == sum(e["terminated"][-2].item() for e in hopper_episodes) > 0
+    assert limits == len(hopper_episodes) - falls > 0
+
+
+def test_episodes_round_trip(recorded, tmp_path):
+    """Writing what episodes() yields gives the same files again."""
+    path, written = recorded
+    rows, card = open_dataset(path)
+    assert [len(e) for e in episodes(rows)] == [len(e) for e in written]
+    writer = DatasetWriter(tmp_path / "again")
+    for episode in episodes(rows):
+        writer.append(episode)
+    assert files_hash(writer.close(card)) == files_hash(path)
+    assert not (tmp_path / "again.partial").exists()
+
+
+def test_tensordict_reads_the_same_arrays(recorded, tmp_path):
+    path, _ = recorded
+    before = files_hash(path)
+    rows, _ = open_dataset(path)
+    loaded = TensorDict.load_memmap(str(shutil.copytree(path, tmp_path / "copy")))
+    assert loaded.batch_size == rows.batch_size and set(loaded.keys(True, True)) == set(rows.keys(True, True))
+    for name in rows.keys(True, True):
+        assert loaded[name].dtype == rows[name].dtype and torch.equal(loaded[name], rows[name]), name
+    assert files_hash(path) == before == files_hash(tmp_path / "copy")
+
+
+def test_nothing_done_to_the_rows_reaches_the_files(copy):
+    before = files_hash(copy)
+    rows, _ = open_dataset(copy)
+    for name in FIELDS:
+        rows[key(name)].fill_(1)
+    assert rows["state"].eq(1).all()
+    with pytest.raises(RuntimeError):
+        rows["state"] = torch.zeros_like(rows["state"])
+    batch = make_replay(rows, 8).sample()
+    batch["state"].zero_()
+    del rows, batch
+    assert files_hash(copy) == before
+    assert open_dataset(copy)[0]["state"].ne(1).any()
+
+
+def test_read_only_files_can_be_opened(copy):
+    """Datasets may lie on a volume that nobody can write to (root can, so this says little where tests run as root)."""
+    for file in [*copy.rglob("*"), copy]:
+        file.chmod(0o555 if file.is_dir() else 0o444)
+    try:
+        assert open_dataset(copy)[1]["task"] == "hopper"
+    finally:
+        for file in [copy, *copy.rglob("*")]:
+            file.chmod(0o755)
+
+
+def test_writer_refuses_an_episode_that_does_not_end(hopper_episodes, tmp_path):
+    writer = DatasetWriter(tmp_path / "data")
+    for step in (-2, 0):
+        episode = hopper_episodes[0].clone()
+        episode["done"][step] = not episode["done"][step]
+        with pytest.raises(ValueError, match="must be done"):
+            writer.append(episode)
+
+
+def test_writer_leaves_no_dataset_before_close_and_replaces_one_after(copy, hopper_episodes):
+    before = files_hash(copy)
+    writer = DatasetWriter(copy)
+    writer.append(hopper_episodes[0])
+    assert files_hash(copy) == before
+    writer.close(hopper_card())
+    assert open_dataset(copy)[1]["trajectories"] == 1
+
+
+def test_writer_does_not_change_the_episodes(hopper_episodes, tmp_path):
+    before = hopper_episodes[0].clone()
+    DatasetWriter(tmp_path / "data").append(hopper_episodes[0])
+    assert set(before.keys(True, True)) == set(hopper_episodes[0].keys(True, True))
+    assert all(torch.equal(before[k], hopper_episodes[0][k]) for k in before.keys(True, True))
+
+
+def test_unwritable_place(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match="can't write a dataset at"):
+        DatasetWriter(tmp_path / "file" / "data")
+
+
+def test_dataset_path():
+    assert str(dataset_path(None, "mamujoco", "ant", "expert", "root")) == "root/mamujoco/ant/expert"
+    assert str(dataset_path("there", "mamujoco", "ant", "expert", "root")) == "there"
+
+
+# ---------------------------------------------------------------- replay
+
+
+def test_samples_are_transitions_and_never_last_rows(recorded):
+    path, _ = recorded
+    rows, card = open_dataset(path)
+    # The row's number travels along in a key of its own.
+    rows = rows.clone(recurse=False).unlock_()
+    rows["number"] = torch.arange(len(rows))
+    replay = make_replay(rows, 4096, torch.Generator().manual_seed(0))
+    last = last_rows(rows)
+    for _ in range(5):
+        batch = replay.sample()
+        number = batch["number"]
+        assert batch.batch_size == (4096,) and not last[number].any()
+        for name in ("state", ("agents", "observation"), ("agents", "action"), "reward", "terminated", "done", "is_init", "episode"):
+            assert torch.equal(batch[name], rows[name][number]), name
+        assert torch.equal(batch["next", "state"], rows["state"][number + 1])
+        assert torch.equal(batch["next", "agents", "observation"], rows["agents", "observation"][number + 1])
+        assert (rows["episode"][number + 1] == batch["episode"]).all()
+        if card["discrete"]:
+            assert torch.equal(batch["next", "agents", "action_mask"], rows["agents", "action_mask"][number + 1])
+    assert batch["done"].any()
+
+
+def test_sampling_is_uniform_over_transitions(discrete_data):
+    """Chi-square of 34,000 draws over 17 transitions: mean 16, standard deviation 5.7; 45 is beyond the 99.98th percentile."""
+    rows, card = open_dataset(discrete_data)
+    rows = rows.clone(recurse=False).unlock_()
+    rows["number"] = torch.arange(len(rows))
+    replay = make_replay(rows, 1000, torch.Generator().manual_seed(0))
+    counts = torch.zeros(len(rows))
+    for _ in range(34):
+        counts += torch.bincount(replay.sample()["number"], minlength=len(rows))
+    counts = counts[~last_rows(rows)]
+    assert len(counts) == card["samples"] == 17
+    assert ((counts - 2000) ** 2 / 2000).sum() < 45
+
+
+def test_a_generator_makes_sampling_repeatable(hopper_data):
+    rows, _ = open_dataset(hopper_data)
+    draws = [make_replay(rows, 64, torch.Generator().manual_seed(seed)).sample()["state"] for seed in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def test_layout_of_a_transition(recorded):
+    path, _ = recorded
+    rows, card = open_dataset(path)
+    batch = as_transition(rows[torch.tensor([[0, 1], [3, 4]])])
+    mask = {("agents", "action_mask")} if card["discrete"] else set()
+    seen = {"state", ("agents", "observation")} | mask
+    here = {key(n) if "/" in n else n for n in FIELDS} | mask
+    assert set(batch.keys(True, True)) == here | {("next", *((k,) if isinstance(k, str) else k)) for k in seen}
+    assert batch.batch_size == (2,) and batch["next"].batch_size == (2,)
+    assert torch.equal(batch["state"], rows["state"][[0, 3]]) and torch.equal(batch["next", "state"], rows["state"][[1, 4]])
+
+
+def test_initial_rows(recorded):
+    path, written = recorded
+    first = initial_rows(open_dataset(path)[0])
+    assert len(first) == len(written)
+    assert torch.equal(first["state"], torch.stack([e["state"][0] for e in written]))
+    assert torch.equal(first["agents", "observation"], torch.stack([e["agents", "observation"][0] for e in written]))
+
+
+# ---------------------------------------------------------------- damage
+
+
+def refused(path, match: str, **kwargs):
+    """open_dataset raises BadInput with one line that says `match`, and leaves every file as it was."""
+    before = files_hash(path)
+    with pytest.raises(BadInput, match=match) as error:
+        open_dataset(path, **kwargs)
+    assert "\n" not in str(error.value) and files_hash(path) == before
+
+
+def poke(path, name: str, index: int, value, dtype=np.float32):
+    """Overwrites one number of an array's file in place."""
+    data = np.fromfile(path / f"{name}.memmap", dtype)
+    data[index] = value
+    data.tofile(path / f"{name}.memmap")
+
+
+def edit(file, **changes):
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | changes))
+
+
+@pytest.mark.parametrize("change", ["half", "one byte less", "one byte more", "empty"])
+@pytest.mark.parametrize("name", FIELDS)
+def test_file_of_another_size(copy, name, change):
+    file = copy / f"{name}.memmap"
+    data = file.read_bytes()
+    file.write_bytes({"half": data[: len(data) // 2], "one byte less": data[:-1], "one byte more": data + b"\0", "empty": b""}[change])
+    refused(copy, rf"{name}.memmap has {file.stat().st_size} bytes, {len(data)} are needed")
+
+
+def test_mask_of_another_size(game):
+    file = game / "agents" / "action_mask.memmap"
+    file.write_bytes(file.read_bytes()[:-1])
+    refused(game, "action_mask.memmap has .* bytes")
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_missing_array(copy, name):
+    (copy / f"{name}.memmap").unlink()
+    refused(copy, rf"{name}.memmap is missing")
+
+
+@pytest.mark.parametrize("name", ["card.json", "meta.json", "agents/meta.json"])
+def test_missing_json(copy, name):
+    (copy / name).unlink()
+    refused(copy, rf"{name} is missing")
+
+
+@pytest.mark.parametrize("content", ["", "{", "not json", "\xff\xfe", '{"env": "mamujoco",'])
+@pytest.mark.parametrize("name", ["card.json", "meta.json", "agents/meta.json"])
+def test_json_that_is_not_json(copy, name, content):
+    (copy / name).write_bytes(content.encode("latin-1"))
+    refused(copy, rf"{name} can't be read as JSON")
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null", '"text"'])
+@pytest.mark.parametrize("name", ["card.json", "meta.json", "agents/meta.json"])
+def test_json_of_another_type(copy, name, content):
+    (copy / name).write_text(content)
+    refused(copy, rf"{name} does not hold a JSON object")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["state", "agents/observation", "agents/action", "reward"])
+def test_number_that_is_not_finite(copy, name, value):
+    rows = open_dataset(copy)[0]
+    width = rows[key(name)][0].numel()
+    poke(copy, name, 5 * width + width - 1, value)
+    refused(copy, f"{name} is not finite at row 5")
+
+
+def test_number_that_is_not_finite_in_a_last_row(copy):
+    last = int(last_rows(open_dataset(copy)[0]).nonzero()[-1])
+    poke(copy, "state", last * 42, math.nan)
+    refused(copy, f"state is not finite at row {last}")
+
+
+@pytest.mark.parametrize("name", ["n_agents", "state_dim", "obs_dim", "action_dim", "samples", "trajectories"])
+@pytest.mark.parametrize("value", [7, 0, -1, 2.0, "3", None, True, 10**30])
+def test_card_with_other_sizes(copy, name, value):
+    edit(copy / "card.json", **{name: value})
+    refused(copy, f"'{name}' is" if type(value) is not int or value < 1 else "does not describe|episodes do not close")
+
+
+@pytest.mark.parametrize("changes", [{"samples": 1, "trajectories": 12}, {"discrete": True}, {"discrete": "no"}, {"bytes": {}}, {"bytes": None}, {"bytes": []}])
+def test_card_with_another_layout(copy, changes):
+    edit(copy / "card.json", **changes)
+    refused(copy, "card.json|meta.json")
+
+
+def test_card_with_other_byte_counts(copy):
+    card = json.loads((copy / "card.json").read_text())
+    edit(copy / "card.json", bytes=card["bytes"] | {"reward": 4})
+    refused(copy, r"reward.memmap has .*the card says 4")
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("change", ["dtype", "shape", "missing", "not an object"])
+def test_meta_that_describes_something_else(copy, name, change):
+    file = copy / ("agents/meta.json" if "/" in name else "meta.json")
+    leaf = name.split("/")[-1]
+    meta = json.loads(file.read_text())
+    shape = meta[leaf]["shape"]
+    if change == "missing":
+        del meta[leaf]
+    else:
+        other = {"dtype": {"dtype": "torch.float64"}, "shape": {"shape": [2 * shape[0], *shape[1:]]}, "not an object": 3}[change]
+        meta[leaf] = other if change == "not an object" else meta[leaf] | other
+    file.write_text(json.dumps(meta))
+    refused(copy, rf"meta.json does not describe {name} as")
+
+
+def test_meta_of_a_type_that_would_be_unpickled(copy):
+    """A meta.json that sends TensorDict's loader to a pickle: ours never follows it."""
+    edit(copy / "meta.json", _type="<class 'tensordict._pytree.Unknown'>")
+    (copy / "other.pickle").write_bytes(b"cos\nsystem\n(S'touch " + str(copy / "pwned").encode() + b"'\ntR.")
+    try:
+        open_dataset(copy)
+    except BadInput:
+        pass
+    assert not (copy / "pwned").exists()
+
+
+@pytest.mark.parametrize("value", [None, 3, ["hopper"]])
+@pytest.mark.parametrize("name", ["env", "task", "quality"])
+def test_card_without_names(copy, name, value):
+    """Run directories are called after them."""
+    edit(copy / "card.json", **{name: value})
+    refused(copy, f"card.json.*'{name}'")
+
+
+@pytest.mark.parametrize("value", [3, "agent_obsk=", "agent_obsk=x", "other", None])
+def test_card_with_an_interface_that_does_not_exist(copy, value):
+    edit(copy / "card.json", interface=value)
+    refused(copy, "card.json.*'interface'")
+
+
+@pytest.mark.parametrize("name", ["return_mean", "return_std"])
+@pytest.mark.parametrize("value", [100.0, None, "5", math.nan, True])
+def test_card_with_other_statistics(copy, name, value):
+    edit(copy / "card.json", **{name: value})
+    refused(copy, f"the card says {name}")
+
+
+def test_rewards_that_are_not_those_of_the_card(copy):
+    poke(copy, "reward", 3, 50.0)
+    refused(copy, "the rewards give")
+
+
+def test_done_flag_flipped(copy):
+    rows = open_dataset(copy)[0]
+    end = int(rows["done"][:, 0].nonzero()[2])
+    poke(copy, "done", end, 0, np.uint8)
+    poke(copy, "terminated", end, 0, np.uint8)
+    refused(copy, "the episodes do not close")
+
+
+def test_done_too_early(copy):
+    poke(copy, "done", 4, 1, np.uint8)
+    refused(copy, "the episodes do not close")
+
+
+@pytest.mark.parametrize("episode", [0, -1])
+def test_done_in_a_last_row(copy, episode):
+    poke(copy, "done", int(last_rows(open_dataset(copy)[0]).nonzero()[episode]), 1, np.uint8)
+    refused(copy, "the episodes do not close")
+
+
+def test_terminated_without_done(copy):
+    poke(copy, "terminated", 4, 1, np.uint8)
+    refused(copy, "terminated but not done")
+
+
+@pytest.mark.parametrize("row", [0, 4, "second episode"])
+def test_is_init_flipped(copy, row):
+    init = open_dataset(copy)[0]["is_init"][:, 0]
+    row = int(init.nonzero()[1]) if row == "second episode" else row
+    poke(copy, "is_init", row, not init[row], np.uint8)
+    refused(copy, "the episodes do not close")
+
+
+@pytest.mark.parametrize("value", [99, -1, 2**62])
+def test_episode_number_changed(copy, value):
+    poke(copy, "episode", 4, value, np.int64)
+    refused(copy, "the episode numbers do not count the episodes")
+
+
+@pytest.mark.parametrize("value", [2, 255])
+@pytest.mark.parametrize("name", ["terminated", "done", "is_init"])
+def test_bool_that_is_no_bool(copy, name, value):
+    poke(copy, name, 3, value, np.uint8)
+    refused(copy, f"{name} has a byte that is neither 0 nor 1")
+
+
+def test_mask_that_is_no_bool(game):
+    poke(game, "agents/action_mask", 3, 2, np.uint8)
+    refused(game, "action_mask has a byte that is neither 0 nor 1")
+
+
+@pytest.mark.parametrize("value", [1000.0, -1000.0])
+def test_action_out_of_the_cards_bounds(copy, value):
+    poke(copy, "agents/action", 6, value)
+    refused(copy, r"actions from .* leave the card's bounds")
+
+
+@pytest.mark.parametrize("value", [0.0, None, "high", [1.0], math.nan])
+def test_card_with_other_action_bounds(copy, value):
+    edit(copy / "card.json", action_high=value)
+    refused(copy, "bounds|action_high")
+
+
+@pytest.mark.parametrize("value", [4, -1, 2**40])
+def test_discrete_action_that_does_not_exist(game, value):
+    edit(game / "card.json", action_low=-(2**41), action_high=2**41)
+    poke(game, "agents/action", 6, value, np.int64)
+    refused(game, "an action is outside of 0 to 3")
+
+
+@pytest.mark.parametrize("value", [4, -1, 2**40])
+def test_discrete_action_in_a_last_row_that_does_not_exist(game, value):
+    """Never sampled, but read when masks are checked."""
+    last = int(last_rows(open_dataset(game)[0]).nonzero()[0])
+    poke(game, "agents/action", 2 * last, value, np.int64)
+    before = files_hash(game)
+    try:
+        open_dataset(game)
+    except BadInput:
+        pass
+    assert files_hash(game) == before
+
+
+def test_masked_action_chosen(game):
+    rows = open_dataset(game)[0]
+    transition = int((~last_rows(rows)).nonzero()[4])
+    chosen = rows["agents", "action"][transition, 1]
+    poke(game, "agents/action_mask", transition * 8 + 4 + int(chosen), 0, np.uint8)
+    refused(game, f"the action at row {transition} is one that its mask forbids")
+
+
+def test_dataset_in_the_repository():
+    path = ROOT / "data" / "mamujoco" / "hopper" / "demo"
+    if not path.is_dir():
+        pytest.skip("the demo dataset is not here")
+    _, card = open_dataset(path, "mamujoco", "hopper")
+    assert card["quality"] == "demo" and (card["n_agents"], card["obs_dim"], card["state_dim"], card["action_dim"]) == (3, 14, 42, 1)
+    assert card["made"]["arguments"] and card["engine"]
+
+
+def test_dataset_of_another_task(copy):
+    refused(copy, "is a dataset of task 'hopper', not 'ant'", env="mamujoco", task="ant")
+    refused(copy, "is a dataset of env 'mamujoco', not 'smacv2'", env="smacv2", task="hopper")
+    open_dataset(copy, "mamujoco", "hopper")
+
+
+def test_no_dataset(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "nothing", tmp_path / "file"):
+        with pytest.raises(BadInput, match="no dataset at"):
+            open_dataset(path)
+    refused(tmp_path, "card.json is missing")
+
+
+def test_fuzz(game, hopper_data, tmp_path):
+    """Whatever happens to a file, open_dataset returns or raises BadInput with one line, and changes nothing."""
+    rng = random.Random(0)
+    outcomes = {"opened": 0, "refused": 0}
+    for path in (game, shutil.copytree(hopper_data, tmp_path / "hopper")):
+        files = [p for p in sorted(path.rglob("*")) if p.is_file()]
+        for _ in range(100):
+            file = rng.choice(files)
+            original = file.read_bytes()
+            data = bytearray(original)
+            kind = rng.random()
+            if kind < 0.25:
+                data = data[: rng.randrange(len(data))]
+            elif kind < 0.35:
+                data += rng.randbytes(rng.randrange(1, 9))
+            else:
+                for _ in range(rng.choice((1, 1, 4))):
+                    data[rng.randrange(len(data))] = rng.randrange(256)
+            file.write_bytes(data)
+            before = files_hash(path)
+            try:
+                open_dataset(path)
+                outcomes["opened"] += 1
+            except BadInput as error:
+                assert "\n" not in str(error)
+                outcomes["refused"] += 1
+            assert files_hash(path) == before
+            file.write_bytes(original)
+    assert outcomes["refused"] > 100 and outcomes["opened"] > 5, outcomes
+
+
+# ---------------------------------------------------------------- command line
+
+
+def command(*args) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, ROOT / "comadice_data.py", *map(str, args)], capture_output=True, text=True, timeout=120)
+
+
+def test_info_prints_the_row_of_table_3(hopper_data):
+    done = command("info", hopper_data)
+    card = json.loads((hopper_data / "card.json").read_text())
+    assert done.returncode == 0, done.stderr
+    header, _, row = done.stdout.splitlines()[:3]
+    assert header == "| Instance | Quality | Trajectories | Samples | Agents | State dim | Obs dim | Action dim | Average returns |"
+    assert row == f"| hopper | random | 12 | {card['samples']} | 3 | 42 | 14 | 1 | {card['return_mean']:.1f} ± {card['return_std']:.1f} |"
+    assert row == table_row(card).splitlines()[2] and card["engine"] in done.stdout and '"by": "tests"' in done.stdout
+
+
+def test_info_of_a_bad_path(tmp_path):
+    done = command("info", tmp_path / "nothing")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"error: no dataset at {tmp_path / 'nothing'}\n"

@@ -1,0 +1,845 @@
+"""The scripts end to end at toy sizes: what they leave on disk, resuming after a kill, and input that can't be used."""
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, files_hash, hopper_card
+from tensordict import TensorDict
+
+import comadice_bc
+import comadice_collect
+import comadice_eval
+import comadice_losses as losses
+import comadice_runs
+import comadice_train
+from comadice_data import DatasetWriter, episodes, last_rows, open_dataset
+from comadice_envs import make_env
+from comadice_mixer import make_policy
+
+TINY = {"device": "cpu", "steps": 20, "evals": 2, "eval_episodes": 2, "hidden": 16, "batch_size": 32}
+
+
+def args(module, dataset, folder, /, **kwargs):
+    return module.Args(**TINY | {"data": str(dataset), "out": str(folder)} | kwargs)
+
+
+def folder(out: Path, algo: str, seed: int = 0) -> Path:
+    return out / "mamujoco" / "hopper" / "random" / algo / f"seed{seed}"
+
+
+def train(data, out: Path, module=comadice_train, algo: str | None = None, **kwargs) -> Path:
+    module.main(args(module, data, out, **kwargs))
+    return folder(out, algo or {comadice_train: "comadice", comadice_bc: "bc"}[module])
+
+
+def checkpoint(run: Path) -> dict:
+    return torch.load(run / "checkpoint.pt", weights_only=True)
+
+
+def same_weights(a: dict, b: dict, part: str = "policy") -> bool:
+    a, b = a[part], b[part]
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def table(run: Path) -> list[dict]:
+    with open(run / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="session")
+def out(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="session")
+def run(hopper_data, out) -> Path:
+    """A finished ComaDICE run. Tests that change it copy it first."""
+    return train(hopper_data, out)
+
+
+@pytest.fixture(scope="session")
+def bc_run(hopper_data, out) -> Path:
+    return train(hopper_data, out, comadice_bc)
+
+
+@pytest.fixture(scope="session")
+def nowhere(hopper_data, tmp_path_factory) -> Path:
+    """A dataset of an env that no simulator exists for."""
+    path = shutil.copytree(hopper_data, tmp_path_factory.mktemp("nowhere") / "data")
+    return edit(path, env="nowhere")
+
+
+def edit(path: Path, file: str = "card.json", **changes) -> Path:
+    content = json.loads((path / file).read_text())
+    (path / file).write_text(json.dumps(content | changes))
+    return path
+
+
+# ---------------------------------------------------------------- what a run leaves
+
+
+@pytest.mark.parametrize("algo", ["comadice", "bc"])
+def test_run_directory(run, bc_run, algo):
+    path, module = (run, comadice_train) if algo == "comadice" else (bc_run, comadice_bc)
+    assert sorted(p.name for p in path.iterdir()) == ["checkpoint.pt", "config.json", "metrics.csv", "summary.json"]
+    config = json.loads((path / "config.json").read_text())
+    # Every argument, less those that say where and how to put the result; "seed" is this run's of --seeds.
+    wanted = {f.name for f in dataclasses.fields(module.Args)} - {"seeds", "out", "resume", "overwrite"}
+    assert wanted | {"seed", "algo"} <= set(config)
+    assert (config["steps"], config["hidden"], config["task"], config["quality"], config["seed"], config["algo"]) == (20, 16, "hopper", "random", 0, algo)
+
+
+@pytest.mark.parametrize("algo", ["comadice", "bc"])
+def test_summary(run, bc_run, algo, hopper_data):
+    path = run if algo == "comadice" else bc_run
+    summary = json.loads((path / "summary.json").read_text())
+    card = json.loads((hopper_data / "card.json").read_text())
+    wanted = {"env": "mamujoco", "task": "hopper", "quality": "random", "algo": algo, "seed": 0, "steps": 20, "winrate": None, "device": "cpu"}
+    assert {k: summary[k] for k in wanted} == wanted
+    assert summary["dataset_return"] == card["return_mean"] and summary["updates_per_second"] > 0 and 50 < summary["peak_rss_mb"] < 20_000
+    last = table(path)[-1]
+    assert set(summary["return"]) == {"mean", "std"}
+    assert (summary["return"]["mean"], summary["return"]["std"]) == (float(last["return"]), float(last["return_std"]))
+
+
+def test_metrics_of_comadice(run):
+    rows = table(run)
+    assert [(r["stage"], int(r["step"])) for r in rows] == [("critics", 10), ("critics", 20), ("policy", 10), ("policy", 20)]
+    w = checkpoint(run)["w"]
+    for row in rows[2:]:
+        assert float(row["mean_w"]) == pytest.approx(w.mean().item()) and float(row["w_zero"]) == (w == 0).float().mean()
+        assert float(row["ess"]) == pytest.approx((w.sum() ** 2 / (len(w) * (w**2).sum())).item(), rel=1e-5)
+    assert all(math.isfinite(float(r[k])) for r in rows[:2] for k in ("q_loss", "nu_loss", "mean_nu", "mean_w", "ess"))
+    assert all(r["return"] == "" for r in rows[:2]) and all(math.isfinite(float(r["return"])) for r in rows[2:])
+
+
+def test_metrics_of_bc(bc_run):
+    assert [(r["stage"], int(r["step"])) for r in table(bc_run)] == [("policy", 10), ("policy", 20)]
+
+
+@pytest.mark.parametrize("steps, evals, wanted", [(7, 3, [2, 4, 6, 7]), (3, 10, [1, 2, 3]), (5, 1, [5])])
+def test_last_step_is_evaluated(nowhere, tmp_path, steps, evals, wanted):
+    comadice_bc.main(args(comadice_bc, nowhere, tmp_path, steps=steps, evals=evals))
+    assert [int(r["step"]) for r in table(tmp_path / "nowhere/hopper/random/bc/seed0")] == wanted
+
+
+def test_saved_ratio_is_the_formula_for_each_transition(run, hopper_data):
+    """Sections 4.3 and 4.2, transition by transition, from the networks in the checkpoint."""
+    state, (rows, card) = checkpoint(run), open_dataset(hopper_data)
+    assert state["w"].shape == (card["samples"],)
+    arguments = comadice_train.Args(**state["config"])
+    critics = comadice_train.make_critics(card, arguments)
+    critics.load_state_dict(state["target"])
+    w = []
+    with torch.no_grad():
+        for episode in episodes(rows):
+            nu_tot = critics.mixer(critics.nu(episode["agents", "observation"]), episode["state"])
+            for t in range(len(episode) - 1):
+                after = 0 if episode["terminated"][t] else arguments.gamma * nu_tot[t + 1]
+                A = arguments.reward_scale * episode["reward"][t, 0] + after - nu_tot[t]
+                w.append(losses.occupancy_ratio(A, arguments.alpha * arguments.reward_scale, losses.DIVERGENCES[arguments.f]))
+    torch.testing.assert_close(state["w"], torch.stack(w))
+    assert state["w"].std() > 0
+
+
+@pytest.mark.parametrize("objective, mixer_layers", [("exact", 1), ("exact", 2), ("printed", 1), ("printed", 2), ("released", 1)])
+def test_objectives_train(nowhere, tmp_path, objective, mixer_layers):
+    comadice_train.main(args(comadice_train, nowhere, tmp_path, steps=3, objective=objective, advantage="q", mixer_layers=mixer_layers, lambda_scale=1.0))
+    state = checkpoint(tmp_path / "nowhere/hopper/random/comadice/seed0")
+    assert state["w"].isfinite().all() and (state["w"] >= 0).all() and state["critics"]["lam"] != 0
+
+
+def test_discrete_actions_train(discrete_data, tmp_path):
+    comadice_train.main(args(comadice_train, discrete_data, tmp_path))
+    comadice_bc.main(args(comadice_bc, discrete_data, tmp_path, checkpoint=str(tmp_path / "nowhere/game/random/comadice/seed0")))
+    for algo in ("comadice", "weighted-bc"):
+        state = checkpoint(tmp_path / f"nowhere/game/random/{algo}/seed0")
+        assert all(v.isfinite().all() for v in state["policy"].values())
+
+
+def test_no_simulator_trains_without_evaluation(nowhere, tmp_path, capsys):
+    comadice_train.main(args(comadice_train, nowhere, tmp_path))
+    off = [line for line in capsys.readouterr().out.splitlines() if "rollouts are off" in line]
+    assert len(off) == 1 and "nowhere" in off[0]
+    path = tmp_path / "nowhere/hopper/random/comadice/seed0"
+    assert json.loads((path / "summary.json").read_text())["return"] is None
+    assert "return" not in table(path)[-1] and checkpoint(path)["step"] == 20
+
+
+def test_several_seeds_differ_and_each_is_the_run_alone(hopper_data, run, tmp_path):
+    comadice_train.main(args(comadice_train, hopper_data, tmp_path, seeds=[1, 0]))
+    both = [checkpoint(folder(tmp_path, "comadice", seed)) for seed in (0, 1)]
+    assert same_weights(both[0], checkpoint(run)) and not same_weights(both[0], both[1])
+    assert torch.equal(both[0]["w"], checkpoint(run)["w"])
+
+
+@pytest.mark.parametrize("module", [comadice_train, comadice_bc])
+def test_same_seed_same_result(module, hopper_data, run, bc_run, tmp_path):
+    again = train(hopper_data, tmp_path, module)
+    first = run if module is comadice_train else bc_run
+    assert same_weights(checkpoint(again), checkpoint(first))
+    assert (again / "metrics.csv").read_bytes() == (first / "metrics.csv").read_bytes()
+
+
+def test_demonstration(hopper_data, tmp_path, monkeypatch, capsys):
+    """What `python comadice_train.py` runs, at a toy size: both algorithms, a table and a plot; twice, since it replaces its runs."""
+    shutil.copytree(hopper_data, tmp_path / "data/mamujoco/hopper/demo")
+    monkeypatch.setattr(comadice_runs, "DATA_ROOT", tmp_path / "data")
+    for _ in range(2):
+        quick = dataclasses.replace(comadice_train.QUICK, steps=4, evals=2, eval_episodes=2, hidden=16, device="cpu", out=str(tmp_path / "runs"))
+        monkeypatch.setattr(comadice_train, "QUICK", quick)
+        comadice_train.main(quick)
+        printed = capsys.readouterr().out
+        lines = {line.split("  ")[0]: line for line in printed.splitlines() if "±" in line}
+        assert {"behaviour data", "BC", "ComaDICE"} <= set(lines)
+    for algo, name in (("comadice", "ComaDICE"), ("bc", "BC")):
+        summary = json.loads((tmp_path / f"runs/mamujoco/hopper/demo/{algo}/seed0/summary.json").read_text())
+        assert f"{summary['return']['mean']:.1f} ± {summary['return']['std']:.1f}" in lines[name]
+    assert (tmp_path / "runs/mamujoco/hopper/demo/learning_curve.png").stat().st_size > 5000
+
+
+# ---------------------------------------------------------------- weighted behavioural cloning
+
+
+def test_weighted_bc_uses_the_ratio_of_the_run(hopper_data, run, bc_run, tmp_path):
+    weighted = train(hopper_data, tmp_path, comadice_bc, "weighted-bc", checkpoint=str(run))
+    state, w = checkpoint(weighted), checkpoint(run)["w"]
+    assert torch.equal(state["w"], w) and not same_weights(state, checkpoint(bc_run))
+    assert float(table(weighted)[-1]["mean_w"]) == pytest.approx(w.mean().item())
+    # A constant ratio, whatever its size, is plain BC.
+    source = shutil.copytree(run, tmp_path / "constant")
+    torch.save(checkpoint(run) | {"w": torch.full_like(w, 4.0)}, source / "checkpoint.pt")
+    constant = train(hopper_data, tmp_path / "again", comadice_bc, "weighted-bc", checkpoint=str(source))
+    assert same_weights(checkpoint(constant), checkpoint(bc_run))
+
+
+def test_ratios_lie_beside_their_transitions(hopper_data):
+    rows, card = open_dataset(hopper_data)
+    w = torch.rand(card["samples"], generator=torch.Generator().manual_seed(0))
+    weighted = comadice_bc.with_ratio(rows, w)["w"]
+    last = last_rows(rows)
+    torch.testing.assert_close(weighted[~last], w / w.mean())
+    assert not weighted[last].any()
+    assert torch.equal(comadice_bc.with_ratio(rows, None)["w"], (~last).float())
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def wobbly_policy() -> torch.nn.Module:
+    """A deterministic policy whose episodes in hopper have different lengths."""
+    torch.manual_seed(0)
+    policy = make_policy(3, 14, 1, False, 16)
+    for parameter in policy.parameters():
+        parameter.data *= 3
+    return policy
+
+
+@torch.no_grad()
+def play(policy, seed: int) -> tuple[float, int]:
+    """One episode in the plain Gymnasium environment, with the benchmark's observations."""
+    env = gymnasium.make("Hopper-v5")
+    obs, _ = env.reset(seed=seed)
+    total, length, over = 0.0, 0, False
+    while not over:
+        views = np.concatenate([np.tile(obs, (3, 1)), np.eye(3)], -1)
+        views = (views - views.mean(-1, keepdims=True)) / views.std(-1, keepdims=True)
+        action = policy.act(torch.as_tensor(views[None], dtype=torch.float32))
+        obs, reward, terminated, truncated, _ = env.step(action.numpy().astype(np.float64).reshape(-1))
+        total, length, over = total + reward, length + 1, terminated or truncated
+    env.close()
+    return total, length
+
+
+def test_evaluate_plays_whole_episodes_of_the_plain_simulator():
+    policy, env = wobbly_policy(), make_env("mamujoco", "hopper", 4)
+    env.set_seed(5)
+    alone = [play(policy, seed) for seed in env.seeds]
+    assert len({length for _, length in alone}) > 1, "the test needs episodes of different lengths"
+    random_state = torch.get_rng_state()
+    result = comadice_eval.evaluate(policy, env, 4, 5)
+    assert torch.equal(random_state, torch.get_rng_state())
+    returns = np.array([total for total, _ in alone])
+    np.testing.assert_allclose(result["returns"], returns, rtol=1e-5)
+    assert result["return_mean"] == pytest.approx(returns.mean(), rel=1e-5) and result["return_std"] == pytest.approx(returns.std(), rel=1e-4)
+    assert result["length"] == pytest.approx(np.mean([length for _, length in alone]))
+    assert comadice_eval.evaluate(policy, env, 4, 5) == result and comadice_eval.evaluate(policy, env, 4, 6) != result
+    env.close()
+
+
+def test_evaluate_more_episodes_than_robots():
+    policy, env = wobbly_policy(), make_env("mamujoco", "hopper", 2)
+    five = comadice_eval.evaluate(policy, env, 5, 5)
+    assert len(five["returns"]) == 5 == len(set(five["returns"]))
+    assert comadice_eval.evaluate(policy, env, 2, 5)["returns"] == five["returns"][:2]
+    env.close()
+
+
+def test_evaluate_in_worker_processes():
+    """Robots that finish at different times in different processes."""
+    policy = wobbly_policy()
+    workers, one = make_env("mamujoco", "hopper", 2, workers=2), make_env("mamujoco", "hopper", 2)
+    together = comadice_eval.evaluate(policy, workers, 4, 5)
+    apart = [comadice_eval.evaluate(policy, one, 2, seed)["returns"] for seed in (5, one.set_seed(5))]
+    assert len({round(r, 3) for r in together["returns"]}) > 1
+    np.testing.assert_allclose(together["returns"], apart[0] + apart[1], rtol=1e-6)
+    workers.close()
+    one.close()
+
+
+def test_eval_script_gives_the_return_of_the_run(run, bc_run, tmp_path, capsys):
+    comadice_eval.main(comadice_eval.Args(run=[str(run), str(bc_run)], episodes=2, device="cpu", out=str(tmp_path / "result.json")))
+    printed = capsys.readouterr().out
+    results = json.loads((tmp_path / "result.json").read_text())
+    for path, result in zip((run, bc_run), results):
+        summary = json.loads((path / "summary.json").read_text())
+        assert (result["run"], result["episodes"]) == (str(path), 2)
+        assert (result["return_mean"], result["return_std"]) == (summary["return"]["mean"], summary["return"]["std"])
+        assert f"{result['return_mean']:.1f} ± {result['return_std']:.1f}" in printed
+    means = np.array([r["return_mean"] for r in results])
+    assert f"{means.mean():.1f} ± {means.std():.1f}" in printed.splitlines()[-1]
+
+
+# ---------------------------------------------------------------- killed runs
+
+
+class Stop(KeyboardInterrupt):
+    """What a test raises where a run is to be cut off."""
+
+
+def stop_at(monkeypatch, module, name: str, call: int, after: bool = False):
+    """Lets the call-th call of module.name raise Stop, before or after its work."""
+    original, calls = getattr(module, name), []
+
+    def stopping(*a, **k):
+        calls.append(1)
+        if len(calls) == call and not after:
+            raise Stop
+        result = original(*a, **k)
+        if len(calls) == call:
+            raise Stop
+        return result
+
+    monkeypatch.setattr(module, name, stopping)
+
+
+# In the run with 20 steps a stage and 2 evaluations in each: calls 1 and 2 of save_checkpoint are in stage one, 3 and 4 in stage two.
+CUTS = {
+    "before any checkpoint": (comadice_train, "critic_update", 7, False),
+    "at the first checkpoint": (comadice_train, "save_checkpoint", 1, True),
+    "in stage one": (comadice_train, "critic_update", 14, False),
+    "at the end of stage one": (comadice_train, "save_checkpoint", 2, True),
+    "at the start of stage two": (comadice_bc, "policy_update", 3, False),
+    "at the first checkpoint of stage two": (comadice_train, "save_checkpoint", 3, True),
+    "in stage two": (comadice_bc, "policy_update", 13, False),
+    "in the last evaluation": (comadice_bc, "evaluate", 2, True),
+    "at the last checkpoint": (comadice_train, "save_checkpoint", 4, True),
+    "between checkpoint and table": (csv, "DictWriter", 3, False),
+    "between last checkpoint and table": (csv, "DictWriter", 4, False),
+    "before the summary": (comadice_train, "finish_run", 1, False),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_stopped_comadice_run_goes_on_to_the_same_result(cut, hopper_data, run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, *CUTS[cut])
+        with pytest.raises(Stop):
+            train(hopper_data, tmp_path)
+    stopped = folder(tmp_path, "comadice")
+    assert not (stopped / "summary.json").exists()
+    torch.manual_seed(1234)  # a new process has another random state
+    train(hopper_data, tmp_path, resume=True)
+    resumed, whole = checkpoint(stopped), checkpoint(run)
+    for part in ("critics", "target", "policy"):
+        assert same_weights(resumed, whole, part), part
+    assert torch.equal(resumed["w"], whole["w"])
+    assert (stopped / "metrics.csv").read_text() == (run / "metrics.csv").read_text()
+    ours, theirs = (json.loads((p / "summary.json").read_text()) for p in (stopped, run))
+    assert all(ours[k] == theirs[k] for k in theirs if k not in ("updates_per_second", "peak_rss_mb"))
+    assert sorted(p.name for p in stopped.iterdir()) == sorted(p.name for p in run.iterdir())
+
+
+@pytest.mark.parametrize("cut", [("policy_update", 7, False), ("policy_update", 14, False), ("save_checkpoint", 1, True), ("save_checkpoint", 2, True)])
+def test_stopped_bc_run_goes_on_to_the_same_result(cut, hopper_data, bc_run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, comadice_bc, *cut)
+        with pytest.raises(Stop):
+            train(hopper_data, tmp_path, comadice_bc)
+    torch.manual_seed(1234)
+    resumed = train(hopper_data, tmp_path, comadice_bc, resume=True)
+    assert same_weights(checkpoint(resumed), checkpoint(bc_run))
+    assert (resumed / "metrics.csv").read_text() == (bc_run / "metrics.csv").read_text()
+
+
+LONG = {"steps": 160, "evals": 16, "eval_episodes": 1}
+
+
+@pytest.fixture(scope="session")
+def long_run(hopper_data, tmp_path_factory) -> Path:
+    return train(hopper_data, tmp_path_factory.mktemp("long"), **LONG)
+
+
+@pytest.mark.parametrize("stage", ["critics", "policy"])
+def test_killed_process_goes_on_to_the_same_result(stage, hopper_data, long_run, tmp_path):
+    """A real SIGKILL, as soon as a checkpoint of the stage is there."""
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in (TINY | LONG).items()]
+    process = subprocess.Popen([sys.executable, ROOT / "comadice_train.py", "--data", hopper_data, "--out", tmp_path, *flags], stderr=subprocess.DEVNULL)
+    stopped = folder(tmp_path, "comadice")
+    deadline = time.monotonic() + 120
+    while not ((stopped / "metrics.csv").exists() and stage in (stopped / "metrics.csv").read_text()):
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended or hung before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    state = checkpoint(stopped)
+    assert state["critic_step"] < LONG["steps"] if stage == "critics" else 0 < state["step"] < LONG["steps"]
+    train(hopper_data, tmp_path, resume=True, **LONG)
+    assert same_weights(checkpoint(stopped), checkpoint(long_run))
+    assert (stopped / "metrics.csv").read_text() == (long_run / "metrics.csv").read_text()
+
+
+# ---------------------------------------------------------------- input that can't be used
+
+
+def refused(capsys, main, arguments, match: str):
+    """Exit code 2, and one line on stderr that says what is wrong."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as error:
+        comadice_runs.run_script(main, arguments)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert error.value.code == 2
+    assert lines[-1].startswith("error: ") and re.search(match, lines[-1]), lines[-1]
+    assert not any("Traceback" in line for line in lines) and sum(line.startswith("error: ") for line in lines) == 1
+
+
+@pytest.mark.parametrize("module", [comadice_train, comadice_bc])
+def test_finished_run_is_kept(module, hopper_data, run, bc_run, tmp_path, capsys):
+    source = run if module is comadice_train else bc_run
+    shutil.copytree(source, folder(tmp_path, source.parent.name))
+    before = files_hash(tmp_path)
+    refused(capsys, module.main, args(module, hopper_data, tmp_path), "already holds a run: --resume goes on with it, --overwrite replaces it")
+    assert files_hash(tmp_path) == before
+    train(hopper_data, tmp_path, module, resume=True)
+    after = files_hash(tmp_path)
+    after.pop("mamujoco/hopper/random/learning_curve.png", None)
+    assert after == before
+    # Resuming with other arguments would mix two runs.
+    refused(capsys, module.main, args(module, hopper_data, tmp_path, resume=True, lr=1.0), "was started with other arguments .lr 0.0001")
+    replaced = train(hopper_data, tmp_path, module, overwrite=True, steps=4)
+    assert checkpoint(replaced)["step"] == 4 and len(table(replaced)) == 2 * (2 if module is comadice_train else 1)
+
+
+def test_normaliser_with_semi(hopper_data, tmp_path, capsys):
+    """`semi` needs no multiplier, so its gradient does not reach lambda."""
+    refused(capsys, comadice_train.main, args(comadice_train, hopper_data, tmp_path / "runs", objective="semi", lambda_scale=1.0), "--lambda-scale")
+    assert not (tmp_path / "runs").exists()
+
+
+FLAGS = [
+    ({"steps": -5}, "--steps is -5: give a positive number"),
+    ({"steps": 0}, "--steps is 0"),
+    ({"batch_size": 0}, "--batch-size is 0"),
+    ({"hidden": -1}, "--hidden is -1"),
+    ({"evals": 0}, "--evals is 0"),
+    ({"eval_episodes": 0}, "--eval-episodes is 0"),
+    ({"workers": 0}, "--workers is 0"),
+    ({"seeds": []}, "--seeds"),
+    ({"seeds": [1, 1]}, "--seeds"),
+    ({"device": "nonsense"}, "--device nonsense"),
+    ({"device": "cuda:99"}, "--device cuda:99"),
+    ({"task": "ant"}, "is a dataset of task 'hopper', not 'ant'"),
+    ({"data": "/nothing/there"}, "no dataset at /nothing/there"),
+    ({"data": None, "task": "hoper"}, "unknown mamujoco task 'hoper'"),
+    ({"data": None, "env": "nowhere"}, "unknown env 'nowhere'"),
+    ({"data": None, "task": "ant", "quality": "nothing"}, "no dataset at .*/ant/nothing: make it with `python comadice_collect.py"),
+    ({"lr": -1.0}, "--lr"),
+]
+TRAIN_FLAGS = [
+    ({"alpha": 0.0}, "--alpha"),
+    ({"alpha": -1.0}, "--alpha"),
+    ({"gamma": 1.5}, "--gamma"),
+    ({"tau": 2.0}, "--tau"),
+    ({"reward_scale": 0.0}, "--reward-scale"),
+    ({"mixer_hidden": 0}, "--mixer-hidden"),
+    ({"objective": "exact", "lambda_scale": -1.0}, "--lambda-scale"),
+    ({"objective": "released", "mixer_layers": 2}, "--mixer-layers"),
+]
+
+
+@pytest.mark.parametrize("module, flags, match", [(comadice_bc, *f) for f in FLAGS] + [(comadice_train, *f) for f in FLAGS + TRAIN_FLAGS])
+def test_bad_flags(module, flags, match, hopper_data, tmp_path, capsys):
+    before = files_hash(hopper_data)
+    refused(capsys, module.main, args(module, hopper_data, tmp_path / "runs", **flags), match)
+    assert not (tmp_path / "runs").exists() and files_hash(hopper_data) == before
+
+
+def cut_file(path):
+    file = path / "agents" / "observation.memmap"
+    file.write_bytes(file.read_bytes()[: -(4 * 14 * 3)])
+
+
+def nan_reward(path):
+    data = np.fromfile(path / "reward.memmap", np.float32)
+    data[3] = np.nan
+    data.tofile(path / "reward.memmap")
+
+
+DAMAGE = {
+    "cut": (cut_file, "observation.memmap has .* bytes, .* are needed"),
+    "NaN": (nan_reward, "reward is not finite at row 3"),
+    "dims": (lambda path: edit(path, obs_dim=15), "meta.json does not describe agents/observation"),
+    "no card": (lambda path: (path / "card.json").unlink(), "card.json is missing"),
+}
+
+
+@pytest.mark.parametrize("module", [comadice_train, comadice_bc])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_dataset(module, damage, hopper_data, tmp_path, capsys):
+    path = shutil.copytree(hopper_data, tmp_path / "data")
+    DAMAGE[damage][0](path)
+    before = files_hash(path)
+    refused(capsys, module.main, args(module, path, tmp_path / "runs"), DAMAGE[damage][1])
+    assert files_hash(path) == before and not (tmp_path / "runs").exists()
+
+
+def test_dataset_whose_sizes_are_not_the_simulators(hopper_episodes, tmp_path, capsys):
+    """A dataset that is sound in itself, but was made with another observation."""
+    writer = DatasetWriter(tmp_path / "data")
+    agents = hopper_episodes[0]["agents"]
+    short = hopper_episodes[0].clone().set("agents", TensorDict({"observation": agents["observation"][..., :9], "action": agents["action"]}, agents.shape))
+    writer.append(short)
+    path = writer.close(hopper_card())
+    refused(capsys, comadice_train.main, args(comadice_train, path, tmp_path / "runs"), "the dataset's obs_dim is 9, the simulator of mamujoco hopper has 14")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("module", [comadice_train, comadice_bc])
+def test_unwritable_out(module, hopper_data, tmp_path, capsys):
+    (tmp_path / "file").write_text("kept")
+    refused(capsys, module.main, args(module, hopper_data, tmp_path / "file" / "runs"), "can't write to --out")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def bad_checkpoint(kind: str, run: Path, path: Path) -> str:
+    """Makes a run directory whose checkpoint can't be used; what the message must say."""
+    shutil.copytree(run, path)
+    file, state = path / "checkpoint.pt", checkpoint(run)
+    if kind == "missing":
+        file.unlink()
+        return "no checkpoint at"
+    if kind == "cut":
+        file.write_bytes(file.read_bytes()[:2000])
+        return "is not a checkpoint that can be read"
+    if kind == "text":
+        file.write_text("not a checkpoint\n" * 50)
+        return "is not a checkpoint that can be read"
+    if kind == "code":
+        torch.save({**state, "policy": Path("objects are not loaded")}, file)
+        return "is not a checkpoint that can be read"
+    if kind == "a list":
+        torch.save([1, 2], file)
+        return "is not a checkpoint of this project"
+    if kind == "parts":
+        torch.save({"policy": state["policy"]}, file)
+        return "is not a checkpoint of this project"
+    raise ValueError(kind)
+
+
+KINDS = ["missing", "cut", "text", "code", "a list", "parts"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoint_that_cannot_be_read(kind, run, hopper_data, tmp_path, capsys):
+    match = bad_checkpoint(kind, run, tmp_path / "run")
+    refused(capsys, comadice_eval.main, comadice_eval.Args(run=[str(run), str(tmp_path / "run")], episodes=1, device="cpu"), match)
+    refused(capsys, comadice_bc.main, args(comadice_bc, hopper_data, tmp_path / "runs", checkpoint=str(tmp_path / "run")), match)
+    assert not (tmp_path / "runs").exists()
+    if kind != "missing":
+        resumed = folder(tmp_path / "resumed", "comadice")
+        shutil.copytree(tmp_path / "run", resumed)
+        before = files_hash(resumed)
+        refused(capsys, comadice_train.main, args(comadice_train, hopper_data, tmp_path / "resumed", resume=True), match)
+        assert files_hash(resumed) == before
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{"])
+def test_resume_with_a_damaged_config(content, run, hopper_data, tmp_path, capsys):
+    path = folder(tmp_path, "comadice")
+    shutil.copytree(run, path)
+    (path / "config.json").write_text(content)
+    refused(capsys, comadice_train.main, args(comadice_train, hopper_data, tmp_path, resume=True), "config.json")
+
+
+def test_checkpoint_of_another_task(run, hopper_data, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "ant")
+    state = checkpoint(run)
+    torch.save(state | {"card": state["card"] | {"task": "ant"}}, tmp_path / "ant" / "checkpoint.pt")
+    refused(capsys, comadice_bc.main, args(comadice_bc, hopper_data, tmp_path / "runs", checkpoint=str(tmp_path / "ant")), "task is 'ant', here it is 'hopper'")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_checkpoint_of_another_dataset_of_the_task(run, hopper_episodes, tmp_path, capsys):
+    """Its ratio has another number of entries, or none at all."""
+    writer = DatasetWriter(tmp_path / "data")
+    writer.append(hopper_episodes[0])
+    data = writer.close(hopper_card())
+    refused(capsys, comadice_bc.main, args(comadice_bc, data, tmp_path / "runs", checkpoint=str(run)), "holds no ratio for the .* transitions of this dataset")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_plain_bc_run_as_source_of_a_ratio(bc_run, hopper_data, tmp_path, capsys):
+    refused(capsys, comadice_bc.main, args(comadice_bc, hopper_data, tmp_path / "runs", checkpoint=str(bc_run)), "holds no ratio")
+
+
+def test_run_without_a_policy_yet(hopper_data, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        stop_at(patch, comadice_train, "save_checkpoint", 1, True)
+        with pytest.raises(Stop):
+            train(hopper_data, tmp_path)
+    run = str(folder(tmp_path, "comadice"))
+    refused(capsys, comadice_eval.main, comadice_eval.Args(run=[run], episodes=1, device="cpu"), "no policy yet")
+    refused(capsys, comadice_bc.main, args(comadice_bc, hopper_data, tmp_path / "runs", checkpoint=run), "holds no ratio")
+
+
+@pytest.mark.parametrize(
+    "flags, match",
+    [
+        ({"run": []}, "--run"),
+        ({"run": ["/nothing"]}, "no checkpoint at /nothing"),
+        ({"episodes": 0}, "--episodes"),
+        ({"workers": 0}, "--workers"),
+        ({"device": "nonsense"}, "--device nonsense"),
+        ({"out": "FILE/result.json"}, "--out"),
+    ],
+)
+def test_bad_flags_of_eval(flags, match, run, tmp_path, capsys):
+    (tmp_path / "file").write_text("kept")
+    flags = {k: v.replace("FILE", str(tmp_path / "file")) if k == "out" else v for k, v in flags.items()}
+    refused(capsys, comadice_eval.main, comadice_eval.Args(**{"run": [str(run)], "episodes": 1, "device": "cpu"} | flags), match)
+
+
+def test_eval_without_a_simulator(nowhere, tmp_path, capsys):
+    comadice_bc.main(args(comadice_bc, nowhere, tmp_path))
+    run = str(tmp_path / "nowhere/hopper/random/bc/seed0")
+    refused(capsys, comadice_eval.main, comadice_eval.Args(run=[run], episodes=1, device="cpu"), "unknown env 'nowhere'")
+
+
+def script(name: str, *flags, cwd=ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, ROOT / name, *map(str, flags)], capture_output=True, text=True, timeout=120, cwd=cwd)
+
+
+@pytest.mark.parametrize(
+    "name, flags, match",
+    [
+        ("comadice_train.py", ["--steps", "-5"], "^error: --steps is -5"),
+        ("comadice_bc.py", ["--no-such-flag", "3"], "no-such-flag"),
+        ("comadice_eval.py", ["--run", "/nothing"], "^error: no checkpoint at /nothing"),
+        ("comadice_collect.py", ["--task", "hoper", "--out", "OUT"], "^error: unknown mamujoco task 'hoper'"),
+    ],
+)
+def test_exit_codes_of_processes(name, flags, match, tmp_path):
+    done = script(name, *(f.replace("OUT", str(tmp_path / "out")) for f in flags), cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.search(match, done.stderr if "flag" in match else done.stderr.strip().splitlines()[-1])
+    assert not list(tmp_path.iterdir()), "nothing may be half-written"
+
+
+# ---------------------------------------------------------------- collecting
+
+
+COLLECT = {"steps": 8192, "samples": 500, "demo_samples": 300, "num_envs": 4, "horizon": 128, "checkpoints": 4, "minibatch": 128, "epochs": 1}
+QUALITIES = ["demo", "expert", "medium", "medium-expert", "medium-replay"]
+
+
+@pytest.fixture(scope="session")
+def collected(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("collected")
+    comadice_collect.main(comadice_collect.Args(out=str(out), **COLLECT))
+    return out / "mamujoco" / "hopper"
+
+
+def curve(collected: Path) -> list[dict]:
+    with open(collected / "behaviour" / "curve.csv", newline="") as file:
+        return [{"step": int(r["step"]), "return": float(r["return"])} for r in csv.DictReader(file)]
+
+
+def chosen(points: list[dict]) -> tuple[int, int]:
+    """(expert, medium) by the protocol in the script's docstring."""
+    returns = [p["return"] for p in points]
+    expert = returns.index(max(returns))
+    return expert, min(i for i, r in enumerate(returns) if r >= returns[expert] / 3)
+
+
+def all_rows(path: Path) -> TensorDict:
+    return open_dataset(path, "mamujoco", "hopper")[0]
+
+
+def same_rows(a: TensorDict, b: TensorDict) -> bool:
+    keys = [k for k in a.keys(True, True) if k != "episode"]
+    return len(a) == len(b) and all(torch.equal(a[k], b[k]) for k in keys)
+
+
+def test_collect_makes_the_datasets(collected):
+    assert sorted(p.name for p in collected.iterdir()) == ["behaviour", *QUALITIES]
+    assert [p["step"] for p in curve(collected)] == [2048, 4096, 6144, 8192]
+    for quality in QUALITIES:
+        rows, card = open_dataset(collected / quality, "mamujoco", "hopper")
+        assert card["quality"] == quality and card["interface"] == "benchmark" and "mujoco" in card["engine"]
+        assert (card["n_agents"], card["obs_dim"], card["state_dim"], card["action_dim"], card["discrete"]) == (3, 14, 42, 1, False)
+        # Hopper is far from the time limit here: every episode ended by a fall.
+        assert torch.equal(rows["terminated"], rows["done"])
+    for quality in ("expert", "medium"):
+        _, card = open_dataset(collected / quality)
+        assert 500 <= card["samples"] < 600
+
+
+def test_cards_say_how_the_data_were_made(collected):
+    points = curve(collected)
+    expert, medium = chosen(points)
+    arguments = dataclasses.asdict(comadice_collect.Args(**COLLECT))
+    del arguments["out"]  # where it lies is no part of what it is
+    for quality in QUALITIES:
+        made = open_dataset(collected / quality)[1]["made"]
+        assert made["by"] == "comadice_collect.py" and made["arguments"] == arguments
+        if quality in ("expert", "medium"):
+            number = expert if quality == "expert" else medium
+            assert made["checkpoint"] == number and made["step"] == points[number]["step"]
+            assert made["return"] == pytest.approx(points[number]["return"])
+
+
+def test_medium_replay_is_training_up_to_the_medium_checkpoint(collected):
+    _, medium = chosen(curve(collected))
+    shards = sorted((collected / "behaviour").glob("episodes-*"))
+    assert [s.name for s in shards] == [f"episodes-{i:03d}" for i in range(4)]
+    assert same_rows(all_rows(collected / "medium-replay"), torch.cat([all_rows(s) for s in shards[: medium + 1]]))
+
+
+def test_medium_expert_is_both(collected):
+    both = torch.cat([all_rows(collected / "medium"), all_rows(collected / "expert")])
+    assert same_rows(all_rows(collected / "medium-expert"), both)
+
+
+def test_demo_is_an_even_part_of_medium_replay(collected):
+    replay = list(episodes(all_rows(collected / "medium-replay")))
+    every = sum(len(e) - 1 for e in replay) // 300
+    assert every > 1, "the test needs more than a demo's transitions"
+    assert same_rows(all_rows(collected / "demo"), torch.cat(replay[::every]))
+
+
+def test_training_episodes_hold_all_finished_steps(collected):
+    """Nothing of training is lost but the 4 episodes that were still going on; the curve is the mean of the last 100."""
+    shards = sorted((collected / "behaviour").glob("episodes-*"))
+    returns, samples = [], 0
+    for point, shard in zip(curve(collected), shards):
+        rows, card = open_dataset(shard)
+        samples += card["samples"]
+        returns += [e["reward"].sum().item() for e in episodes(rows)]
+        assert point["step"] - 4 * 1000 < samples <= point["step"]
+        assert point["return"] == pytest.approx(np.mean(returns[-100:]), rel=1e-4)
+    assert 8192 - 4 * 150 < samples
+
+
+def test_recorded_episodes_replay_in_the_plain_simulator(collected):
+    """The first robot's first two episodes, from the recording's seed: the recorded actions give the recorded observations and rewards."""
+    rows, card = open_dataset(collected / "expert")
+    env = make_env("mamujoco", "hopper", COLLECT["num_envs"])
+    env.set_seed(1 + card["made"]["checkpoint"])  # comadice_collect.record's
+    plain = gymnasium.make("Hopper-v5")
+    seed = env.seeds[0]
+    for _, episode in zip(range(2), episodes(rows)):
+        obs, _ = plain.reset(seed=seed)
+        seed = None
+        for t in range(len(episode)):
+            views = np.concatenate([np.tile(obs, (3, 1)), np.eye(3)], -1)
+            views = (views - views.mean(-1, keepdims=True)) / views.std(-1, keepdims=True)
+            np.testing.assert_array_equal(episode["agents", "observation"][t].numpy(), views.astype(np.float32))
+            if t < len(episode) - 1:
+                obs, reward, terminated, *_ = plain.step(episode["agents", "action"][t].double().numpy().reshape(-1))
+                assert episode["reward"][t].item() == np.float32(reward) and episode["terminated"][t].item() == terminated
+    plain.close()
+    env.close()
+
+
+def test_collect_again_remakes_what_is_missing(collected):
+    """Training is not repeated, and recording is seeded: everything is as before."""
+    before = files_hash(collected)
+    shutil.rmtree(collected / "expert")
+    comadice_collect.main(comadice_collect.Args(out=str(collected.parent.parent), **COLLECT))
+    assert files_hash(collected) == before
+
+
+def test_stopped_collection_goes_on(tmp_path, monkeypatch):
+    arguments = comadice_collect.Args(out=str(tmp_path), **COLLECT | {"steps": 3072, "samples": 100, "checkpoints": 3})
+    with monkeypatch.context() as patch:
+        stop_at(patch, comadice_collect, "update", 3, True)  # in the middle of the second of three checkpoints
+        with pytest.raises(Stop):
+            comadice_collect.main(arguments)
+    folder = tmp_path / "mamujoco" / "hopper"
+    assert len(curve(folder)) == 1 and sorted(p.name for p in folder.iterdir()) == ["behaviour"]
+    first = files_hash(folder / "behaviour" / "episodes-000")
+    comadice_collect.main(arguments)
+    assert [p["step"] for p in curve(folder)] == [1024, 2048, 3072]
+    assert files_hash(folder / "behaviour" / "episodes-000") == first
+    assert sorted(p.name for p in folder.iterdir()) == ["behaviour", *QUALITIES]
+    assert not list(folder.rglob("*.partial"))
+
+
+def test_collection_with_other_settings_is_kept(collected, capsys):
+    before = files_hash(collected)
+    refused(capsys, comadice_collect.main, comadice_collect.Args(out=str(collected.parent.parent), **COLLECT | {"lr": 1e-3}), "holds a run with other settings")
+    assert files_hash(collected) == before
+
+
+def test_returns_below_zero_have_no_medium_checkpoint(tmp_path, monkeypatch, capsys):
+    """HalfCheetah starts there: a third of a negative return is a higher bar than the return itself."""
+    points = [{"step": 1, "return": -90.0}, {"step": 2, "return": -60.0}, {"step": 3, "return": -70.0}]
+    monkeypatch.setattr(comadice_collect, "train", lambda args, root: points)
+    refused(capsys, comadice_collect.main, comadice_collect.Args(out=str(tmp_path)), "the best return of hopper is -60.0.*train for more --steps")
+
+
+@pytest.mark.parametrize(
+    "flags, match",
+    [
+        ({"task": "hoper"}, "unknown mamujoco task 'hoper'"),
+        ({"task": "hopper_9x9"}, "no partition '9x9'"),
+        ({"env": "nowhere"}, "unknown env 'nowhere'"),
+        ({"steps": -5}, "--steps is -5"),
+        ({"samples": 0}, "--samples is 0"),
+        ({"device": "nonsense"}, "--device nonsense"),
+    ],
+)
+def test_bad_flags_of_collect(flags, match, tmp_path, capsys):
+    refused(capsys, comadice_collect.main, comadice_collect.Args(**COLLECT | {"out": str(tmp_path / "out")} | flags), match)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unwritable_out_of_collect(tmp_path, capsys):
+    (tmp_path / "file").write_text("kept")
+    refused(capsys, comadice_collect.main, comadice_collect.Args(out=str(tmp_path / "file" / "data"), **COLLECT), "can't write to --out")
+
+
+# ---------------------------------------------------------------- files that stand alone
+
+
+@pytest.mark.parametrize("name", ["comadice_mixer", "comadice_losses"])
+def test_files_that_need_torch_alone(name, tmp_path):
+    shutil.copy(ROOT / f"{name}.py", tmp_path)
+    code = f"import sys, {name}; print({name}.__file__); print(*(m for m in sys.modules if m.split('.')[0] in ('tensordict', 'torchrl') or 'comadice' in m))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120, env={**os.environ, "PYTHONPATH": ""})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(tmp_path / f"{name}.py"), name]

@@ -1,0 +1,109 @@
+"""An update step waits for no value on the host and has no loop over agents."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchrl.data import TensorDictReplayBuffer, TensorStorage
+
+import comadice_bc
+import comadice_train
+from comadice_data import initial_rows, make_replay
+from comadice_mixer import make_policy
+
+# Operations whose result the host has to wait for, or whose shape depends on data.
+SYNCS = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "unique_dim", "_unique2", "item"}
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        # An index that is a bool mask is a nonzero() in disguise.
+        if self.names[-1] == "index" and any(i is not None and i.dtype is torch.bool for i in args[1]):
+            self.names.append("nonzero")
+        return function(*args, **(kwargs or {}))
+
+
+def rows(n: int, discrete: bool) -> TensorDict:
+    N, t = 303, torch.arange(303) % 101
+    agents = {"observation": torch.randn(N, n, 5), "action": torch.randint(4, (N, n)) if discrete else torch.randn(N, n, 4)}
+    if discrete:
+        agents["action_mask"] = torch.ones(N, n, 4, dtype=torch.bool)
+    done = (t == 99)[:, None]
+    flags = {"done": done, "terminated": done, "is_init": (t == 0)[:, None]}
+    return TensorDict({"state": torch.randn(N, 7), "reward": torch.randn(N, 1), "agents": TensorDict(agents, [N, n])} | flags, [N])
+
+
+def critic_step(n: int, discrete: bool, **flags) -> list[str]:
+    torch.manual_seed(0)
+    args = comadice_train.Args(hidden=8, batch_size=16, **flags)
+    card = {"n_agents": n, "obs_dim": 5, "state_dim": 7, "action_dim": 4, "discrete": discrete}
+    data = rows(n, discrete)
+    critics = comadice_train.make_critics(card, args)
+    target, optimizer = deepcopy(critics), torch.optim.Adam(critics.parameters())
+    replay, initial = make_replay(data, 16), TensorDictReplayBuffer(storage=TensorStorage(initial_rows(data)), batch_size=4)
+    with Recorder() as recorder:
+        comadice_train.critic_update(critics, target, optimizer, replay.sample(), initial.sample(), args)
+    return recorder.names
+
+
+def policy_step(n: int, discrete: bool) -> list[str]:
+    policy = make_policy(n, 5, 4, discrete, 8)
+    optimizer = torch.optim.Adam(policy.parameters())
+    replay = make_replay(comadice_bc.with_ratio(rows(n, discrete), None), 16)
+    with Recorder() as recorder:
+        comadice_bc.policy_update(policy, optimizer, replay.sample())
+    return recorder.names
+
+
+# Adam counts its steps in CPU tensors that it reads on the CPU: no device is waited for. Its reads are those of an
+# optimiser on its own.
+def adam_reads(parameters: int) -> int:
+    leaves = [torch.zeros(2, requires_grad=True) for _ in range(parameters)]
+    for leaf in leaves:
+        leaf.grad = torch.ones(2)
+    optimizer = torch.optim.Adam(leaves)
+    with Recorder() as recorder:
+        optimizer.step()
+    return sum(name in SYNCS for name in recorder.names)
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+@pytest.mark.parametrize("objective", ["exact", "printed", "released", "semi"])
+def test_critic_step_waits_for_nothing_and_has_no_agent_loop(objective, discrete):
+    few, many = critic_step(2, discrete, objective=objective), critic_step(10, discrete, objective=objective)
+    assert len(few) > 50 and few == many
+    trained = len(list(comadice_train.make_critics({"n_agents": 2, "obs_dim": 5, "state_dim": 7, "action_dim": 4, "discrete": discrete},
+                                                   comadice_train.Args(hidden=8)).parameters()))
+    assert sum(name in SYNCS for name in few) <= adam_reads(trained)
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_policy_step_waits_for_nothing_and_has_no_agent_loop(discrete):
+    few, many = policy_step(2, discrete), policy_step(10, discrete)
+    assert len(few) > 20 and few == many
+    assert sum(name in SYNCS for name in few) <= adam_reads(len(list(make_policy(2, 5, 4, discrete, 8).parameters())))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("objective", ["exact", "printed", "released", "semi"])
+def test_critic_step_on_a_gpu_does_not_synchronise(objective):
+    args = comadice_train.Args(hidden=8, batch_size=16, objective=objective)
+    card = {"n_agents": 3, "obs_dim": 5, "state_dim": 7, "action_dim": 4, "discrete": False}
+    data = rows(3, False).to("cuda")
+    critics = comadice_train.make_critics(card, args).to("cuda")
+    target, optimizer = deepcopy(critics), torch.optim.Adam(critics.parameters())
+    replay, initial = make_replay(data, 16), TensorDictReplayBuffer(storage=TensorStorage(initial_rows(data)), batch_size=4)
+    comadice_train.critic_update(critics, target, optimizer, replay.sample(), initial.sample(), args)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        comadice_train.critic_update(critics, target, optimizer, replay.sample(), initial.sample(), args)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
