@@ -94,7 +94,7 @@ def expectation(x: Tensor, p: Tensor | None = None) -> Tensor:
 
 def td_advantage(reward: Tensor, terminated: Tensor, nu_tot: Tensor, nu_tot_next: Tensor, gamma: float) -> Tensor:
     """A_tot(s, a) = r + gamma nu_tot(s') - nu_tot(s), the TD form. Only termination cuts the bootstrap, a time limit does not."""
-    return reward + gamma * (~terminated) * nu_tot_next - nu_tot  # Eq. 5, with q_tot written out
+    return reward + gamma * nu_tot_next * ~terminated - nu_tot  # Eq. 5, with q_tot written out
 
 
 def q_loss(A_tot: Tensor, reward: Tensor, terminated: Tensor, nu_tot: Tensor, nu_tot_next: Tensor, gamma: float, rho: Tensor | None = None) -> Tensor:
@@ -125,6 +125,7 @@ def semi_loss(nu_tot: Tensor, A_tot: Tensor, alpha: float | Tensor, f: Divergenc
     A_tot is the TD form with nu_tot(s') from target networks, so the gradient goes through nu_tot(s) alone. For data that
     are stationary, (1 - gamma) E_p0[nu_tot] = E_D[nu_tot(s) - gamma nu_tot(s')]; what is left of it without the gradient
     at s' is nu_tot(s). At its minimum E[w | s] = 1 in every state, so no normaliser is needed, with or without termination.
+    It solves another problem than Eq. 2-3: the policy is held near the behaviour state by state, not in its occupancy.
     """
     return expectation(nu_tot + alpha * f.f_star(A_tot / alpha), rho)
 

@@ -30,7 +30,7 @@ from comadice_runs import RunArgs, check_args, finish_run, load_dataset, pick_de
 
 @dataclass
 class Args(RunArgs):
-    objective: Literal["exact", "printed", "released", "semi"] = "semi"
+    objective: Literal["exact", "printed", "released", "semi"] = "exact"
     """how nu and theta are trained, see comadice_losses.py"""
     advantage: Literal["td", "q"] = "td"
     """what w* is extracted from: r + gamma nu_tot(s') - nu_tot(s), or M[q - nu]"""
@@ -49,7 +49,7 @@ class Args(RunArgs):
     tau: float = 0.005
     """step of the target networks towards the networks (Table 4)"""
     lambda_scale: float = 0.0
-    """step of the multiplier that holds E[w] = 1, relative to lr (Table 4's lambda; 0: off)"""
+    """learning rate of the multiplier that holds E[w] = 1, relative to lr (Table 4's lambda; 0: off)"""
     reward_scale: float = 0.1
     """nu and q are learned in units of 1 / reward_scale rewards; alpha's meaning and w* do not depend on it"""
     layer_norm: bool = False
@@ -124,7 +124,13 @@ def set_gradients(critics, L_q: torch.Tensor, L_nu: torch.Tensor, args):
         for parameter, gradient in zip(parameters, gradients):
             parameter.grad = gradient
     if args.lambda_scale:
-        critics.lam.grad = args.lambda_scale * torch.autograd.grad(L_nu, critics.lam)[0]
+        critics.lam.grad = torch.autograd.grad(L_nu, critics.lam)[0]
+
+
+def make_optimizer(critics, args) -> torch.optim.Adam:
+    """Adam for psi_q, psi_nu and theta, and for the multiplier with a rate of its own."""
+    networks = [parameter for name, parameter in critics.named_parameters() if name != "lam"]
+    return torch.optim.Adam([{"params": networks}, {"params": [critics.lam], "lr": args.lr * args.lambda_scale}], args.lr)
 
 
 @torch.no_grad()
@@ -175,7 +181,7 @@ def train_critics(rows: TensorDict, card: dict, args, seed: int, state: dict | N
     device = rows["state"].device
     critics = make_critics(card, args).to(device)
     target = copy.deepcopy(critics)
-    optimizer = torch.optim.Adam(critics.parameters(), args.lr)
+    optimizer = make_optimizer(critics, args)
     start, seconds = 0, 0.0
     if state is not None:
         critics.load_state_dict(state["critics"])

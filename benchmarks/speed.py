@@ -89,7 +89,7 @@ class Clock:
 def time_critics(rows: TensorDict, card: dict, args: Args, device: torch.device):
     critics = comadice_train.make_critics(card, args.train).to(device)
     target = deepcopy(critics)
-    optimizer = torch.optim.Adam(critics.parameters(), args.train.lr)
+    optimizer = comadice_train.make_optimizer(critics, args.train)
     replay = make_replay(rows, args.train.batch_size)
     initial = TensorDictReplayBuffer(storage=TensorStorage(initial_rows(rows)), batch_size=args.train.init_batch_size)
     alpha = args.train.alpha * args.train.reward_scale

@@ -483,7 +483,7 @@ def test_semi_objective_has_mean_ratio_one_in_every_state(name, termination):
 # ---------------------------------------------------------------- what training assembles: comadice_train
 
 B, B0, N_AGENTS, N_OBS, N_STATES, N_ACTIONS = 11, 5, 3, 4, 5, 3
-GAMMA, SCALE, ALPHA = 0.875, 0.1, 0.4  # ALPHA in units of the scaled reward, as critic_losses has it
+GAMMA, SCALE, ALPHA = 0.9, 0.1, 0.4  # ALPHA in units of the scaled reward, as critic_losses has it
 
 
 def random_setting(seed=0):
@@ -570,13 +570,16 @@ def test_critic_losses_and_gradients_by_hand(objective, lambda_scale, name):
 
     # One update: every parameter gets the gradient of its own loss, then the optimiser and the targets step.
     before, before_target = copy.deepcopy(critics), copy.deepcopy(target)
+    psi_q, nu_theta = comadice_train.parameter_groups(critics, objective)
+    for p in psi_q + nu_theta:
+        p.grad = torch.ones_like(p)  # as the last step may have left it
     comadice_train.critic_update(critics, target, torch.optim.SGD(critics.parameters(), 0.1), batch, init, args)
     np.testing.assert_allclose(critics.q.table.grad, hand.psi_q, atol=1e-12)
     np.testing.assert_allclose(critics.nu.table.grad, hand.psi_nu, atol=1e-12)
     np.testing.assert_allclose(critics.mixer.b[2].bias.grad, [hand.theta["b"]], atol=1e-12)
     np.testing.assert_allclose(critics.mixer.W[2].bias.grad, hand.theta["W"], atol=1e-12)
     if lambda_scale and objective != "released":
-        np.testing.assert_allclose(critics.lam.grad, lambda_scale * (1 - hand.w.mean()), atol=1e-12)
+        np.testing.assert_allclose(critics.lam.grad, 1 - hand.w.mean(), atol=1e-12)
     if not lambda_scale:
         assert critics.lam.item() == 0.2
     for new, old, new_target, old_target in zip(*(x.parameters() for x in (critics, before, target, before_target))):
@@ -586,10 +589,17 @@ def test_critic_losses_and_gradients_by_hand(objective, lambda_scale, name):
 
 @pytest.mark.parametrize("objective", ["exact", "printed", "semi", "released"])
 def test_parameter_groups(objective):
-    critics = random_setting()[0]
+    """Who is trained by which loss; and q and nu are constants in each other's losses, whoever takes the gradient."""
+    critics, target, batch, init = random_setting()
     groups = [{id(p) for p in group} for group in comadice_train.parameter_groups(critics, objective)]
     psi_q, psi_nu, theta = ({id(p) for p in module.parameters()} for module in (critics.q, critics.nu, critics.mixer))
     assert groups == ([psi_q | theta, psi_nu] if objective == "released" else [psi_q, psi_nu | theta])
+
+    L_q, L_nu, _ = comadice_train.critic_losses(critics, target, batch, init, ALPHA, comadice_train.Args(objective=objective))
+    unused = lambda loss, module: all(g is None for g in torch.autograd.grad(loss, list(module.parameters()), retain_graph=True, allow_unused=True))
+    assert unused(L_q, critics.nu) and unused(L_nu, critics.q) and unused(L_nu, critics.mixer) == (objective == "released")
+    assert not unused(L_q, critics.q) and not unused(L_nu, critics.nu)
+    assert unused(L_q, target) and unused(L_nu, target)
 
 
 def two_row_episodes(batch):

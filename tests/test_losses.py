@@ -90,7 +90,7 @@ def random_transitions(B=64, S=5, seed=0):
 def test_gradient_of_prop_4_1(name, alpha):
     """(1 - gamma) E_p0[grad nu] + E_D[w* grad A], and the multiplier's 1 - E_D[w*], by hand from numpy's w*."""
     reward, terminated, s, s_next, s0 = random_transitions()
-    gamma, S, B = 0.875, 5, len(reward)
+    gamma, S, B = 0.9, 5, len(reward)
     for seed in range(5):
         nu = torch.randn(S, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
         lam = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)

@@ -46,7 +46,7 @@ def critic_step(n: int, discrete: bool, **flags) -> list[str]:
     card = {"n_agents": n, "obs_dim": 5, "state_dim": 7, "action_dim": 4, "discrete": discrete}
     data = rows(n, discrete)
     critics = comadice_train.make_critics(card, args)
-    target, optimizer = deepcopy(critics), torch.optim.Adam(critics.parameters())
+    target, optimizer = deepcopy(critics), comadice_train.make_optimizer(critics, args)
     replay, initial = make_replay(data, 16), TensorDictReplayBuffer(storage=TensorStorage(initial_rows(data)), batch_size=4)
     with Recorder() as recorder:
         comadice_train.critic_update(critics, target, optimizer, replay.sample(), initial.sample(), args)
@@ -99,7 +99,7 @@ def test_critic_step_on_a_gpu_does_not_synchronise(objective):
     card = {"n_agents": 3, "obs_dim": 5, "state_dim": 7, "action_dim": 4, "discrete": False}
     data = rows(3, False).to("cuda")
     critics = comadice_train.make_critics(card, args).to("cuda")
-    target, optimizer = deepcopy(critics), torch.optim.Adam(critics.parameters())
+    target, optimizer = deepcopy(critics), comadice_train.make_optimizer(critics, args)
     replay, initial = make_replay(data, 16), TensorDictReplayBuffer(storage=TensorStorage(initial_rows(data)), batch_size=4)
     comadice_train.critic_update(critics, target, optimizer, replay.sample(), initial.sample(), args)
     torch.cuda.set_sync_debug_mode("error")
