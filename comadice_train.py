@@ -34,6 +34,8 @@ class Args(RunArgs):
     """how nu and theta are trained, see comadice_losses.py"""
     advantage: Literal["td", "q"] = "td"
     """what w* is extracted from: r + gamma nu_tot(s') - nu_tot(s), or M[q - nu]"""
+    critic_lr: float = 1e-4
+    """Adam's learning rate for nu, q and the mixer (Table 4); --lr is the policies'"""
     alpha: float = 10.0
     """weight of the divergence from the data, in units of the reward (Eq. 1)"""
     f: Literal["soft_chi2", "chi2", "kl"] = "soft_chi2"
@@ -49,7 +51,7 @@ class Args(RunArgs):
     tau: float = 0.005
     """step of the target networks towards the networks (Table 4)"""
     lambda_scale: float = 0.0
-    """learning rate of the multiplier that holds E[w] = 1, relative to lr (Table 4's lambda; 0: off)"""
+    """learning rate of the multiplier that holds E[w] = 1, relative to --critic-lr (Table 4's lambda; 0: off)"""
     reward_scale: float = 0.1
     """nu and q are learned in units of 1 / reward_scale rewards; alpha's meaning and w* do not depend on it"""
     layer_norm: bool = False
@@ -57,7 +59,7 @@ class Args(RunArgs):
 
 
 # What `python comadice_train.py` runs: the dataset in the repository, fewer steps and evaluations than the paper's.
-QUICK = Args(quality="demo", steps=3000, evals=5, eval_episodes=10, overwrite=True)
+QUICK = Args(quality="demo", steps=3000, evals=6, eval_episodes=10, lr=1e-3, critic_lr=3e-4, overwrite=True)
 
 
 def values(critics, *where: TensorDict) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
@@ -130,7 +132,7 @@ def set_gradients(critics, L_q: torch.Tensor, L_nu: torch.Tensor, args):
 def make_optimizer(critics, args) -> torch.optim.Adam:
     """Adam for psi_q, psi_nu and theta, and for the multiplier with a rate of its own."""
     networks = [parameter for name, parameter in critics.named_parameters() if name != "lam"]
-    return torch.optim.Adam([{"params": networks}, {"params": [critics.lam], "lr": args.lr * args.lambda_scale}], args.lr)
+    return torch.optim.Adam([{"params": networks}, {"params": [critics.lam], "lr": args.critic_lr * args.lambda_scale}], args.critic_lr)
 
 
 @torch.no_grad()
@@ -258,7 +260,7 @@ def plot_curves(curves: dict[str, list[list[dict]]], dataset_return: float, titl
 def main(args: Args):
     quick = args is QUICK
     check_args(args)
-    for name in ("alpha", "reward_scale", "mixer_hidden", "init_batch_size"):
+    for name in ("critic_lr", "alpha", "reward_scale", "mixer_hidden", "init_batch_size"):
         if not getattr(args, name) > 0:
             raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a positive number")
     if not 0 <= args.gamma < 1 or not 0 < args.tau <= 1 or not args.lambda_scale >= 0:

@@ -49,8 +49,6 @@ class Args:
     """seeds of each cell"""
     bc_lrs: list[float] = field(default_factory=lambda: [1e-4, 3e-4, 1e-3])
     """learning rates of plain BC"""
-    policy_lr: float = 1e-4
-    """learning rate of the weighted policies"""
     steps: int = 20_000
     """gradient steps of each stage"""
     last: int = 10
@@ -128,7 +126,7 @@ def train_critics(objective: str, rows: TensorDict, card: dict, args: Args) -> l
     average = params.data.clone()
     model, target = critics[0], deepcopy(critics[0])
     alpha = torch.tensor([a * train.reward_scale for a, _ in members], device=device)
-    optimizer = torch.optim.Adam(params.values(True, True), train.lr, capturable=device.type == "cuda")
+    optimizer = torch.optim.Adam(params.values(True, True), train.critic_lr, capturable=device.type == "cuda")
     draw = Draw(rows, len(members), train.batch_size)
     of_q, of_nu = (["q", "mixer"], ["nu"]) if objective == "released" else (["q"], ["nu", "mixer"])
     if train.lambda_scale:
@@ -156,7 +154,7 @@ def train_critics(objective: str, rows: TensorDict, card: dict, args: Args) -> l
             with torch.no_grad():
                 first = draw.initial[:1000]
                 nu_init = target.mixer(target.nu(first["agents", "observation"]), first["state"]).mean().item() / train.reward_scale
-            results.append(({"objective": objective, "advantage": advantage, "alpha": a, "seed": seed, "lr": args.policy_lr, "nu_init": nu_init}, w))
+            results.append(({"objective": objective, "advantage": advantage, "alpha": a, "seed": seed, "lr": args.train.lr, "nu_init": nu_init}, w))
     return results
 
 
