@@ -123,10 +123,10 @@ def start_run(args: RunArgs, algo: str, seed: int) -> tuple[Path, dict | None]:
             checkpoint = load_checkpoint(run)
     try:
         run.mkdir(parents=True, exist_ok=True)
-        for name in ("summary.json", "checkpoint.pt", "metrics.csv"):
-            if checkpoint is None:
+        if checkpoint is None:
+            for name in ("summary.json", "checkpoint.pt", "metrics.csv"):
                 (run / name).unlink(missing_ok=True)
-        write_atomically(run / "config.json", json.dumps(config, indent=2) + "\n")
+            write_atomically(run / "config.json", json.dumps(config, indent=2) + "\n")
     except OSError as error:
         raise BadInput(f"can't write to --out {args.out}: {error.strerror}") from None
     return run, checkpoint

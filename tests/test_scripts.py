@@ -401,7 +401,7 @@ def test_killed_process_goes_on_to_the_same_result(stage, hopper_data, long_run,
     process = subprocess.Popen([sys.executable, ROOT / "comadice_train.py", "--data", hopper_data, "--out", tmp_path, *flags], stderr=subprocess.DEVNULL)
     stopped = folder(tmp_path, "comadice")
     deadline = time.monotonic() + 120
-    while not ((stopped / "metrics.csv").exists() and (stopped / "metrics.csv").read_text().count(stage) >= 2):
+    while not ((stopped / "metrics.csv").exists() and (stopped / "metrics.csv").read_text().count(f"\n{stage},") >= 2):
         assert process.poll() is None and time.monotonic() < deadline, "the run ended or hung before it could be killed"
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
