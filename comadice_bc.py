@@ -7,6 +7,7 @@
 
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import tyro
@@ -44,10 +45,13 @@ def with_ratio(rows: TensorDict, w: torch.Tensor | None) -> TensorDict:
     """The dataset with a row key "w" [N]: each transition's ratio over the mean ratio (1 where w is None), 0 on last rows.
 
     Eq. 11's optimum does not depend on the ratio's scale; with mean 1 the size of a gradient step does not either.
+    Raises BadInput for a ratio that is zero everywhere or not finite.
     """
     rows = rows.clone(recurse=False).unlock_()
     ratio = (~last_rows(rows)).float()
     if w is not None:
+        if not (torch.isfinite(w).all() and w.mean() > 0):
+            raise BadInput(f"the ratio w* is of no use (its mean is {w.mean():.3g}), the critics diverged: use a larger --alpha or another --objective")
         ratio[ratio > 0] = w / w.mean()
     rows["w"] = ratio
     return rows.lock_()
@@ -99,6 +103,46 @@ def policy_update(policy, optimizer, batch: TensorDict) -> torch.Tensor:
     return loss.detach()
 
 
+def plot_curves(curves: dict[str, list[list[dict]]], dataset_return: float, title: str, path: Path):
+    """Learning curves: per algorithm the mean and the range over seeds of the evaluated return."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.4, 4))
+    for name, seeds in curves.items():
+        seeds = [[row for row in metrics if row.get("return") is not None] for metrics in seeds]
+        steps = [row["step"] for row in seeds[0]]
+        returns = torch.tensor([[row["return"] for row in metrics] for metrics in seeds])
+        axis.plot(steps, returns.mean(0), label=name)
+        axis.fill_between(steps, returns.min(0).values, returns.max(0).values, alpha=0.2)
+    axis.axhline(dataset_return, color="grey", linestyle="--", label="behaviour data")
+    axis.set(xlabel="gradient steps of the policy", ylabel="return", title=title)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def report(curves: dict[str, list[list[dict]]], card: dict, args: RunArgs, picture: str):
+    """Prints the last evaluations' returns beside the data's, and draws the learning curves into the folder of the runs."""
+    rolled_out = all("return" in metrics[-1] for seeds in curves.values() for metrics in seeds)
+    print(f"\n{args.env} {args.task} {args.quality}, {args.steps:,} steps, seeds {args.seeds}, {card.get('engine')}")
+    print(f"{'':<24}{'return':>12}")
+    print(f"{'behaviour data':<24}{card['return_mean']:>12.1f} ± {card['return_std']:.1f} (over episodes)")
+    if not rolled_out:
+        print("trained policies were not rolled out")
+        return
+    for name, seeds in curves.items():
+        returns = torch.tensor([metrics[-1]["return"] for metrics in seeds])
+        spread = f"{returns.std(correction=0):.1f} (over seeds)" if len(seeds) > 1 else f"{seeds[0][-1]['return_std']:.1f} (over episodes)"
+        print(f"{name:<24}{returns.mean():>12.1f} ± {spread}")
+    path = Path(args.out, args.env, args.task, args.quality, picture)
+    plot_curves(curves, card["return_mean"], f"{args.task} {args.quality}", path)
+    print(f"learning curve: {path}")
+
+
 def main(args: Args):
     check_args(args)
     device = pick_device(args.device)
@@ -112,8 +156,8 @@ def main(args: Args):
             raise BadInput(f"{args.checkpoint} holds no ratio for the {card['samples']} transitions of this dataset")
         w = w.to(device)
     env = try_eval_env(card, args.eval_episodes, args.workers)
-    for seed in args.seeds:
-        train_seed(args, seed, algo, rows, card, w, env)
+    curves = {algo: [train_seed(args, seed, algo, rows, card, w, env) for seed in args.seeds]}
+    report(curves, card, args, f"learning_curve_{algo}.png")
 
 
 def train_seed(args: Args, seed: int, algo: str, rows: TensorDict, card: dict, w: torch.Tensor | None, env: EnvBase | None) -> list[dict]:

@@ -11,7 +11,6 @@ import copy
 import sys
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -235,28 +234,6 @@ def train_seed(args: Args, seed: int, rows: TensorDict, card: dict, env) -> list
     return metrics
 
 
-def plot_curves(curves: dict[str, list[list[dict]]], dataset_return: float, title: str, path: Path):
-    """Learning curves: per algorithm the mean and the range over seeds of the evaluated return."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6.4, 4))
-    for name, seeds in curves.items():
-        seeds = [[row for row in metrics if row.get("return") is not None] for metrics in seeds]
-        steps = [row["step"] for row in seeds[0]]
-        returns = torch.tensor([[row["return"] for row in metrics] for metrics in seeds])
-        axis.plot(steps, returns.mean(0), label=name)
-        axis.fill_between(steps, returns.min(0).values, returns.max(0).values, alpha=0.2)
-    axis.axhline(dataset_return, color="grey", linestyle="--", label="behaviour data")
-    axis.set(xlabel="gradient steps of the policy", ylabel="return", title=title)
-    axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 def main(args: Args):
     quick = args is QUICK
     check_args(args)
@@ -283,20 +260,7 @@ def main(args: Args):
         bc = comadice_bc.Args(**shared)
         curves["BC"] = [comadice_bc.train_seed(bc, seed, "bc", rows, card, None, env) for seed in args.seeds]
 
-    folder = Path(args.out, args.env, args.task, args.quality)
-    print(f"\n{args.env} {args.task} {args.quality}, {args.steps:,} steps, seeds {args.seeds}, {card.get('engine')}")
-    print(f"{'':<24}{'return':>12}")
-    print(f"{'behaviour data':<24}{card['return_mean']:>12.1f} ± {card['return_std']:.1f} (over episodes)")
-    for name, seeds in reversed(curves.items()):
-        if env is None:
-            print(f"{name:<24}{'not rolled out':>12}")
-            continue
-        returns = torch.tensor([metrics[-1]["return"] for metrics in seeds])
-        spread = f"{returns.std(correction=0):.1f} (over seeds)" if len(seeds) > 1 else f"{seeds[0][-1]['return_std']:.1f} (over episodes)"
-        print(f"{name:<24}{returns.mean():>12.1f} ± {spread}")
-    if env is not None:
-        plot_curves(curves, card["return_mean"], f"{args.task} {args.quality}", folder / "learning_curve.png")
-        print(f"learning curve: {folder / 'learning_curve.png'}")
+    comadice_bc.report(curves, card, args, "learning_curve.png")
 
 
 if __name__ == "__main__":
