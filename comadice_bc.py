@@ -23,6 +23,7 @@ from comadice_runs import (
     RunArgs,
     check_args,
     check_checkpoint,
+    eval_steps,
     finish_run,
     load_checkpoint,
     load_dataset,
@@ -79,11 +80,11 @@ def train_policy(rows: TensorDict, card: dict, w: torch.Tensor | None, args, see
         start, seconds = state["step"], state["seconds"]
     rows = with_ratio(rows, w)
     replay = make_replay(rows, args.batch_size)
-    every = max(args.steps // args.evals, 1)
+    at = eval_steps(args)
     clock = time.perf_counter()
     for step in tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, desc=label, mininterval=1):
         loss = policy_update(policy, optimizer, replay.sample())
-        if step % every == 0 or step == args.steps:
+        if step in at:
             row = {"stage": "policy", "step": step, "policy_loss": loss.item()}
             seconds += time.perf_counter() - clock
             if env is not None:
@@ -152,8 +153,8 @@ def main(args: Args):
         source = load_checkpoint(args.checkpoint)
         check_checkpoint(source, card, args.checkpoint)
         w, algo = source.get("w"), "weighted-bc"
-        if w is None or len(w) != card["samples"]:
-            raise BadInput(f"{args.checkpoint} holds no ratio for the {card['samples']} transitions of this dataset")
+        if w is None:
+            raise BadInput(f"{args.checkpoint} holds no ratio: it is a run of plain BC, or was stopped before its ratio was computed")
         w = w.to(device)
     env = try_eval_env(card, args.eval_episodes, args.workers)
     curves = {algo: [train_seed(args, seed, algo, rows, card, w, env) for seed in args.seeds]}
@@ -162,7 +163,7 @@ def main(args: Args):
 
 def train_seed(args: Args, seed: int, algo: str, rows: TensorDict, card: dict, w: torch.Tensor | None, env: EnvBase | None) -> list[dict]:
     """One run of plain or weighted BC in its own directory; returns the rows of its metrics.csv."""
-    run, state = start_run(args, algo, seed)
+    run, state = start_run(args, algo, seed, card)
     if (run / "summary.json").exists():
         return state["metrics"]
     torch.manual_seed(seed)

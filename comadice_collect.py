@@ -11,7 +11,7 @@ The protocol, fixed before any offline training looks at the data:
     medium          the first checkpoint whose return is at least a third of expert's
     medium-replay   every episode that training finished up to the medium checkpoint
     medium-expert   the medium and the expert episodes together
-    demo            every K-th episode of medium-replay, about --demo-samples transitions: small enough to ship with code
+    demo            only with --demo-samples: every K-th episode of medium-replay, about so many transitions
 
 Expert and medium are `--samples` transitions each, of whole episodes, by the stochastic policy.
 Everything lies under OUT/ENV/TASK: the datasets, and behaviour/ with checkpoints, the learning curve
@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from comadice_data import BadInput, DatasetWriter, dataset_path, episodes, open_dataset, table_row
 from comadice_envs import engine, make_env
-from comadice_runs import pick_device, run_script
+from comadice_runs import DATA_ROOT, check_positive, pick_device, run_script
 
 OBS, ACTION = ("agents", "observation"), ("agents", "action")
 
@@ -53,12 +53,12 @@ class Args:
     """environment steps of MAPPO"""
     samples: int = 1_000_000
     """transitions of the expert and of the medium dataset"""
-    demo_samples: int = 10_000
-    """transitions of the demo dataset"""
+    demo_samples: int = 0
+    """transitions of the demo dataset; 0: none"""
     seed: int = 0
     """seeds networks, minibatches and simulators"""
-    out: str = "data"
-    """datasets go to OUT/ENV/TASK/QUALITY"""
+    out: str = str(DATA_ROOT)
+    """datasets go to OUT/ENV/TASK/QUALITY; training looks for them in data/ beside this file"""
     device: str = "cpu"
     """where MAPPO's networks live"""
 
@@ -274,10 +274,10 @@ def card(args: Args, quality: str, made: dict) -> dict:
 
 
 def main(args: Args):
-    for name in ("steps", "samples", "num_envs", "workers", "checkpoints", "horizon", "epochs", "minibatch", "demo_samples"):
-        if getattr(args, name) < 1:
-            raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a positive number")
-    pick_device(args.device)
+    check_positive(args, "steps", "samples", "num_envs", "workers", "checkpoints", "horizon", "epochs", "minibatch", "hidden", "lr", "clip", "reward_scale")
+    if args.seed < 0 or args.demo_samples < 0 or not 0 <= args.gamma <= 1 or not 0 <= args.gae_lambda <= 1:
+        raise BadInput("--seed and --demo-samples must be at least 0, --gamma and --gae-lambda in [0, 1]")
+    args.device = str(pick_device(args.device))
     make_env(args.env, args.task, 1, 1, args.agent_obsk).close()  # an unknown task ends here, before anything is written
     root = dataset_path(None, args.env, args.task, "behaviour", args.out)
     try:
@@ -297,10 +297,12 @@ def main(args: Args):
     for quality, checkpoint in (("medium", medium), ("expert", expert)):
         record(args, root, checkpoint, quality, {"checkpoint": checkpoint, **curve[checkpoint]})
     merge(args, [root.parent / "medium", root.parent / "expert"], "medium-expert", root, {"of": "medium and expert"})
-    samples = open_dataset(root.parent / "medium-replay")[1]["samples"]
-    every = max(samples // args.demo_samples, 1)
-    merge(args, [root.parent / "medium-replay"], "demo", root, {"of": f"every {every}th episode of medium-replay"}, every)
-    for quality in ("medium-replay", "medium", "expert", "medium-expert", "demo"):
+    made = ["medium-replay", "medium", "expert", "medium-expert"]
+    if args.demo_samples:
+        every = max(open_dataset(root.parent / "medium-replay")[1]["samples"] // args.demo_samples, 1)
+        merge(args, [root.parent / "medium-replay"], "demo", root, {"of": f"every {every}th episode of medium-replay"}, every)
+        made.append("demo")
+    for quality in made:
         print(f"\n{root.parent / quality}")
         print(table_row(open_dataset(root.parent / quality)[1]))
 

@@ -39,7 +39,7 @@ class NoSimulator(BadInput):
 def mamujoco_scenario(task: str) -> tuple[str, str]:
     """Splits a task's name into gymnasium-robotics' scenario and partition.
 
-    Raises BadInput for a scenario that gymnasium-robotics does not have, NoSimulator where it is not installed.
+    Raises NoSimulator for a scenario that gymnasium-robotics does not have, or where it is not installed.
     """
     try:
         from gymnasium_robotics.envs.multiagent_mujoco import mujoco_multi
@@ -53,14 +53,14 @@ def mamujoco_scenario(task: str) -> tuple[str, str]:
     for scenario in known:
         if scenario.lower() == name.lower() and partition:
             return scenario, partition
-    raise BadInput(
+    raise NoSimulator(
         f"unknown mamujoco task '{task}': use one of {', '.join(MAMUJOCO_TASKS)}, "
         f"or SCENARIO_PARTITION such as walker2d_2x3 with a scenario of {', '.join(known)}"
     )
 
 
 def check_task(env: str, task: str):
-    """Raises NoSimulator for an env that is unknown or not installed, BadInput for an unknown task."""
+    """Raises NoSimulator for an env or a task that is unknown or not installed."""
     if env != "mamujoco":
         raise NoSimulator(f"unknown env '{env}': there is mamujoco")
     mamujoco_scenario(task)
@@ -194,7 +194,7 @@ class MaMuJoCoEnv(EnvBase):
 def make_env(env: str, task: str, num_envs: int, workers: int = 1, agent_obsk: int | None = None, device="cpu") -> EnvBase:
     """An environment of batch size [num_envs], or [workers, num_envs] in that many processes (TorchRL's ParallelEnv).
 
-    Raises NoSimulator for an env that is unknown or not installed, BadInput for an unknown task.
+    Raises NoSimulator for an env or a task that is unknown or not installed, BadInput for a partition that does not exist.
     """
     check_task(env, task)
     if workers == 1:

@@ -123,8 +123,10 @@ def main(args: Args):
         raise BadInput("--episodes and --workers must be positive")
     if not args.run:
         raise BadInput("give the run directories with --run")
-    if args.out and not Path(args.out).absolute().parent.is_dir():
-        raise BadInput(f"can't write --out {args.out}: its folder does not exist")
+    if args.seed < 0:
+        raise BadInput(f"--seed is {args.seed}: give a number from 0 on")
+    if args.out and (Path(args.out).is_dir() or not Path(args.out).absolute().parent.is_dir()):
+        raise BadInput(f"can't write --out {args.out}: give a file in a folder that exists")
     device = pick_device(args.device)
     loaded = [load_policy(run, device) for run in args.run]  # before the first rollout, so that a bad one costs nothing
     rows, env, last = [], None, None

@@ -116,7 +116,7 @@ def dual_loss(nu_tot_init: Tensor, A_tot: Tensor, alpha: float | Tensor, f: Dive
 
     lam is the multiplier of E_D[w] = 1 (Table 4's lambda, after OptiDICE): L is minimised over it too.
     """
-    return (1 - gamma) * expectation(nu_tot_init, p0) + expectation(alpha * f.f_star((A_tot - lam) / alpha), rho) + lam  # Eq. 10
+    return (1 - gamma) * expectation(nu_tot_init, p0) + expectation(alpha * f.f_star((A_tot - lam) / alpha), rho) + lam  # Prop. 4.1 (exact), Eq. 10 (printed)
 
 
 def semi_loss(nu_tot: Tensor, A_tot: Tensor, alpha: float | Tensor, f: Divergence, rho: Tensor | None = None) -> Tensor:
@@ -136,8 +136,9 @@ def released_loss(nu_init: Tensor, A: Tensor, alpha: float | Tensor, f: Divergen
     f(w) and the factor A_i beside w are constants here, so nu's gradient is -W_i r'(y) y with y = (A_i - lam) / alpha and
     r = w*: an asymmetric regression of nu_i onto q_i. The initial states enter unmixed.
     """
-    w = f.w_star((A - lam) / alpha)
-    return (1 - gamma) * nu_init.mean() + (w * (A - lam).detach() - alpha * f.f(w).detach()).mean() + (lam * (1 - w.detach())).mean()
+    A = A - (lam.detach() if isinstance(lam, Tensor) else lam)
+    w = f.w_star(A / alpha)
+    return (1 - gamma) * nu_init.mean() + (w * A.detach() - alpha * f.f(w).detach()).mean() + (lam * (1 - w.detach())).mean()
 
 
 def occupancy_ratio(A_tot: Tensor, alpha: float | Tensor, f: Divergence, lam: float | Tensor = 0.0) -> Tensor:
@@ -145,9 +146,9 @@ def occupancy_ratio(A_tot: Tensor, alpha: float | Tensor, f: Divergence, lam: fl
     return f.w_star((A_tot - lam) / alpha)  # Prop. 4.1 and Section 4.3
 
 
-def released_ratio(A: Tensor, alpha: float | Tensor, f: Divergence, lam: float | Tensor = 0.0, cap: float = math.inf) -> Tensor:
+def released_ratio(A: Tensor, alpha: float | Tensor, f: Divergence, lam: float | Tensor = 0.0) -> Tensor:
     """The weight that goes with `released`: local ratios of A_i = W_i (q_i - nu_i) [B, n], summed over agents -> [B]."""
-    return f.w_star((A - lam) / alpha).clamp(max=cap).sum(-1)
+    return f.w_star((A - lam) / alpha).sum(-1)
 
 
 def policy_loss(w: Tensor, log_prob: Tensor) -> Tensor:

@@ -9,6 +9,7 @@
 
 import csv
 import json
+import math
 import resource
 import sys
 from dataclasses import asdict, dataclass, field
@@ -67,10 +68,23 @@ def check_args(args: RunArgs):
     for name in ("steps", "batch_size", "hidden", "evals", "eval_episodes", "workers"):
         if getattr(args, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a positive number")
-    if not args.lr > 0:
-        raise BadInput(f"--lr is {args.lr}: give a positive number")
-    if not args.seeds or len(set(args.seeds)) < len(args.seeds):
-        raise BadInput(f"--seeds {args.seeds}: give different seeds, at least one")
+    check_positive(args, "lr")
+    if not args.seeds or len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
+        raise BadInput(f"--seeds {args.seeds}: give different numbers from 0 on, at least one")
+    if args.resume and args.overwrite:
+        raise BadInput("--resume and --overwrite contradict each other: give one of them")
+
+
+def check_positive(args, *names: str):
+    """Raises BadInput for a flag that is not a positive finite number."""
+    for name in names:
+        if not 0 < getattr(args, name) < math.inf:
+            raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a positive number")
+
+
+def eval_steps(args: RunArgs) -> set[int]:
+    """The steps after which a stage is evaluated: args.evals of them, evenly spread, the last step among them."""
+    return {max(round(i * args.steps / args.evals), 1) for i in range(1, args.evals + 1)}
 
 
 def pick_device(name: str) -> torch.device:
@@ -82,6 +96,8 @@ def pick_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise BadInput(f"--device {name}: use cpu or cuda")
     return device
 
 
@@ -102,7 +118,7 @@ def load_dataset(args: RunArgs, device: torch.device) -> tuple[TensorDict, dict]
 # ---------------------------------------------------------------- one run's directory
 
 
-def start_run(args: RunArgs, algo: str, seed: int) -> tuple[Path, dict | None]:
+def start_run(args: RunArgs, algo: str, seed: int, card: dict) -> tuple[Path, dict | None]:
     """Makes or finds a seed's run directory: (directory, checkpoint to go on from or None).
 
     Raises BadInput where a run is in the way (without --resume or --overwrite), where it was made with other arguments,
@@ -121,6 +137,7 @@ def start_run(args: RunArgs, algo: str, seed: int) -> tuple[Path, dict | None]:
             raise BadInput(f"{run} was started with other arguments ({', '.join(f'{k} {old.get(k)}' for k in changed)}): give them again to resume")
         if (run / "checkpoint.pt").exists():
             checkpoint = load_checkpoint(run)
+            check_checkpoint(checkpoint, card, run)
     try:
         run.mkdir(parents=True, exist_ok=True)
         if checkpoint is None:
@@ -169,8 +186,8 @@ def load_checkpoint(run: str | Path) -> dict:
 
 
 def check_checkpoint(state: dict, card: dict, run: str | Path):
-    """Raises BadInput where a checkpoint belongs to another task or to other dimensions than the dataset's card."""
-    for key in ("env", "task", "interface", "n_agents", "state_dim", "obs_dim", "action_dim", "discrete"):
+    """Raises BadInput where a checkpoint was made from another dataset than the card's."""
+    for key in ("env", "task", "quality", "interface", "n_agents", "state_dim", "obs_dim", "action_dim", "discrete", "samples", "return_mean"):
         if state["card"].get(key) != card.get(key):
             raise BadInput(f"{run}: the checkpoint's {key} is {state['card'].get(key)!r}, here it is {card.get(key)!r}")
 

@@ -8,6 +8,7 @@ then lines 9-12 (comadice_bc.py) train the local policies by weighted behavioura
 """
 
 import copy
+import math
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -21,10 +22,23 @@ from tqdm import tqdm
 
 import comadice_bc
 import comadice_losses as losses
-from comadice_data import CHUNK, BadInput, as_transition, initial_rows, make_replay
+from comadice_data import CHUNK, BadInput, as_transition, initial_rows, last_rows, make_replay
 from comadice_eval import try_eval_env
 from comadice_mixer import Critics
-from comadice_runs import RunArgs, check_args, finish_run, load_dataset, pick_device, random_state, run_script, save_checkpoint, set_random_state, start_run
+from comadice_runs import (
+    RunArgs,
+    check_args,
+    check_positive,
+    eval_steps,
+    finish_run,
+    load_dataset,
+    pick_device,
+    random_state,
+    run_script,
+    save_checkpoint,
+    set_random_state,
+    start_run,
+)
 
 
 @dataclass
@@ -32,9 +46,9 @@ class Args(RunArgs):
     objective: Literal["exact", "printed", "released", "semi"] = "exact"
     """how nu and theta are trained, see comadice_losses.py"""
     advantage: Literal["td", "q"] = "td"
-    """what w* is extracted from: r + gamma nu_tot(s') - nu_tot(s), or M[q - nu]"""
+    """what w* is extracted from: r + gamma nu_tot(s') - nu_tot(s), or the paper's M[q - nu]"""
     critic_lr: float = 1e-4
-    """Adam's learning rate for nu, q and the mixer (Table 4); --lr is the policies'"""
+    """Adam's learning rate for nu, q and the mixer (Table 4 gives q's); --lr is the policies'"""
     alpha: float = 10.0
     """weight of the divergence from the data, in units of the reward (Eq. 1)"""
     f: Literal["soft_chi2", "chi2", "kl"] = "soft_chi2"
@@ -72,7 +86,8 @@ def values(critics, *where: TensorDict) -> tuple[tuple[torch.Tensor, ...], tuple
 def critic_losses(critics, target, batch: TensorDict, init: TensorDict, alpha, args) -> tuple[torch.Tensor, torch.Tensor, TensorDict]:
     """The losses of lines 5-7 on one batch: (L_q of Eq. 9, L(nu, theta) of Eq. 10, metrics as tensors).
 
-    batch [B]: transitions; init: initial states; alpha: in units of the scaled reward.
+    batch [B]: transitions; init: initial states; alpha: in units of the scaled reward, as both losses are. The metrics are
+    of this batch, scalars; mean_nu is in units of the reward as recorded.
     """
     f, gamma = losses.DIVERGENCES[args.f], args.gamma
     obs, state = batch["agents", "observation"], batch["state"]
@@ -82,28 +97,30 @@ def critic_losses(critics, target, batch: TensorDict, init: TensorDict, alpha, a
 
     if args.objective == "exact":
         (nu, _, _), (nu_tot, nu_tot_next, nu_tot_init) = values(critics, batch, batch["next"], init)
-        A = losses.td_advantage(reward, terminated, nu_tot, nu_tot_next, gamma)
-        nu_tot_next = nu_tot_next.detach()
+        A = losses.td_advantage(reward, terminated, nu_tot, nu_tot_next, gamma)  # Eq. 5
+        nu_tot_next = nu_tot_next.detach()  # Eq. 9 then regresses on the same nu_tot(s'), which saves the target's evaluation
     else:
         with torch.no_grad():
             _, (nu_tot_next,) = values(target, batch["next"])
         if args.objective == "semi":
             (nu,), (nu_tot,) = values(critics, batch)
-            A = losses.td_advantage(reward, terminated, nu_tot, nu_tot_next, gamma)
+            A = losses.td_advantage(reward, terminated, nu_tot, nu_tot_next, gamma)  # Eq. 5
         else:
             (nu, nu_init), (nu_tot, nu_tot_init) = values(critics, batch, init)
             if args.objective == "printed":
-                A = critics.mixer.advantage(q.detach() - nu, state)
+                A = critics.mixer.advantage(q.detach() - nu, state)  # A_tot of Section 5
             elif args.objective == "released":
-                A = critics.mixer.weights(state).detach() * (q.detach() - nu)
+                A_i = critics.mixer.weights(state).detach() * (q.detach() - nu)  # [B, n]
 
     if args.objective == "released":
         # q_tot itself is regressed, and theta with it; nu_tot(s) is no part of it.
         L_q = losses.q_loss(critics.mixer(q, state), reward, terminated, torch.zeros_like(nu_tot), nu_tot_next, gamma)
-        L_nu = losses.released_loss(nu_init, A, alpha, f, gamma, lam)
-        w = losses.released_ratio(A, alpha, f, lam)
+        L_nu = losses.released_loss(nu_init, A_i, alpha, f, gamma, lam)
+        w = losses.released_ratio(A_i, alpha, f, lam)
     else:
+        # Line 5, Eq. 9
         L_q = losses.q_loss(critics.mixer.advantage(q - nu.detach(), state), reward, terminated, nu_tot.detach(), nu_tot_next, gamma)
+        # Lines 6-7, Prop. 4.1 or Eq. 10
         L_nu = losses.semi_loss(nu_tot, A, alpha, f) if args.objective == "semi" else losses.dual_loss(nu_tot_init, A, alpha, f, gamma, lam)
         w = losses.occupancy_ratio(A, alpha, f, lam)
     w = w.detach()
@@ -151,10 +168,13 @@ def critic_update(critics, target, optimizer, batch: TensorDict, init: TensorDic
 
 @torch.no_grad()
 def dataset_ratio(critics, rows: TensorDict, args) -> torch.Tensor:
-    """w_tot* of every transition of the dataset, [T]: Section 4.3, from the target copies of all networks."""
+    """w_tot* of every transition of the dataset, [T]: Section 4.3, from the target copies of all networks.
+
+    With advantage "td" q is no part of it: Eq. 9 is trained as Algorithm 1 has it, and not used.
+    """
     f, alpha = losses.DIVERGENCES[args.f], args.alpha * args.reward_scale
     lam = critics.lam if args.lambda_scale else 0.0
-    first = make_replay(rows, 1).sampler.first
+    first = (~last_rows(rows)).nonzero()[:, 0]
     w = []
     for index in first.split(CHUNK // 8):
         batch = as_transition(rows[torch.stack([index, index + 1], -1)])
@@ -191,12 +211,12 @@ def train_critics(rows: TensorDict, card: dict, args, seed: int, state: dict | N
         set_random_state(state["random"])  # after the initialisations above have drawn from it
         start, seconds = state["critic_step"], state["critic_seconds"]
     replay = make_replay(rows, args.batch_size)
-    initial = TensorDictReplayBuffer(storage=TensorStorage(initial_rows(rows)), batch_size=args.init_batch_size)
-    every = max(args.steps // args.evals, 1)
+    initial = TensorDictReplayBuffer(storage=TensorStorage(initial_rows(rows), device=device), batch_size=args.init_batch_size)
+    at = eval_steps(args)
     clock = time.perf_counter()
     for step in tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, desc=f"critics seed {seed}", mininterval=1):
         metrics = critic_update(critics, target, optimizer, replay.sample(), initial.sample(), args)
-        if step % every == 0 or step == args.steps:
+        if step in at:
             row = {"stage": "critics", "step": step} | {k: v.item() for k, v in metrics.items()}
             seconds += time.perf_counter() - clock
             yield {"critics": critics.state_dict(), "target": target.state_dict(), "critic_optimizer": optimizer.state_dict(),
@@ -206,7 +226,7 @@ def train_critics(rows: TensorDict, card: dict, args, seed: int, state: dict | N
 
 def train_seed(args: Args, seed: int, rows: TensorDict, card: dict, env) -> list[dict]:
     """Algorithm 1 in one run directory; returns the rows of its metrics.csv."""
-    run, state = start_run(args, "comadice", seed)
+    run, state = start_run(args, "comadice", seed, card)
     if (run / "summary.json").exists():
         return state["metrics"]
     torch.manual_seed(seed)
@@ -237,10 +257,8 @@ def train_seed(args: Args, seed: int, rows: TensorDict, card: dict, env) -> list
 def main(args: Args):
     quick = args is QUICK
     check_args(args)
-    for name in ("critic_lr", "alpha", "reward_scale", "mixer_hidden", "init_batch_size"):
-        if not getattr(args, name) > 0:
-            raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a positive number")
-    if not 0 <= args.gamma < 1 or not 0 < args.tau <= 1 or not args.lambda_scale >= 0:
+    check_positive(args, "critic_lr", "alpha", "reward_scale", "mixer_hidden", "init_batch_size")
+    if not 0 <= args.gamma < 1 or not 0 < args.tau <= 1 or not 0 <= args.lambda_scale < math.inf:
         raise BadInput("--gamma must be in [0, 1), --tau in (0, 1] and --lambda-scale at least 0")
     if args.objective == "semi" and args.lambda_scale:
         raise BadInput("--objective semi has E[w | s] = 1 in every state and no multiplier: use --lambda-scale 0")

@@ -25,7 +25,7 @@ from comadice_bc import with_ratio
 from comadice_data import initial_rows, make_replay
 from comadice_losses import policy_loss
 from comadice_mixer import make_policy
-from comadice_runs import pick_device
+from comadice_runs import pick_device, run_script
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Args:
 
 def random_rows(args: Args) -> TensorDict:
     """Episodes of 100 transitions of noise, in the dataset's layout."""
-    N, n = args.rows, args.n_agents
+    N, n = max(args.rows // 101, 1) * 101, args.n_agents
     t = torch.arange(N) % 101
     agents = TensorDict({"observation": torch.randn(N, n, args.obs_dim), "action": torch.randn(N, n, args.action_dim)}, [N, n])
     done = (t == 99)[:, None]
@@ -91,7 +91,7 @@ def time_critics(rows: TensorDict, card: dict, args: Args, device: torch.device)
     target = deepcopy(critics)
     optimizer = comadice_train.make_optimizer(critics, args.train)
     replay = make_replay(rows, args.train.batch_size)
-    initial = TensorDictReplayBuffer(storage=TensorStorage(initial_rows(rows)), batch_size=args.train.init_batch_size)
+    initial = TensorDictReplayBuffer(storage=TensorStorage(initial_rows(rows), device=device), batch_size=args.train.init_batch_size)
     alpha = args.train.alpha * args.train.reward_scale
     for count in (args.steps // 10, args.steps):
         clock = Clock(device)
@@ -142,4 +142,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    run_script(main, tyro.cli(Args))

@@ -3,9 +3,10 @@
     python benchmarks/sweep.py --data data/mamujoco/hopper/medium-replay --steps 20000 --out sweep.csv
 
 Every member is what `python comadice_train.py` with its flags trains (the same losses, networks and optimiser, through
-torch.vmap), with batches of its own. Plain BC is a member too, once per --bc-lr. A member's score is the mean return over its last
-evaluations, since a policy's return swings from one checkpoint to the next. On a GPU the update is one CUDA graph, while
-the evaluations run in processes beside it.
+torch.vmap), with batches of its own; of the --train flags, alpha, objective, advantage and those of every script but lr,
+hidden and batch_size have no effect here. Plain BC is a member too, once per --bc-lr. A member's score is the mean
+return over its last evaluations, since a policy's return swings from one checkpoint to the next. On a GPU the update is
+one CUDA graph, while the evaluations run in processes beside it.
 """
 
 import csv
@@ -16,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -30,7 +32,7 @@ from comadice_data import as_transition, initial_rows, last_rows, open_dataset
 from comadice_eval import eval_env, evaluate
 from comadice_losses import policy_loss
 from comadice_mixer import make_policy
-from comadice_runs import pick_device
+from comadice_runs import pick_device, run_script
 
 
 @dataclass
@@ -39,9 +41,9 @@ class Args:
     """dataset directory"""
     out: str = "sweep.csv"
     """a row a member"""
-    objectives: list[str] = field(default_factory=lambda: ["exact", "printed", "released", "semi"])
+    objectives: list[Literal["exact", "printed", "released", "semi"]] = field(default_factory=lambda: ["exact", "printed", "released", "semi"])
     """objectives to try"""
-    advantages: list[str] = field(default_factory=lambda: ["td", "q"])
+    advantages: list[Literal["td", "q"]] = field(default_factory=lambda: ["td", "q"])
     """what w* is extracted from (`released` has its own)"""
     alphas: list[float] = field(default_factory=lambda: [0.01, 0.1, 1.0, 10.0, 100.0])
     """values of alpha"""
@@ -91,10 +93,10 @@ class Draw:
         return self.initial[torch.randint(len(self.initial), size, device=self.device)]
 
 
-def repeat(step, times: int, label: str):
+def repeat(step, times: int, label: str, device: torch.device):
     """Calls step() `times` times, yielding after each; on a GPU it is captured as a CUDA graph after three calls and replayed."""
     bar = tqdm(total=times, desc=label, mininterval=2)
-    graph = torch.cuda.CUDAGraph() if torch.cuda.is_available() else None
+    graph = torch.cuda.CUDAGraph() if device.type == "cuda" else None
     side = torch.cuda.Stream() if graph is not None else None
     for i in range(times):
         if graph is None:
@@ -126,7 +128,8 @@ def train_critics(objective: str, rows: TensorDict, card: dict, args: Args) -> l
     average = params.data.clone()
     model, target = critics[0], deepcopy(critics[0])
     alpha = torch.tensor([a * train.reward_scale for a, _ in members], device=device)
-    optimizer = torch.optim.Adam(params.values(True, True), train.critic_lr, capturable=device.type == "cuda")
+    groups = [{"params": leaves(params, "q", "nu", "mixer")}, {"params": leaves(params, "lam"), "lr": train.critic_lr * train.lambda_scale}]
+    optimizer = torch.optim.Adam(groups, train.critic_lr, capturable=device.type == "cuda")
     draw = Draw(rows, len(members), train.batch_size)
     of_q, of_nu = (["q", "mixer"], ["nu"]) if objective == "released" else (["q"], ["nu", "mixer"])
     if train.lambda_scale:
@@ -144,7 +147,7 @@ def train_critics(objective: str, rows: TensorDict, card: dict, args: Args) -> l
         optimizer.step()
         average.lerp_(params.data, train.tau)
 
-    for _ in repeat(step, args.steps, f"{objective}: {len(members)} critics"):
+    for _ in repeat(step, args.steps, f"{objective}: {len(members)} critics", device):
         pass
     results = []
     for m, (a, seed) in enumerate(members):
@@ -185,13 +188,14 @@ def train_policies(members: list[tuple[dict, torch.Tensor]], rows: TensorDict, c
 
     at = {args.steps - round(i * args.steps / 5 / args.last) for i in range(args.last)}
     jobs = []
-    for i in repeat(step, args.steps, f"{len(members)} policies"):
+    for i in repeat(step, args.steps, f"{len(members)} policies", device):
         if i in at:
             now = params.data.cpu()
             jobs.append([pool.submit(play, card, now[m].clone().to_dict(), args.train.hidden, args.episodes, i) for m in range(len(members))])
     table = []
     for m, (name, w) in enumerate(tqdm(members, desc="evaluations", mininterval=2)):
-        returns = torch.tensor([job[m].result() for job in jobs])
+        # A ratio that is zero or not finite trains nothing; comadice_train.py refuses it.
+        returns = torch.tensor([job[m].result() if finite[m] else math.nan for job in jobs])
         table.append(name | {"return": returns.mean().item(), "std_over_evaluations": returns.std(correction=0).item(), **ratio_stats(w)})
     return table
 
@@ -239,4 +243,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    run_script(main, tyro.cli(Args))

@@ -278,7 +278,13 @@ def test_effective_sample_size():
     assert losses.effective_sample_size(torch.zeros(50)).item() == 0
 
 
-def test_released_ratio_sums_and_caps_over_agents():
+def test_released_multiplier_holds_the_mean_ratio_at_one():
+    A, f = torch.randn(64, 3, generator=torch.Generator().manual_seed(0)), DIVERGENCES["soft_chi2"]
+    lam = torch.tensor(0.3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(losses.released_loss(torch.zeros(4, 3), A, 0.7, f, 0.9, lam), lam)
+    torch.testing.assert_close(gradient, 1 - f.w_star((A - 0.3) / 0.7).mean())
+
+
+def test_released_ratio_sums_over_agents():
     A, f = torch.tensor([[0.0, 1.0, -5.0], [3.0, 4.0, -0.5]]), DIVERGENCES["chi2"]
     torch.testing.assert_close(losses.released_ratio(A, 1.0, f), torch.tensor([1.0 + 2 + 0, 4 + 5 + 0.5]))
-    torch.testing.assert_close(losses.released_ratio(A, 1.0, f, cap=2.0), torch.tensor([1.0 + 2 + 0, 2 + 2 + 0.5]))
