@@ -35,6 +35,9 @@ from comadice_runs import (
     start_run,
 )
 
+# What Eq. 11 needs of a transition.
+POLICY_KEYS = [("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "w"]
+
 
 @dataclass
 class Args(RunArgs):
@@ -78,8 +81,7 @@ def train_policy(rows: TensorDict, card: dict, w: torch.Tensor | None, args, see
         optimizer.load_state_dict(state["policy_optimizer"])
         set_random_state(state["random"])  # after the initialisations above have drawn from it
         start, seconds = state["step"], state["seconds"]
-    rows = with_ratio(rows, w)
-    replay = make_replay(rows, args.batch_size)
+    replay = make_replay(with_ratio(rows, w), args.batch_size, keys=POLICY_KEYS)
     at = eval_steps(args)
     clock = time.perf_counter()
     for step in tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, desc=label, mininterval=1):

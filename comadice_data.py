@@ -295,15 +295,16 @@ def table_row(card: dict) -> str:
 
 
 class TransitionSampler(Sampler):
-    """Draws transitions uniformly with replacement, on the device of the data: pairs of rows (t, t + 1), [B, 2]."""
+    """Draws transitions uniformly with replacement, on the device of the data: pairs of rows (t, t + 1) [B, 2], or rows t alone [B]."""
 
-    def __init__(self, rows: TensorDict):
+    def __init__(self, rows: TensorDict, pairs: bool = True):
+        self.pairs = pairs
         self.first = (~last_rows(rows)).nonzero()[:, 0]
 
     def sample(self, storage, batch_size: int) -> tuple[torch.Tensor, dict]:
         drawn = torch.randint(len(self.first), (batch_size,), device=self.first.device, generator=self._rng)
         first = self.first[drawn]
-        return torch.stack([first, first + 1], -1), {}
+        return torch.stack([first, first + 1], -1) if self.pairs else first, {}
 
     def _empty(self):
         raise NotImplementedError("a dataset is read-only")
@@ -318,11 +319,14 @@ def as_transition(pairs: TensorDict) -> TensorDict:
     return batch
 
 
-def make_replay(rows: TensorDict, batch_size: int, generator: torch.Generator | None = None) -> TensorDictReplayBuffer:
-    """TorchRL replay of a dataset's transitions, from wherever `rows` lie: the memory map on the CPU or a GPU's memory."""
-    replay = TensorDictReplayBuffer(
-        storage=TensorStorage(rows), sampler=TransitionSampler(rows), batch_size=batch_size, transform=as_transition
-    )
+def make_replay(rows: TensorDict, batch_size: int, generator: torch.Generator | None = None, keys: list | None = None) -> TensorDictReplayBuffer:
+    """TorchRL replay of a dataset's transitions, from wherever `rows` lie: the memory map on the CPU or a GPU's memory.
+
+    With `keys`, samples hold those entries of row t alone (where there are any), and nothing of the next row is read.
+    """
+    storage = TensorStorage(rows if keys is None else rows.select(*keys, strict=False))
+    transform = as_transition if keys is None else None
+    replay = TensorDictReplayBuffer(storage=storage, sampler=TransitionSampler(rows, keys is None), batch_size=batch_size, transform=transform)
     if generator is not None:
         replay.set_rng(generator)
     return replay

@@ -21,7 +21,7 @@ from tensordict import TensorDict
 from torchrl.data import TensorDictReplayBuffer, TensorStorage
 
 import comadice_train
-from comadice_bc import with_ratio
+from comadice_bc import POLICY_KEYS, with_ratio
 from comadice_data import initial_rows, make_replay
 from comadice_losses import policy_loss
 from comadice_mixer import make_policy
@@ -113,7 +113,7 @@ def time_critics(rows: TensorDict, card: dict, args: Args, device: torch.device)
 def time_policy(rows: TensorDict, card: dict, args: Args, device: torch.device):
     policy = make_policy(card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], args.train.hidden).to(device)
     optimizer = torch.optim.Adam(policy.parameters(), args.train.lr)
-    replay = make_replay(with_ratio(rows, None), args.train.batch_size)
+    replay = make_replay(with_ratio(rows, None), args.train.batch_size, keys=POLICY_KEYS)
     for count in (args.steps // 10, args.steps):
         clock = Clock(device)
         for _ in range(count):

@@ -546,3 +546,12 @@ def test_info_of_a_bad_path(tmp_path):
     done = command("info", tmp_path / "nothing")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == f"error: no dataset at {tmp_path / 'nothing'}\n"
+
+
+def test_replay_of_some_keys_reads_row_t_alone(hopper_data):
+    rows, _ = open_dataset(hopper_data)
+    some = [("agents", "action"), "reward", ("agents", "action_mask")]
+    both = [make_replay(rows, 64, torch.Generator().manual_seed(0), keys).sample() for keys in (None, some)]
+    assert {k for k in both[1].keys(True, True) if k != "index"} == {("agents", "action"), "reward"}
+    for key in (("agents", "action"), "reward"):
+        assert torch.equal(both[0][key], both[1][key])

@@ -56,7 +56,7 @@ def critic_step(n: int, discrete: bool, **flags) -> list[str]:
 def policy_step(n: int, discrete: bool) -> list[str]:
     policy = make_policy(n, 5, 4, discrete, 8)
     optimizer = torch.optim.Adam(policy.parameters())
-    replay = make_replay(comadice_bc.with_ratio(rows(n, discrete), None), 16)
+    replay = make_replay(comadice_bc.with_ratio(rows(n, discrete), None), 16, keys=comadice_bc.POLICY_KEYS)
     with Recorder() as recorder:
         comadice_bc.policy_update(policy, optimizer, replay.sample())
     return recorder.names
