@@ -15,7 +15,7 @@ from tensordict import TensorDict
 from torchrl.envs import EnvBase
 from tqdm import tqdm
 
-from comadice_data import BadInput, last_rows, make_replay
+from comadice_data import BadInput, last_rows, make_replay, run_script
 from comadice_eval import evaluate, try_eval_env
 from comadice_losses import effective_sample_size, policy_loss
 from comadice_mixer import make_policy
@@ -29,7 +29,6 @@ from comadice_runs import (
     load_dataset,
     pick_device,
     random_state,
-    run_script,
     save_checkpoint,
     set_random_state,
     start_run,

@@ -34,9 +34,9 @@ from torchrl.modules import IndependentNormal, MultiAgentMLP, ProbabilisticActor
 from torchrl.objectives.multiagent import MAPPOLoss
 from tqdm import tqdm
 
-from comadice_data import BadInput, DatasetWriter, dataset_path, episodes, open_dataset, table_row
+from comadice_data import BadInput, DatasetWriter, dataset_path, episodes, open_dataset, run_script, table_row
 from comadice_envs import engine, make_env
-from comadice_runs import DATA_ROOT, check_positive, pick_device, run_script
+from comadice_runs import DATA_ROOT, check_positive, pick_device
 
 OBS, ACTION = ("agents", "observation"), ("agents", "action")
 

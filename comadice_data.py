@@ -47,6 +47,15 @@ class BadInput(ValueError):
     """The user's input can't be used; the message says what is wrong and what to do. Scripts exit with code 2."""
 
 
+def run_script(main, *args):
+    """Calls main(*args); input that can't be used ends in one line and exit code 2."""
+    try:
+        main(*args)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
 def dataset_path(data: str | None, env: str, task: str, quality: str, root: str = "data") -> Path:
     """`data` where it is given, else the directory that env, task and quality name."""
     return Path(data) if data else Path(root, env, task, quality)
@@ -247,20 +256,20 @@ def _check_values(path: Path, rows: TensorDict, card: dict):
     low, high = card.get("action_low"), card.get("action_high")
     if not isinstance(low, float | int) or not isinstance(high, float | int):
         raise BadInput(f"{path}/card.json: action_low or action_high is missing")
+    all_last = last_rows(rows)
     for start in range(0, len(rows), CHUNK):
-        chunk = rows[start : start + CHUNK]
+        chunk, last = rows[start : start + CHUNK], all_last[start : start + CHUNK]
         for key in ("state", ("agents", "observation"), ("agents", "action"), "reward"):
             finite = torch.isfinite(chunk[key])
             if not finite.all():
                 row = start + int((~finite).reshape(len(chunk), -1).any(-1).nonzero()[0])
                 raise BadInput(f"{path}: {key if isinstance(key, str) else '/'.join(key)} is not finite at row {row}")
-        action = chunk["agents", "action"][~last_rows(rows)[start : start + CHUNK]]
+        action = chunk["agents", "action"][~last]
         if len(action) and not (low <= action.min() and action.max() <= high):
             raise BadInput(f"{path}: actions from {action.min():g} to {action.max():g} leave the card's bounds [{low}, {high}]")
         if card["discrete"]:
             if len(action) and not (0 <= action.min() and action.max() < card["action_dim"]):
                 raise BadInput(f"{path}: an action is outside of 0 to {card['action_dim'] - 1}")
-            last = last_rows(rows)[start : start + CHUNK]
             action = chunk["agents", "action"].where(~last[:, None], 0)
             allowed = chunk["agents", "action_mask"].gather(-1, action.unsqueeze(-1))[..., 0].all(-1) | last
             if not allowed.all():
@@ -275,6 +284,11 @@ def last_rows(rows: TensorDict) -> torch.Tensor:
     """[N] bool: the rows that hold an episode's last observation and are no transitions."""
     done = rows["done"][:, 0]
     return torch.cat([done.new_zeros(1), done[:-1]])
+
+
+def transition_rows(rows: TensorDict) -> torch.Tensor:
+    """[T] int64: the row of each transition, in order; the row after it is its next observation."""
+    return (~last_rows(rows)).nonzero()[:, 0]
 
 
 def episode_returns(rows: TensorDict) -> torch.Tensor:
@@ -299,7 +313,7 @@ class TransitionSampler(Sampler):
 
     def __init__(self, rows: TensorDict, pairs: bool = True):
         self.pairs = pairs
-        self.first = (~last_rows(rows)).nonzero()[:, 0]
+        self.first = transition_rows(rows)
 
     def sample(self, storage, batch_size: int) -> tuple[torch.Tensor, dict]:
         drawn = torch.randint(len(self.first), (batch_size,), device=self.first.device, generator=self._rng)
@@ -348,8 +362,4 @@ def info(path: tyro.conf.Positional[str]):
 
 
 if __name__ == "__main__":
-    try:
-        tyro.extras.subcommand_cli_from_dict({"info": info})
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(tyro.extras.subcommand_cli_from_dict, {"info": info})

@@ -17,10 +17,10 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import step_mdp
 from tqdm import tqdm
 
-from comadice_data import BadInput
+from comadice_data import BadInput, run_script
 from comadice_envs import NoSimulator, make_env
 from comadice_mixer import make_policy
-from comadice_runs import load_checkpoint, pick_device, run_script
+from comadice_runs import load_checkpoint, pick_device
 
 MAX_ROBOTS = 50  # environments that one process steps together
 

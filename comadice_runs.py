@@ -11,7 +11,6 @@ import csv
 import json
 import math
 import resource
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -217,12 +216,3 @@ def finish_run(run: Path, args: RunArgs, algo: str, seed: int, card: dict, metri
     }
     write_atomically(run / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
-
-
-def run_script(main, *args):
-    """Calls main(*args); input that can't be used ends in one line and exit code 2."""
-    try:
-        main(*args)
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

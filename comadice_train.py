@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import comadice_bc
 import comadice_losses as losses
-from comadice_data import CHUNK, BadInput, as_transition, initial_rows, last_rows, make_replay
+from comadice_data import CHUNK, BadInput, as_transition, initial_rows, make_replay, run_script, transition_rows
 from comadice_eval import try_eval_env
 from comadice_mixer import Critics
 from comadice_runs import (
@@ -34,7 +34,6 @@ from comadice_runs import (
     load_dataset,
     pick_device,
     random_state,
-    run_script,
     save_checkpoint,
     set_random_state,
     start_run,
@@ -174,17 +173,17 @@ def dataset_ratio(critics, rows: TensorDict, args) -> torch.Tensor:
     """
     f, alpha = losses.DIVERGENCES[args.f], args.alpha * args.reward_scale
     lam = critics.lam if args.lambda_scale else 0.0
-    first = (~last_rows(rows)).nonzero()[:, 0]
     w = []
-    for index in first.split(CHUNK // 8):
+    for index in transition_rows(rows).split(CHUNK // 8):
         batch = as_transition(rows[torch.stack([index, index + 1], -1)])
         obs, state = batch["agents", "observation"], batch["state"]
-        nu, q = critics.nu(obs), critics.q(obs, batch["agents", "action"])
+        nu = critics.nu(obs)
         if args.objective == "released":
-            w.append(losses.released_ratio(critics.mixer.weights(state) * (q - nu), alpha, f, lam))
+            A_i = critics.mixer.weights(state) * (critics.q(obs, batch["agents", "action"]) - nu)
+            w.append(losses.released_ratio(A_i, alpha, f, lam))
             continue
         if args.advantage == "q":
-            A_tot = critics.mixer.advantage(q - nu, state)
+            A_tot = critics.mixer.advantage(critics.q(obs, batch["agents", "action"]) - nu, state)
         else:
             nu_tot_next = critics.mixer(critics.nu(batch["next", "agents", "observation"]), batch["next", "state"])
             A_tot = losses.td_advantage(args.reward_scale * batch["reward"][:, 0], batch["terminated"][:, 0], critics.mixer(nu, state), nu_tot_next, args.gamma)

@@ -22,10 +22,10 @@ from torchrl.data import TensorDictReplayBuffer, TensorStorage
 
 import comadice_train
 from comadice_bc import POLICY_KEYS, with_ratio
-from comadice_data import initial_rows, make_replay
+from comadice_data import initial_rows, make_replay, run_script
 from comadice_losses import policy_loss
 from comadice_mixer import make_policy
-from comadice_runs import pick_device, run_script
+from comadice_runs import pick_device
 
 
 @dataclass

@@ -28,11 +28,11 @@ from tqdm import tqdm
 
 import comadice_train
 from comadice_bc import ratio_stats
-from comadice_data import as_transition, initial_rows, last_rows, open_dataset
+from comadice_data import as_transition, initial_rows, open_dataset, run_script, transition_rows
 from comadice_eval import eval_env, evaluate
 from comadice_losses import policy_loss
 from comadice_mixer import make_policy
-from comadice_runs import pick_device, run_script
+from comadice_runs import pick_device
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Draw:
 
     def __init__(self, rows: TensorDict, M: int, B: int):
         self.rows, self.shape, self.device = rows, (M * B,), rows["state"].device
-        self.first, self.initial = (~last_rows(rows)).nonzero()[:, 0], initial_rows(rows)
+        self.first, self.initial = transition_rows(rows), initial_rows(rows)
         self.size = (M, B)
 
     def transitions(self) -> tuple[TensorDict, torch.Tensor]:

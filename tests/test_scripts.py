@@ -22,6 +22,7 @@ from tensordict import TensorDict
 
 import comadice_bc
 import comadice_collect
+import comadice_data
 import comadice_eval
 import comadice_losses as losses
 import comadice_runs
@@ -420,7 +421,7 @@ def refused(capsys, main, arguments, match: str):
     """Exit code 2, and one line on stderr that says what is wrong."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as error:
-        comadice_runs.run_script(main, arguments)
+        comadice_data.run_script(main, arguments)
     lines = capsys.readouterr().err.strip().splitlines()
     assert error.value.code == 2
     assert lines[-1].startswith("error: ") and re.search(match, lines[-1]), lines[-1]
