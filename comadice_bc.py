@@ -15,7 +15,7 @@ from tensordict import TensorDict
 from torchrl.envs import EnvBase
 from tqdm import tqdm
 
-from comadice_data import BadInput, last_rows, make_replay, run_script
+from comadice_data import BadInput, last_rows, make_replay, minibatches, run_script
 from comadice_eval import evaluate, try_eval_env
 from comadice_losses import effective_sample_size, policy_loss
 from comadice_mixer import make_policy
@@ -80,11 +80,11 @@ def train_policy(rows: TensorDict, card: dict, w: torch.Tensor | None, args, see
         optimizer.load_state_dict(state["policy_optimizer"])
         set_random_state(state["random"])  # after the initialisations above have drawn from it
         start, seconds = state["step"], state["seconds"]
-    replay = make_replay(with_ratio(rows, w), args.batch_size, keys=POLICY_KEYS)
+    replay = make_replay(with_ratio(rows, w), POLICY_KEYS, pairs=False)
     at = eval_steps(args)
     clock = time.perf_counter()
-    for step in tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, desc=label, mininterval=1):
-        loss = policy_update(policy, optimizer, replay.sample())
+    for step, batch in tqdm(minibatches(start, at, (replay, args.batch_size)), initial=start, total=args.steps, desc=label, mininterval=1):
+        loss = policy_update(policy, optimizer, batch)
         if step in at:
             row = {"stage": "policy", "step": step, "policy_loss": loss.item()}
             seconds += time.perf_counter() - clock

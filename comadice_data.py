@@ -40,6 +40,7 @@ from torchrl.data.replay_buffers.samplers import Sampler
 DTYPES = {str(d): d for d in (torch.float32, torch.int64, torch.bool)}
 REQUIRED = ["state", "agents/observation", "agents/action", "reward", "terminated", "done", "is_init", "episode"]
 OPTIONAL = ["agents/action_mask"]
+DRAW = 16  # batches drawn together, see minibatches
 CHUNK = 65536  # rows looked at together when a dataset is validated; bounds the memory that this takes
 
 
@@ -333,17 +334,31 @@ def as_transition(pairs: TensorDict) -> TensorDict:
     return batch
 
 
-def make_replay(rows: TensorDict, batch_size: int, generator: torch.Generator | None = None, keys: list | None = None) -> TensorDictReplayBuffer:
+def make_replay(rows: TensorDict, keys: list | None = None, pairs: bool = True, generator: torch.Generator | None = None) -> TensorDictReplayBuffer:
     """TorchRL replay of a dataset's transitions, from wherever `rows` lie: the memory map on the CPU or a GPU's memory.
 
-    With `keys`, samples hold those entries of row t alone (where there are any), and nothing of the next row is read.
+    With `keys`, only those entries (where there are any) are read; without `pairs`, nothing of the next row is.
     """
     storage = TensorStorage(rows if keys is None else rows.select(*keys, strict=False))
-    transform = as_transition if keys is None else None
-    replay = TensorDictReplayBuffer(storage=storage, sampler=TransitionSampler(rows, keys is None), batch_size=batch_size, transform=transform)
+    replay = TensorDictReplayBuffer(storage=storage, sampler=TransitionSampler(rows, pairs), transform=as_transition if pairs else None)
     if generator is not None:
         replay.set_rng(generator)
     return replay
+
+
+def minibatches(start: int, stops: set[int], *sources: tuple[TensorDictReplayBuffer, int]):
+    """Yields (step, a batch of each source) for the steps from start + 1 to the last of `stops`; a source is (replay, batch size).
+
+    Batches are drawn DRAW at a time, which spreads the cost of a draw, and never across a stop: a run that goes on from one
+    draws what it would have drawn.
+    """
+    step = start
+    for stop in sorted(s for s in stops if s > start):
+        while step < stop:
+            count = min(DRAW, stop - step)
+            for batches in zip(*(replay.sample(count * size).split(size) for replay, size in sources)):
+                step += 1
+                yield step, *batches
 
 
 def initial_rows(rows: TensorDict) -> TensorDict:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import comadice_bc
 import comadice_losses as losses
-from comadice_data import CHUNK, BadInput, as_transition, initial_rows, make_replay, run_script, transition_rows
+from comadice_data import CHUNK, BadInput, as_transition, initial_rows, make_replay, minibatches, run_script, transition_rows
 from comadice_eval import try_eval_env
 from comadice_mixer import Critics
 from comadice_runs import (
@@ -38,6 +38,9 @@ from comadice_runs import (
     set_random_state,
     start_run,
 )
+
+# What Eq. 9 and Eq. 10 need of a transition.
+CRITIC_KEYS = ["state", ("agents", "observation"), ("agents", "action"), "reward", "terminated"]
 
 
 @dataclass
@@ -209,12 +212,13 @@ def train_critics(rows: TensorDict, card: dict, args, seed: int, state: dict | N
         optimizer.load_state_dict(state["critic_optimizer"])
         set_random_state(state["random"])  # after the initialisations above have drawn from it
         start, seconds = state["critic_step"], state["critic_seconds"]
-    replay = make_replay(rows, args.batch_size)
-    initial = TensorDictReplayBuffer(storage=TensorStorage(initial_rows(rows), device=device), batch_size=args.init_batch_size)
+    replay = make_replay(rows, CRITIC_KEYS)
+    initial = TensorDictReplayBuffer(storage=TensorStorage(initial_rows(rows), device=device))
     at = eval_steps(args)
     clock = time.perf_counter()
-    for step in tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, desc=f"critics seed {seed}", mininterval=1):
-        metrics = critic_update(critics, target, optimizer, replay.sample(), initial.sample(), args)
+    batches = minibatches(start, at, (replay, args.batch_size), (initial, args.init_batch_size))
+    for step, batch, init in tqdm(batches, initial=start, total=args.steps, desc=f"critics seed {seed}", mininterval=1):
+        metrics = critic_update(critics, target, optimizer, batch, init, args)
         if step in at:
             row = {"stage": "critics", "step": step} | {k: v.item() for k, v in metrics.items()}
             seconds += time.perf_counter() - clock

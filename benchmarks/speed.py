@@ -22,7 +22,7 @@ from torchrl.data import TensorDictReplayBuffer, TensorStorage
 
 import comadice_train
 from comadice_bc import POLICY_KEYS, with_ratio
-from comadice_data import initial_rows, make_replay, run_script
+from comadice_data import initial_rows, make_replay, minibatches, run_script
 from comadice_losses import policy_loss
 from comadice_mixer import make_policy
 from comadice_runs import pick_device
@@ -90,14 +90,13 @@ def time_critics(rows: TensorDict, card: dict, args: Args, device: torch.device)
     critics = comadice_train.make_critics(card, args.train).to(device)
     target = deepcopy(critics)
     optimizer = comadice_train.make_optimizer(critics, args.train)
-    replay = make_replay(rows, args.train.batch_size)
-    initial = TensorDictReplayBuffer(storage=TensorStorage(initial_rows(rows), device=device), batch_size=args.train.init_batch_size)
+    replay = make_replay(rows, comadice_train.CRITIC_KEYS)
+    initial = TensorDictReplayBuffer(storage=TensorStorage(initial_rows(rows), device=device))
     alpha = args.train.alpha * args.train.reward_scale
     for count in (args.steps // 10, args.steps):
         clock = Clock(device)
-        for _ in range(count):
-            clock.start()
-            batch, init = replay.sample(), initial.sample()
+        clock.start()
+        for _, batch, init in minibatches(0, {count}, (replay, args.train.batch_size), (initial, args.train.init_batch_size)):
             clock.part("sample")
             L_q, L_nu, _ = comadice_train.critic_losses(critics, target, batch, init, alpha, args.train)
             clock.part("losses")
@@ -113,12 +112,11 @@ def time_critics(rows: TensorDict, card: dict, args: Args, device: torch.device)
 def time_policy(rows: TensorDict, card: dict, args: Args, device: torch.device):
     policy = make_policy(card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], args.train.hidden).to(device)
     optimizer = torch.optim.Adam(policy.parameters(), args.train.lr)
-    replay = make_replay(with_ratio(rows, None), args.train.batch_size, keys=POLICY_KEYS)
+    replay = make_replay(with_ratio(rows, None), POLICY_KEYS, pairs=False)
     for count in (args.steps // 10, args.steps):
         clock = Clock(device)
-        for _ in range(count):
-            clock.start()
-            batch = replay.sample()
+        clock.start()
+        for _, batch in minibatches(0, {count}, (replay, args.train.batch_size)):
             clock.part("sample")
             loss = policy_loss(batch["w"], policy.log_prob(batch["agents", "observation"], batch["agents", "action"]))
             clock.part("loss")

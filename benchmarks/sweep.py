@@ -27,7 +27,7 @@ from tensordict import TensorDict
 from tqdm import tqdm
 
 import comadice_train
-from comadice_bc import ratio_stats
+from comadice_bc import POLICY_KEYS, ratio_stats
 from comadice_data import as_transition, initial_rows, open_dataset, run_script, transition_rows
 from comadice_eval import eval_env, evaluate
 from comadice_losses import policy_loss
@@ -77,8 +77,8 @@ def leaves(params: TensorDict, *names: str) -> list[torch.Tensor]:
 class Draw:
     """Batches [M, B] of transitions, each member's its own."""
 
-    def __init__(self, rows: TensorDict, M: int, B: int):
-        self.rows, self.shape, self.device = rows, (M * B,), rows["state"].device
+    def __init__(self, rows: TensorDict, M: int, B: int, keys: list):
+        self.rows, self.shape, self.device = rows.select(*keys, strict=False), (M * B,), rows["state"].device
         self.first, self.initial = transition_rows(rows), initial_rows(rows)
         self.size = (M, B)
 
@@ -130,7 +130,7 @@ def train_critics(objective: str, rows: TensorDict, card: dict, args: Args) -> l
     alpha = torch.tensor([a * train.reward_scale for a, _ in members], device=device)
     groups = [{"params": leaves(params, "q", "nu", "mixer")}, {"params": leaves(params, "lam"), "lr": train.critic_lr * train.lambda_scale}]
     optimizer = torch.optim.Adam(groups, train.critic_lr, capturable=device.type == "cuda")
-    draw = Draw(rows, len(members), train.batch_size)
+    draw = Draw(rows, len(members), train.batch_size, comadice_train.CRITIC_KEYS)
     of_q, of_nu = (["q", "mixer"], ["nu"]) if objective == "released" else (["q"], ["nu", "mixer"])
     if train.lambda_scale:
         of_nu.append("lam")
@@ -170,7 +170,7 @@ def train_policies(members: list[tuple[dict, torch.Tensor]], rows: TensorDict, c
     params, model = stack(policies), policies[0]
     finite = [bool(torch.isfinite(w).all()) and bool(w.mean() > 0) for _, w in members]
     ratio = torch.stack([w / w.mean() if ok else torch.zeros_like(w) for ok, (_, w) in zip(finite, members)])
-    draw = Draw(rows, len(members), args.train.batch_size)
+    draw = Draw(rows, len(members), args.train.batch_size, POLICY_KEYS)
     member = torch.arange(len(members), device=device)[:, None]
     optimizer = torch.optim.Adam(params.values(True, True), members[0][0]["lr"], capturable=device.type == "cuda")
 

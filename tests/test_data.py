@@ -13,7 +13,19 @@ import torch
 from conftest import ROOT, files_hash, hopper_card
 from tensordict import TensorDict
 
-from comadice_data import BadInput, DatasetWriter, as_transition, dataset_path, episodes, initial_rows, last_rows, make_replay, open_dataset, table_row
+from comadice_data import (
+    BadInput,
+    DatasetWriter,
+    as_transition,
+    dataset_path,
+    episodes,
+    initial_rows,
+    last_rows,
+    make_replay,
+    minibatches,
+    open_dataset,
+    table_row,
+)
 
 FIELDS = ["state", "agents/observation", "agents/action", "reward", "terminated", "done", "is_init", "episode"]
 
@@ -111,7 +123,7 @@ def test_nothing_done_to_the_rows_reaches_the_files(copy):
     assert rows["state"].eq(1).all()
     with pytest.raises(RuntimeError):
         rows["state"] = torch.zeros_like(rows["state"])
-    batch = make_replay(rows, 8).sample()
+    batch = make_replay(rows).sample(8)
     batch["state"].zero_()
     del rows, batch
     assert files_hash(copy) == before
@@ -174,10 +186,10 @@ def test_samples_are_transitions_and_never_last_rows(recorded):
     # The row's number travels along in a key of its own.
     rows = rows.clone(recurse=False).unlock_()
     rows["number"] = torch.arange(len(rows))
-    replay = make_replay(rows, 4096, torch.Generator().manual_seed(0))
+    replay = make_replay(rows, generator=torch.Generator().manual_seed(0))
     last = last_rows(rows)
     for _ in range(5):
-        batch = replay.sample()
+        batch = replay.sample(4096)
         number = batch["number"]
         assert batch.batch_size == (4096,) and not last[number].any()
         for name in ("state", ("agents", "observation"), ("agents", "action"), "reward", "terminated", "done", "is_init", "episode"):
@@ -195,10 +207,10 @@ def test_sampling_is_uniform_over_transitions(discrete_data):
     rows, card = open_dataset(discrete_data)
     rows = rows.clone(recurse=False).unlock_()
     rows["number"] = torch.arange(len(rows))
-    replay = make_replay(rows, 1000, torch.Generator().manual_seed(0))
+    replay = make_replay(rows, generator=torch.Generator().manual_seed(0))
     counts = torch.zeros(len(rows))
     for _ in range(34):
-        counts += torch.bincount(replay.sample()["number"], minlength=len(rows))
+        counts += torch.bincount(replay.sample(1000)["number"], minlength=len(rows))
     counts = counts[~last_rows(rows)]
     assert len(counts) == card["samples"] == 17
     assert ((counts - 2000) ** 2 / 2000).sum() < 45
@@ -206,7 +218,7 @@ def test_sampling_is_uniform_over_transitions(discrete_data):
 
 def test_a_generator_makes_sampling_repeatable(hopper_data):
     rows, _ = open_dataset(hopper_data)
-    draws = [make_replay(rows, 64, torch.Generator().manual_seed(seed)).sample()["state"] for seed in (0, 0, 1)]
+    draws = [make_replay(rows, generator=torch.Generator().manual_seed(seed)).sample(64)["state"] for seed in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
@@ -548,10 +560,36 @@ def test_info_of_a_bad_path(tmp_path):
     assert done.stderr == f"error: no dataset at {tmp_path / 'nothing'}\n"
 
 
-def test_replay_of_some_keys_reads_row_t_alone(hopper_data):
+def test_replay_of_some_keys_of_row_t_alone(hopper_data):
     rows, _ = open_dataset(hopper_data)
     some = [("agents", "action"), "reward", ("agents", "action_mask")]
-    both = [make_replay(rows, 64, torch.Generator().manual_seed(0), keys).sample() for keys in (None, some)]
+    both = [make_replay(rows, keys, keys is None, torch.Generator().manual_seed(0)).sample(64) for keys in (None, some)]
     assert {k for k in both[1].keys(True, True) if k != "index"} == {("agents", "action"), "reward"}
     for key in (("agents", "action"), "reward"):
         assert torch.equal(both[0][key], both[1][key])
+
+
+def test_minibatches_that_go_on_from_a_stop_are_those_of_a_run_without_one(hopper_data):
+    rows, _ = open_dataset(hopper_data)
+
+    def draw(start: int, state=None):
+        generator = torch.Generator().manual_seed(0)
+        if state is not None:
+            generator.set_state(state)
+        replays = make_replay(rows, generator=generator), make_replay(rows, ["reward"], False, generator)
+        states = {}
+        for step, batch, other in minibatches(start, {5, 40, 41}, (replays[0], 8), (replays[1], 4)):
+            assert batch.batch_size == (8,) and other.batch_size == (4,)
+            drawn[step] = batch["state"], other["reward"]
+            states[step] = generator.get_state()
+        return states
+
+    drawn = {}
+    states = draw(0)
+    assert list(drawn) == list(range(1, 42))
+    for stop in (5, 40):
+        whole, drawn = drawn, {}
+        draw(stop, states[stop])
+        assert list(drawn) == list(range(stop + 1, 42))
+        assert all(torch.equal(a, b) for step in drawn for a, b in zip(drawn[step], whole[step]))
+        drawn = whole

@@ -47,18 +47,18 @@ def critic_step(n: int, discrete: bool, **flags) -> list[str]:
     data = rows(n, discrete)
     critics = comadice_train.make_critics(card, args)
     target, optimizer = deepcopy(critics), comadice_train.make_optimizer(critics, args)
-    replay, initial = make_replay(data, 16), TensorDictReplayBuffer(storage=TensorStorage(initial_rows(data)), batch_size=4)
+    replay, initial = make_replay(data, comadice_train.CRITIC_KEYS), TensorDictReplayBuffer(storage=TensorStorage(initial_rows(data)))
     with Recorder() as recorder:
-        comadice_train.critic_update(critics, target, optimizer, replay.sample(), initial.sample(), args)
+        comadice_train.critic_update(critics, target, optimizer, replay.sample(16), initial.sample(4), args)
     return recorder.names
 
 
 def policy_step(n: int, discrete: bool) -> list[str]:
     policy = make_policy(n, 5, 4, discrete, 8)
     optimizer = torch.optim.Adam(policy.parameters())
-    replay = make_replay(comadice_bc.with_ratio(rows(n, discrete), None), 16, keys=comadice_bc.POLICY_KEYS)
+    replay = make_replay(comadice_bc.with_ratio(rows(n, discrete), None), comadice_bc.POLICY_KEYS, pairs=False)
     with Recorder() as recorder:
-        comadice_bc.policy_update(policy, optimizer, replay.sample())
+        comadice_bc.policy_update(policy, optimizer, replay.sample(16))
     return recorder.names
 
 
@@ -100,10 +100,10 @@ def test_critic_step_on_a_gpu_does_not_synchronise(objective):
     data = rows(3, False).to("cuda")
     critics = comadice_train.make_critics(card, args).to("cuda")
     target, optimizer = deepcopy(critics), comadice_train.make_optimizer(critics, args)
-    replay, initial = make_replay(data, 16), TensorDictReplayBuffer(storage=TensorStorage(initial_rows(data)), batch_size=4)
-    comadice_train.critic_update(critics, target, optimizer, replay.sample(), initial.sample(), args)
+    replay, initial = make_replay(data, comadice_train.CRITIC_KEYS), TensorDictReplayBuffer(storage=TensorStorage(initial_rows(data)))
+    comadice_train.critic_update(critics, target, optimizer, replay.sample(16), initial.sample(4), args)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        comadice_train.critic_update(critics, target, optimizer, replay.sample(), initial.sample(), args)
+        comadice_train.critic_update(critics, target, optimizer, replay.sample(16), initial.sample(4), args)
     finally:
         torch.cuda.set_sync_debug_mode("default")
