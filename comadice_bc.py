@@ -90,7 +90,7 @@ def train_policy(rows: TensorDict, card: dict, w: torch.Tensor | None, args, see
             seconds += time.perf_counter() - clock
             if env is not None:
                 result = evaluate(policy, env, args.eval_episodes, seed)
-                row |= {"return": result["return_mean"], "return_std": result["return_std"], "winrate": result["winrate"]}
+                row |= {"return": result["return_mean"], "return_std": result["return_std"], "winrate": result["winrate"], "replayed": result["replayed"]}
             yield {"policy": policy.state_dict(), "policy_optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}, row
             clock = time.perf_counter()
 
@@ -132,14 +132,16 @@ def report(curves: dict[str, list[list[dict]]], card: dict, args: RunArgs, pictu
     rolled_out = all("return" in metrics[-1] for seeds in curves.values() for metrics in seeds)
     print(f"\n{args.env} {args.task} {args.quality}, {args.steps:,} steps, seeds {args.seeds}, {card.get('engine')}")
     print(f"{'':<24}{'return':>12}")
-    print(f"{'behaviour data':<24}{card['return_mean']:>12.1f} ± {card['return_std']:.1f} (over episodes)")
+    print(f"{'behaviour data':<24}{card['return_mean']:>12.2f} ± {card['return_std']:.2f} (over episodes)")
     if not rolled_out:
         print("trained policies were not rolled out")
         return
     for name, seeds in curves.items():
         returns = torch.tensor([metrics[-1]["return"] for metrics in seeds])
-        spread = f"{returns.std(correction=0):.1f} (over seeds)" if len(seeds) > 1 else f"{seeds[0][-1]['return_std']:.1f} (over episodes)"
-        print(f"{name:<24}{returns.mean():>12.1f} ± {spread}")
+        spread = f"{returns.std(correction=0):.2f} (over seeds)" if len(seeds) > 1 else f"{seeds[0][-1]['return_std']:.2f} (over episodes)"
+        wins = [metrics[-1]["winrate"] for metrics in seeds]
+        winrate = "" if None in wins else f", {100 * sum(wins) / len(wins):.1f}% of battles won"
+        print(f"{name:<24}{returns.mean():>12.2f} ± {spread}{winrate}")
     path = Path(args.out, args.env, args.task, args.quality, picture)
     plot_curves(curves, card["return_mean"], f"{args.task} {args.quality}", path)
     print(f"learning curve: {path}")

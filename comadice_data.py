@@ -48,6 +48,10 @@ class BadInput(ValueError):
     """The user's input can't be used; the message says what is wrong and what to do. Scripts exit with code 2."""
 
 
+class NoSimulator(BadInput):
+    """No simulator for this env is installed here, or none exists; the message says which and how to get it."""
+
+
 def run_script(main, *args):
     """Calls main(*args); input that can't be used ends in one line and exit code 2."""
     try:
@@ -180,8 +184,8 @@ def open_dataset(path: str | Path, env: str | None = None, task: str | None = No
     for name in ("env", "task", "quality", "interface"):
         if not isinstance(card.get(name), str):
             raise BadInput(f"{path}/card.json: '{name}' is {card.get(name)!r}, not a name")
-    if not re.fullmatch(r"benchmark|agent_obsk=\d+", card["interface"]):
-        raise BadInput(f"{path}/card.json: 'interface' is '{card['interface']}', not benchmark or agent_obsk=K")
+    if not re.fullmatch(r"benchmark|standard|agent_obsk=\d+", card["interface"]):
+        raise BadInput(f"{path}/card.json: 'interface' is '{card['interface']}', not benchmark, standard or agent_obsk=K")
     for name, value in (("env", env), ("task", task)):
         if value is not None and card.get(name) != value:
             raise BadInput(f"{path} is a dataset of {name} '{card.get(name)}', not '{value}': give the matching --{name} or --data")
@@ -302,7 +306,8 @@ def table_row(card: dict) -> str:
     """The dataset's row of the paper's Table 3 (samples are transitions of the team)."""
     header = ["Instance", "Quality", "Trajectories", "Samples", "Agents", "State dim", "Obs dim", "Action dim", "Average returns"]
     row = [card["task"], card["quality"], *(card[k] for k in ("trajectories", "samples", "n_agents", "state_dim", "obs_dim", "action_dim"))]
-    row.append(f"{card['return_mean']:.1f} ± {card['return_std']:.1f}")
+    digits = 1 if card["return_max"] > 10 else 2  # a battle of SMAX is worth at most about 2
+    row.append(f"{card['return_mean']:.{digits}f} ± {card['return_std']:.{digits}f}")
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (header, ["---"] * len(header), row))
 
 

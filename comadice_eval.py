@@ -3,7 +3,7 @@
     python comadice_eval.py --run runs/mamujoco/hopper/medium-replay/comadice/seed0 --episodes 100
 
 plays the mean action (continuous) or the most likely available one (discrete) and prints return mean and standard
-deviation over episodes, and over seeds where several runs are given.
+deviation over episodes, the share of battles won, and mean and standard deviation over seeds where several runs are given.
 """
 
 import json
@@ -17,12 +17,12 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import step_mdp
 from tqdm import tqdm
 
-from comadice_data import BadInput, run_script
-from comadice_envs import NoSimulator, make_env
+from comadice_data import BadInput, NoSimulator, run_script
+from comadice_envs import make_env
 from comadice_mixer import make_policy
 from comadice_runs import load_checkpoint, pick_device
 
-MAX_ROBOTS = 50  # environments that one process steps together
+MAX_WIDTH = 50  # environments that one process steps together
 
 
 @dataclass
@@ -46,13 +46,11 @@ def eval_env(card: dict, episodes: int, workers: int = 1) -> EnvBase:
 
     Raises NoSimulator where there is none for the card, BadInput where its sizes differ from the card's.
     """
-    interface = card.get("interface", "benchmark")
-    obsk = int(interface.removeprefix("agent_obsk=")) if interface.startswith("agent_obsk=") else None
-    width = min(math.ceil(episodes / workers), MAX_ROBOTS)
-    env = make_env(card["env"], card["task"], width, workers, obsk)
+    width = min(math.ceil(episodes / workers), MAX_WIDTH)
+    env = make_env(card["env"], card["task"], width, workers, card["interface"])
     n, O = env.observation_spec["agents", "observation"].shape[-2:]
-    sizes = {"n_agents": n, "obs_dim": O, "state_dim": env.observation_spec["state"].shape[-1],
-             "action_dim": env.full_action_spec["agents", "action"].shape[-1]}
+    actions = env.observation_spec["agents", "action_mask"] if card["discrete"] else env.full_action_spec["agents", "action"]
+    sizes = {"n_agents": n, "obs_dim": O, "state_dim": env.observation_spec["state"].shape[-1], "action_dim": actions.shape[-1]}
     for key, value in sizes.items():
         if card[key] != value:
             name = f"{card['env']} {card['task']}"
@@ -71,17 +69,20 @@ def try_eval_env(card: dict, episodes: int, workers: int = 1) -> EnvBase | None:
 
 @torch.no_grad()
 def evaluate(policy: torch.nn.Module, env: EnvBase, episodes: int, seed: int) -> dict:
-    """Plays `episodes` whole episodes: their returns and the mean and standard deviation over episodes.
+    """Plays `episodes` whole episodes: their returns, the mean and standard deviation over episodes, and the winrate in battles.
 
-    The result depends on the policy, the episodes, the env's width and the seed alone; no global random state is used.
+    A battle whose game died is played again, and counted ("replayed"). The result depends on the policy, the episodes, the
+    env's width and the seed alone; no global random state is used. Raises BadInput where games keep dying.
     """
     device = next(policy.parameters()).device
+    battles = "battle_won" in env.observation_spec.keys()
     env.set_seed(seed)
-    returns, lengths = [], []
+    returns, lengths, wins, replayed = [], [], [], 0
     while len(returns) < episodes:
         td = env.reset()
         alive = torch.ones_like(td["done"])
         total, length = torch.zeros(alive.shape), torch.zeros(alive.shape)
+        won, died = torch.zeros_like(alive), torch.zeros_like(alive)
         while alive.any():
             mask = td.get(("agents", "action_mask"), None)
             action = policy.act(td["agents", "observation"].to(device), None if mask is None else mask.to(device))
@@ -93,14 +94,21 @@ def evaluate(policy: torch.nn.Module, env: EnvBase, episodes: int, seed: int) ->
             td = env.step(td.set("_step", stepping))
             total += td["next", "reward"].where(alive, 0)
             length += alive
+            if battles:
+                won |= td["next", "battle_won"] & alive
+                died |= td["next"].get("game_died", torch.zeros_like(alive)) & alive
             alive = alive & ~td["next", "done"]
             td = step_mdp(td)
-        returns += total.flatten().tolist()
-        lengths += length.flatten().tolist()
-    returns, lengths = torch.tensor(returns[:episodes]), torch.tensor(lengths[:episodes])
+        returns += total[~died].tolist()
+        lengths += length[~died].tolist()
+        wins += won[~died].tolist()
+        replayed += int(died.sum())
+        if replayed > episodes:
+            raise BadInput(f"the game died in {replayed} battles while {len(returns)} were played: look at the game's own log")
+    returns, lengths, wins = (torch.tensor(x[:episodes], dtype=torch.float32) for x in (returns, lengths, wins))
     return {
         "return_mean": returns.mean().item(), "return_std": returns.std(correction=0).item(),
-        "winrate": None, "length": lengths.mean().item(), "returns": returns.tolist(),
+        "winrate": wins.mean().item() if battles else None, "length": lengths.mean().item(), "replayed": replayed, "returns": returns.tolist(),
     }
 
 
@@ -135,12 +143,17 @@ def main(args: Args):
             env, last = eval_env(state["card"], args.episodes, args.workers), state["card"]
         result = evaluate(policy, env, args.episodes, args.seed)
         rows.append({"run": str(run), "episodes": args.episodes, **{k: v for k, v in result.items() if k != "returns"}})
-    print(f"\n{'run':<70}{'return':>20}{'length':>9}")
+    print(f"\n{'run':<70}{'return':>20}{'length':>9}{'winrate':>9}")
     for row in rows:
-        print(f"{row['run']:<70}{row['return_mean']:>10.1f} ± {row['return_std']:<7.1f}{row['length']:>9.1f}")
+        winrate = "" if row["winrate"] is None else f"{100 * row['winrate']:>8.1f}%"
+        replayed = f"   {row['replayed']} battles played again: the game died" if row["replayed"] else ""
+        print(f"{row['run']:<70}{row['return_mean']:>10.2f} ± {row['return_std']:<7.2f}{row['length']:>9.1f}{winrate}{replayed}")
     if len(rows) > 1:
         means = torch.tensor([row["return_mean"] for row in rows])
-        print(f"{'mean ± std over runs':<70}{means.mean():>10.1f} ± {means.std(correction=0):<7.1f}")
+        print(f"{'mean ± std over runs':<70}{means.mean():>10.2f} ± {means.std(correction=0):<7.2f}")
+        if all(row["winrate"] is not None for row in rows):
+            wins = 100 * torch.tensor([row["winrate"] for row in rows])
+            print(f"{'winrate, mean ± std over runs':<70}{wins.mean():>9.1f}% ± {wins.std(correction=0):.1f}")
     if args.out:
         Path(args.out).write_text(json.dumps(rows, indent=2) + "\n")
 

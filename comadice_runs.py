@@ -28,11 +28,11 @@ class RunArgs:
     """Flags that mean the same in every training script."""
 
     env: str | None = None
-    """simulator (default mamujoco, or what --data holds)"""
+    """simulator: mamujoco, smacv2, smacv1, smax (default mamujoco, or what --data holds)"""
     task: str | None = None
-    """task of that simulator (default hopper, or what --data holds)"""
+    """task of that simulator (default hopper or zerg_5_vs_5, or what --data holds)"""
     quality: str | None = None
-    """quality of the dataset (default medium-replay, or what --data holds)"""
+    """quality of the dataset (default medium-replay, of battles medium, or what --data holds)"""
     data: str | None = None
     """a dataset directory, instead of data/ENV/TASK/QUALITY"""
     out: str = "runs"
@@ -103,12 +103,20 @@ def pick_device(name: str) -> torch.device:
 def load_dataset(args: RunArgs, device: torch.device) -> tuple[TensorDict, dict]:
     """The dataset that the flags name, its rows on `device`; fills in args.env, task and quality from the card."""
     if args.data is None:
-        args.env, args.task, args.quality = args.env or "mamujoco", args.task or "hopper", args.quality or "medium-replay"
+        args.env = args.env or "mamujoco"
+        args.task = args.task or ("hopper" if args.env == "mamujoco" else "zerg_5_vs_5")
+        if args.quality is None:
+            args.quality = "medium-replay" if args.env == "mamujoco" else "medium"
+            demo = dataset_path(None, args.env, args.task, "demo", DATA_ROOT)
+            if demo.is_dir() and not demo.with_name(args.quality).is_dir():
+                print(f"no {args.quality} dataset of {args.env} {args.task} here: training on the small one that comes with the code, quality demo")
+                args.quality = "demo"
     path = dataset_path(args.data, args.env, args.task, args.quality, DATA_ROOT)
     if args.data is None and not path.is_dir():
         check_task(args.env, args.task)
         made_by = f"python comadice_collect.py --env {args.env} --task {args.task}"
-        raise BadInput(f"no dataset at {path}: make it with `{made_by}`, or name a directory with --data")
+        without = " (which needs StarCraft II; `--env smax` has the same tasks without it)" if args.env in ("smacv1", "smacv2") else ""
+        raise BadInput(f"no dataset at {path}: make it with `{made_by}`{without}, or name a directory with --data")
     rows, card = open_dataset(path, args.env, args.task)
     args.env, args.task, args.quality = card["env"], card["task"], args.quality or card["quality"]
     return (rows if device.type == "cpu" else rows.to(device)), card

@@ -23,8 +23,9 @@ def make(request):
     """make_env that closes what it made."""
     made = []
 
-    def build(task, *args, **kwargs):
-        made.append(make_env("mamujoco", task, *args, **kwargs))
+    def build(task, *args, agent_obsk=None, **kwargs):
+        interface = None if agent_obsk is None else f"agent_obsk={agent_obsk}"
+        made.append(make_env("mamujoco", task, *args, interface=interface, **kwargs))
         return made[-1]
 
     yield build
@@ -271,9 +272,15 @@ def test_unknown_tasks(task, message, workers):
 
 def test_scenario_without_local_observations():
     with pytest.raises(BadInput, match="no agent_obsk observations for Reacher"):
-        make_env("mamujoco", "reacher_2x1", 1, agent_obsk=1)
+        make_env("mamujoco", "reacher_2x1", 1, interface="agent_obsk=1")
+
+
+@pytest.mark.parametrize("interface", ["standard", "agent_obsk=", "agent_obsk=x", "benchmark|agent_obsk=1"])
+def test_unknown_interface(interface):
+    with pytest.raises(BadInput, match=r"mamujoco has no interface '.*': use benchmark or agent_obsk=K$"):
+        make_env("mamujoco", "hopper", 1, interface=interface)
 
 
 def test_unknown_env():
-    with pytest.raises(NoSimulator, match="unknown env 'nowhere': there is mamujoco"):
+    with pytest.raises(NoSimulator, match="unknown env 'nowhere': there are mamujoco, smacv2, smacv1, smax"):
         make_env("nowhere", "hopper", 1)

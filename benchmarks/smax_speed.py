@@ -1,0 +1,100 @@
+"""Steps of SMAX battles a second, with a policy, without one, and in JaxMARL alone.
+
+    python benchmarks/smax_speed.py --task zerg_10_vs_11 --battles 32
+
+Steps are counted over all battles. On a machine that does other work as well, look at the ratios and at steps a CPU second.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import tyro
+
+from comadice_data import BadInput, run_script
+from comadice_mixer import CategoricalPolicy
+from comadice_smax import SMAXEnv, check_task, engine
+
+
+@dataclass
+class Args:
+    task: str = "zerg_10_vs_11"
+    """one of comadice_smax.py's tasks"""
+    battles: int = 32
+    """battles stepped together"""
+    steps: int = 500
+    """timed steps of all battles"""
+    threads: int = 1
+    """CPU threads of PyTorch; JAX uses what it finds"""
+
+
+def measure(name: str, play: Callable[[int], None], args: Args, base: float | None = None) -> float:
+    """Times play(steps), after a tenth as many to compile and warm up; CPU seconds a step."""
+    play(max(args.steps // 10, 2))
+    wall, cpu = time.perf_counter(), time.process_time()
+    play(args.steps)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    total = args.steps * args.battles
+    ratio = "" if base is None else f"{cpu / args.steps / base:>9.2f} x JaxMARL's CPU time"
+    print(f"{name:<24}{total / wall:>10.0f} steps/s{total / cpu:>10.0f} steps/CPU second{ratio}")
+    return cpu / args.steps
+
+
+def raw_player(env: SMAXEnv, actions: torch.Tensor) -> Callable[[int], None]:
+    """JaxMARL called directly: its step, which resets what is over, and its masks."""
+    import jax
+
+    simulator, B = env.simulator, env.batch_size[0]
+
+    @jax.jit
+    def step(key, state, action):
+        result = jax.vmap(simulator.step)(jax.random.split(key, B), state, dict(zip(simulator.agents, action.T)))
+        return result, jax.vmap(simulator.get_avail_actions)(result[1])
+
+    joint = [jax.numpy.asarray(action.numpy()) for action in actions]
+
+    def play(steps: int):
+        key = jax.random.PRNGKey(0)
+        _, state = jax.vmap(simulator.reset)(jax.random.split(key, B))
+        for t in range(steps):
+            key, now = jax.random.split(key)
+            (_, state, *_), _ = jax.block_until_ready(step(now, state, joint[t % len(joint)]))
+
+    return play
+
+
+@torch.no_grad()
+def main(args: Args):
+    check_task(args.task)
+    if min(args.battles, args.steps, args.threads) < 1:
+        raise BadInput("--battles, --steps and --threads must be positive")
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    env = SMAXEnv(args.task, args.battles)
+    env.set_seed(0)
+    n, A, O = *env.observation_spec["agents", "action_mask"].shape[-2:], env.observation_spec["agents", "observation"].shape[-1]
+    actions = torch.randint(A, (64, args.battles, n))
+    policy = CategoricalPolicy(n, O, A)
+    print(f"{engine()}, {args.task}, {args.battles} battles")
+
+    def play(act):
+        def steps(count: int):
+            td = env.reset()
+            for t in range(count):
+                td["agents", "action"] = act(t, td)
+                _, td = env.step_and_maybe_reset(td)
+
+        return steps
+
+    base = measure("JaxMARL", raw_player(env, actions), args)
+    measure("SMAXEnv", play(lambda t, td: actions[t % len(actions)]), args, base)
+    measure("SMAXEnv and policy", play(lambda t, td: policy.act(td["agents", "observation"], td["agents", "action_mask"])), args, base)
+
+
+if __name__ == "__main__":
+    run_script(main, tyro.cli(Args))
