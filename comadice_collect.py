@@ -1,27 +1,38 @@
 """Makes offline datasets: trains a behaviour policy by MAPPO and records it at several qualities.
 
     python comadice_collect.py --env mamujoco --task hopper --out data
+    python comadice_collect.py --env smax --task zerg_5_vs_5 --steps 2000000
 
 MAPPO (Yu et al. 2022) runs with TorchRL's own parts: MAPPOLoss, MultiAgentGAE, Collector, MultiAgentMLP. Its policy is an
-unsquashed Gaussian, like the benchmark's behaviour policies, so recorded actions go beyond [-1, 1].
+unsquashed Gaussian, like the benchmark's behaviour policies, so recorded actions go beyond [-1, 1]; where actions are
+discrete it is a categorical over the available ones.
 
-The protocol, fixed before any offline training looks at the data:
+The protocol, fixed before any offline training looks at the data. A checkpoint's return is that of the stochastic policy,
+the mean of the last 100 training episodes. Robots:
 
-    expert          the checkpoint with the highest return of the stochastic policy (mean of the last 100 training episodes)
+    expert          the checkpoint with the highest return
     medium          the first checkpoint whose return is at least a third of expert's
     medium-replay   every episode that training finished up to the medium checkpoint
     medium-expert   the medium and the expert episodes together
-    demo            only with --demo-samples: every K-th episode of medium-replay, about so many transitions
 
-Expert and medium are `--samples` transitions each, of whole episodes, by the stochastic policy.
-Everything lies under OUT/ENV/TASK: the datasets, and behaviour/ with checkpoints, the learning curve
-(curve.csv) and the episodes of training in one dataset a checkpoint. A run that was stopped goes on with the same command.
+Battles (the paper's SMACv2 data are 1,000 trajectories of MAPPO's policy after 10 million steps):
+
+    medium          the checkpoint with the highest winrate
+    medium-replay   training's battles up to that checkpoint, evenly thinned to about --replay-trajectories
+    poor, good      SMACv1's tasks only, where medium too is cut from training by return, as the public datasets are: up to
+                    half of the return of a battle won without a scratch, up to three quarters, and more
+
+Expert and medium of robots are `--samples` transitions each, a battle's medium is `--trajectories` battles, of whole
+episodes, by the stochastic policy. demo (only with --demo-samples: about so many transitions) is every K-th episode of medium-replay. Everything lies
+under OUT/ENV/TASK: the datasets, and behaviour/ with checkpoints, the learning curve (curve.csv, curve.png) and the episodes
+of training in one dataset a checkpoint. A run that was stopped goes on with the same command.
 """
 
 import csv
 import importlib.metadata
+import math
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,15 +41,16 @@ from tensordict import TensorDict
 from tensordict.nn import AddStateIndependentNormalScale, TensorDictModule, TensorDictSequential
 from torchrl.collectors import Collector
 from torchrl.envs.utils import ExplorationType, set_exploration_type
-from torchrl.modules import IndependentNormal, MultiAgentMLP, ProbabilisticActor
+from torchrl.modules import IndependentNormal, MaskedCategorical, MultiAgentMLP, ProbabilisticActor
 from torchrl.objectives.multiagent import MAPPOLoss
 from tqdm import tqdm
 
-from comadice_data import BadInput, DatasetWriter, dataset_path, episodes, open_dataset, run_script, table_row
-from comadice_envs import engine, make_env
+import comadice_smac
+from comadice_data import BadInput, DatasetWriter, dataset_path, episode_returns, episodes, open_dataset, run_script, table_row
+from comadice_envs import check_interface, check_task, engine, make_env
 from comadice_runs import DATA_ROOT, check_positive, pick_device
 
-OBS, ACTION = ("agents", "observation"), ("agents", "action")
+OBS, ACTION, MASK = ("agents", "observation"), ("agents", "action"), ("agents", "action_mask")
 
 
 @dataclass
@@ -47,12 +59,18 @@ class Args:
     """simulator"""
     task: str = "hopper"
     """task of that simulator"""
-    agent_obsk: int | None = None
-    """None: the benchmark's observations; k: gymnasium-robotics' own, joints up to k away"""
-    steps: int = 3_000_000
-    """environment steps of MAPPO"""
+    interface: str | None = None
+    """what agents see: benchmark (default), agent_obsk=K (mamujoco: gymnasium-robotics' own, joints up to K away), standard (smacv1: SMAC's own)"""
+    steps: int | None = None
+    """environment steps of MAPPO (default 3 million; 10 million of battles, as the paper)"""
     samples: int = 1_000_000
-    """transitions of the expert and of the medium dataset"""
+    """robots: transitions of the expert and of the medium dataset"""
+    trajectories: int = 1000
+    """battles: trajectories of a dataset of one quality"""
+    replay_trajectories: int = 10_000
+    """battles: trajectories of medium-replay, about"""
+    record_every: int | None = None
+    """training's every K-th episode is kept for medium-replay (default 1; for battles what --replay-trajectories needs)"""
     demo_samples: int = 0
     """transitions of the demo dataset; 0: none"""
     seed: int = 0
@@ -82,19 +100,43 @@ class Args:
     """lambda of generalised advantage estimation"""
     clip: float = 0.2
     """PPO's clip of the probability ratio"""
-    entropy: float = 0.0
-    """weight of the entropy bonus"""
+    entropy: float | None = None
+    """weight of the entropy bonus (default 0; 0.01 in battles)"""
     max_grad_norm: float = 0.5
     """clip of the gradient's norm"""
     hidden: int = 128
     """hidden units of actor and critic"""
-    reward_scale: float = 0.1
-    """factor on the rewards that MAPPO learns from; recorded rewards are the simulator's"""
+    reward_scale: float | None = None
+    """factor on the rewards that MAPPO learns from (default 0.1; 1 in battles); recorded rewards are the simulator's"""
+
+
+# Return of a battle won without a scratch, by env; the tasks of SMACv1 are cut into qualities by it.
+FULL_RETURN = {"smacv1": 20.0, "smax": 2.0}
+SHORT_BATTLE = 30  # steps; with it as many battles are kept as --replay-trajectories asks for, or more
+BATTLES = ("smacv1", "smacv2", "smax")
+
+
+def fill_in(args: Args) -> Args:
+    """The defaults that depend on the simulator."""
+    battles = args.env in BATTLES
+    defaults = {"steps": 10_000_000 if battles else 3_000_000, "entropy": 0.01 if battles else 0.0, "reward_scale": 1.0 if battles else 0.1}
+    filled = replace(args, interface=check_interface(args.env, args.interface), **{k: v for k, v in defaults.items() if getattr(args, k) is None})
+    if filled.record_every is None:
+        filled.record_every = max(filled.steps // (SHORT_BATTLE * filled.replay_trajectories), 1) if battles else 1
+    return filled
 
 
 def make_actor(env, hidden: int) -> ProbabilisticActor:
-    """pi_i(a_i | o_i), one network for all agents; the standard deviation does not depend on the observation."""
+    """pi_i(a_i | o_i), one network for all agents; a Gaussian's standard deviation does not depend on the observation."""
     n, O = env.observation_spec[OBS].shape[-2:]
+    if MASK in env.observation_spec.keys(True, True):
+        A = env.observation_spec[MASK].shape[-1]
+        logits = MultiAgentMLP(O, A, n, centralized=False, share_params=True, depth=2, num_cells=hidden, activation_class=torch.nn.Tanh)
+        return ProbabilisticActor(
+            TensorDictModule(logits, in_keys=[OBS], out_keys=[("agents", "logits")]),
+            in_keys={"logits": ("agents", "logits"), "mask": MASK}, out_keys=[ACTION],
+            distribution_class=MaskedCategorical, return_log_prob=True, log_prob_key=("agents", "log_prob"),
+        )
     A = env.full_action_spec[ACTION].shape[-1]
     mean = MultiAgentMLP(O, A, n, centralized=False, share_params=True, depth=2, num_cells=hidden, activation_class=torch.nn.Tanh)
     head = TensorDictSequential(
@@ -115,10 +157,13 @@ def make_critic(env, hidden: int) -> TensorDictModule:
 
 
 class EpisodeSplitter:
-    """Cuts batches of steps [B, T], which run on from one call to the next, into whole episodes."""
+    """Cuts batches of steps [B, T], which run on from one call to the next, into whole episodes.
+
+    An episode in which a game died is none: it is left out, and counted in `died`.
+    """
 
     def __init__(self):
-        self.open = {}
+        self.open, self.died = {}, 0
 
     def __call__(self, batch: TensorDict):
         """Yields each episode that ended, as T + 1 rows for a DatasetWriter."""
@@ -126,26 +171,29 @@ class EpisodeSplitter:
             done = batch["next", "done"][b, :, 0]
             start = 0
             for end in done.nonzero()[:, 0].tolist():
-                yield self._close([*self.open.pop(b, []), batch[b, start : end + 1]])
-                start = end + 1
+                steps, start = torch.cat([*self.open.pop(b, []), batch[b, start : end + 1]]), end + 1
+                if steps["next"].get("game_died", torch.zeros(1)).any():
+                    self.died += 1
+                else:
+                    yield self._close(steps)
             if start < batch.shape[1]:
                 self.open.setdefault(b, []).append(batch[b, start:].clone())
 
-    def _close(self, pieces: list[TensorDict]) -> TensorDict:
-        steps = torch.cat(pieces)
-        rows = steps.select("state", OBS, ACTION)
+    def _close(self, steps: TensorDict) -> TensorDict:
+        rows = steps.select("state", OBS, ACTION, MASK, "battle_won", strict=False)
         rows = torch.cat([rows, rows[-1:]])
-        for key in ("state", OBS):
-            rows[key][-1] = steps["next", key][-1]
+        for key in ("state", OBS, MASK, "battle_won"):
+            if key in rows.keys(True):
+                rows[key][-1] = steps["next", key][-1]
         for key in ("reward", "done", "terminated"):
             rows[key] = torch.cat([steps["next", key], steps["next", key][-1:]])
         return rows
 
 
 def train(args: Args, root: Path) -> list[dict]:
-    """MAPPO for args.steps. Returns the learning curve: step, return (of the last 100 episodes) at each checkpoint."""
+    """MAPPO for args.steps. Returns the learning curve: step, return and winrate (of the last 100 episodes) at each checkpoint."""
     torch.manual_seed(args.seed)
-    env = make_env(args.env, args.task, args.num_envs, args.workers, args.agent_obsk)
+    env = make_env(args.env, args.task, args.num_envs, args.workers, args.interface)
     env.set_seed(args.seed)
     actor, critic = make_actor(env, args.hidden).to(args.device), make_critic(env, args.hidden).to(args.device)
     loss = MAPPOLoss(actor, critic, clip_epsilon=args.clip, entropy_coeff=args.entropy)
@@ -154,34 +202,37 @@ def train(args: Args, root: Path) -> list[dict]:
     optimizer = torch.optim.Adam(loss.parameters(), args.lr, eps=1e-5)
 
     # What a stopped run left: checkpoints and one dataset of episodes for each.
-    curve, recent = [], deque(maxlen=100)
+    curve, recent, wins = [], deque(maxlen=100), deque(maxlen=100)
     if (root / "state.pt").exists():
         try:
             state = torch.load(root / "state.pt", weights_only=True)
         except Exception as error:  # torch.load has no one type for a file that is cut, foreign or unsafe
             raise BadInput(f"{root / 'state.pt'} can't be read: delete {root} to train again") from error
-        free = ("out", "device", "workers", "samples", "demo_samples")  # may differ when a run goes on
+        free = ("out", "device", "workers", "samples", "demo_samples", "trajectories")  # may differ when a run goes on
         if any(state["args"][k] != v for k, v in asdict(args).items() if k not in free):
             raise BadInput(f"{root} holds a run with other settings: give them again, another --out, or delete it")
         loss.load_state_dict(state["loss"])
         optimizer.load_state_dict(state["optimizer"])
-        curve, recent = state["curve"], deque(state["recent"], maxlen=100)
+        curve, recent, wins = state["curve"], deque(state["recent"], maxlen=100), deque(state["wins"], maxlen=100)
         torch.manual_seed(args.seed + curve[-1]["step"])
         env.set_seed(args.seed + curve[-1]["step"])
 
-    frames = args.num_envs * args.workers * args.horizon
+    frames = env.numel() * args.horizon
     done_steps = curve[-1]["step"] if curve else 0
     if done_steps >= args.steps:
         return curve
     collector = Collector(env, actor, frames_per_batch=frames, total_frames=-1, policy_device=args.device, auto_register_policy_transforms=False)
     splitter, every = EpisodeSplitter(), max(args.steps // args.checkpoints, frames)
-    writer, finished, next_checkpoint = DatasetWriter(root / f"episodes-{len(curve):03d}"), 0, done_steps + every
+    writer, finished, kept, next_checkpoint = DatasetWriter(root / f"episodes-{len(curve):03d}"), 0, 0, done_steps + every
     bar = tqdm(total=args.steps, initial=done_steps, unit="step", desc=f"MAPPO {args.task}", mininterval=1)
     steps = done_steps
     for batch in collector:
         for episode in splitter(batch.reshape(-1, args.horizon).cpu()):
-            writer.append(episode)
+            if finished % args.record_every == 0:
+                writer.append(episode)
+                kept += 1
             recent.append(episode["reward"][:-1].sum().item())
+            wins.append(bool(episode["battle_won"][-1]) if args.env in BATTLES else None)
             finished += 1
         update(loss, optimizer, batch, args)
         steps += frames
@@ -189,25 +240,44 @@ def train(args: Args, root: Path) -> list[dict]:
             group["lr"] = args.lr * max(0.0, 1 - steps / args.steps)
         bar.update(frames)
         if recent:
-            bar.set_postfix({"return": f"{sum(recent) / len(recent):.0f}"})
-        if (steps >= next_checkpoint or steps >= args.steps) and finished:
+            bar.set_postfix({"return": f"{sum(recent) / len(recent):.2f}"} | ({"won": f"{sum(wins) / len(wins):.0%}"} if args.env in BATTLES else {}))
+        if (steps >= next_checkpoint or steps >= args.steps) and kept:
             writer.close(card(args, "training", {"steps": steps}))
-            curve.append({"step": steps, "return": sum(recent) / len(recent)})
+            curve.append({"step": steps, "return": sum(recent) / len(recent), "winrate": sum(wins) / len(wins) if args.env in BATTLES else None})
             torch.save(actor.state_dict(), root / f"actor-{len(curve) - 1:03d}.pt")
-            state = {"args": asdict(args), "loss": loss.state_dict(), "optimizer": optimizer.state_dict(), "curve": curve, "recent": list(recent)}
-            torch.save(state, root / "state.pt.partial")
+            state = {"args": asdict(args), "loss": loss.state_dict(), "optimizer": optimizer.state_dict(), "curve": curve}
+            torch.save(state | {"recent": list(recent), "wins": list(wins)}, root / "state.pt.partial")
             (root / "state.pt.partial").rename(root / "state.pt")
             with open(root / "curve.csv", "w", newline="") as file:
-                table = csv.DictWriter(file, ["step", "return"])
+                table = csv.DictWriter(file, list(curve[0]))
                 table.writeheader()
                 table.writerows(curve)
             next_checkpoint += every
             if steps >= args.steps:
                 break
-            writer, finished = DatasetWriter(root / f"episodes-{len(curve):03d}"), 0
+            writer, kept = DatasetWriter(root / f"episodes-{len(curve):03d}"), 0
     bar.close()
     collector.shutdown()
+    if splitter.died:
+        print(f"{splitter.died} battles were left out: their game died")
     return curve
+
+
+def plot_curve(curve: list[dict], path: Path, title: str):
+    """The behaviour policy's learning curve: the return, and the winrate of battles."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    quantities = [key for key in ("return", "winrate") if curve[0][key] is not None]
+    figure, axes = plt.subplots(1, len(quantities), figsize=(5 * len(quantities), 3.5), squeeze=False)
+    for axis, key in zip(axes[0], quantities):
+        axis.plot([point["step"] for point in curve], [point[key] for point in curve])
+        axis.set(xlabel="environment steps", ylabel=f"{key} (last 100 episodes)", title=title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def update(loss: MAPPOLoss, optimizer, batch: TensorDict, args: Args):
@@ -227,64 +297,64 @@ def update(loss: MAPPOLoss, optimizer, batch: TensorDict, args: Args):
 
 
 def record(args: Args, root: Path, checkpoint: int, quality: str, made: dict):
-    """Whole episodes of a checkpoint's stochastic policy, at least args.samples transitions."""
-    env = make_env(args.env, args.task, args.num_envs, args.workers, args.agent_obsk)
+    """Whole episodes of a checkpoint's stochastic policy: args.trajectories battles, or at least args.samples transitions of robots."""
+    env = make_env(args.env, args.task, args.num_envs, args.workers, args.interface)
     seed = args.seed + 1 + checkpoint
     torch.manual_seed(seed)
     env.set_seed(seed)
     actor = make_actor(env, args.hidden)
     actor.load_state_dict(torch.load(root / f"actor-{checkpoint:03d}.pt", weights_only=True, map_location="cpu"))
     writer, splitter, recorded = DatasetWriter(root.parent / quality), EpisodeSplitter(), 0
-    bar = tqdm(total=args.samples, unit="step", desc=f"record {quality}", mininterval=1)
+    battles = args.env in BATTLES
+    wanted = args.trajectories if battles else args.samples
+    bar = tqdm(total=wanted, unit="battle" if battles else "step", desc=f"record {quality}", mininterval=1)
     td = env.reset()
     with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
-        while recorded < args.samples:
+        while recorded < wanted:
             steps = []
             for _ in range(args.horizon):
                 step, td = env.step_and_maybe_reset(actor(td))
                 steps.append(step)
             for episode in splitter(torch.stack(steps, len(env.batch_size)).reshape(-1, args.horizon)):
-                if recorded < args.samples:
+                if recorded < wanted:
                     writer.append(episode)
-                    recorded += len(episode) - 1
-                    bar.update(len(episode) - 1)
+                    more = 1 if battles else len(episode) - 1
+                    recorded += more
+                    bar.update(more)
     bar.close()
     env.close()
     writer.close(card(args, quality, made))
 
 
-def merge(args: Args, sources: list[Path], quality: str, root: Path, made: dict, every: int = 1):
-    """One dataset of every `every`-th episode of several."""
-    writer, count = DatasetWriter(root.parent / quality), 0
+def merge(args: Args, sources: list[Path], quality: str, root: Path, made: dict,
+          every: int = 1, limit: int | None = None, between=(-math.inf, math.inf)) -> bool:
+    """One dataset of the sources' episodes with low < return <= high: every `every`-th, or about `limit`, evenly spread. False where there are none."""
+    low, high = between
+    returns = torch.cat([episode_returns(open_dataset(source)[0]) for source in sources])
+    fitting = ((low < returns) & (returns <= high)).nonzero()[:, 0]
+    if len(fitting) == 0:
+        return False
+    every = every if limit is None else max(len(fitting) // limit, 1)
+    wanted, writer, number = set(fitting[::every].tolist()), DatasetWriter(root.parent / quality), 0
     for source in tqdm(sources, desc=f"write {quality}"):
         for episode in episodes(open_dataset(source)[0]):
-            if count % every == 0:
+            if number in wanted:
                 writer.append(episode)
-            count += 1
+            number += 1
     writer.close(card(args, quality, made))
+    return True
 
 
 def card(args: Args, quality: str, made: dict) -> dict:
     """All that it takes to make the dataset again."""
-    interface = "benchmark" if args.agent_obsk is None else f"agent_obsk={args.agent_obsk}"
     arguments = {k: v for k, v in asdict(args).items() if k != "out"}
     versions = {package: importlib.metadata.version(package) for package in ("torch", "torchrl", "tensordict", "numpy")}
     made = {"by": "comadice_collect.py", "arguments": arguments, "versions": versions, **made}
-    return {"env": args.env, "task": args.task, "quality": quality, "engine": engine(args.env), "interface": interface, "made": made}
+    return {"env": args.env, "task": args.task, "quality": quality, "engine": engine(args.env), "interface": args.interface, "made": made}
 
 
-def main(args: Args):
-    check_positive(args, "steps", "samples", "num_envs", "workers", "checkpoints", "horizon", "epochs", "minibatch", "hidden", "lr", "clip", "reward_scale")
-    if args.seed < 0 or args.demo_samples < 0 or not 0 <= args.gamma <= 1 or not 0 <= args.gae_lambda <= 1:
-        raise BadInput("--seed and --demo-samples must be at least 0, --gamma and --gae-lambda in [0, 1]")
-    args.device = str(pick_device(args.device))
-    make_env(args.env, args.task, 1, 1, args.agent_obsk).close()  # an unknown task ends here, before anything is written
-    root = dataset_path(None, args.env, args.task, "behaviour", args.out)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"can't write to --out {args.out}: {error.strerror}") from error
-    curve = train(args, root)
+def robots(args: Args, root: Path, curve: list[dict]) -> list[str]:
+    """Writes the qualities of MaMuJoCo; returns their names."""
     returns = [point["return"] for point in curve]
     expert = max(range(len(curve)), key=returns.__getitem__)
     if returns[expert] <= 0:
@@ -297,7 +367,44 @@ def main(args: Args):
     for quality, checkpoint in (("medium", medium), ("expert", expert)):
         record(args, root, checkpoint, quality, {"checkpoint": checkpoint, **curve[checkpoint]})
     merge(args, [root.parent / "medium", root.parent / "expert"], "medium-expert", root, {"of": "medium and expert"})
-    made = ["medium-replay", "medium", "expert", "medium-expert"]
+    return ["medium-replay", "medium", "expert", "medium-expert"]
+
+
+def battles(args: Args, root: Path, curve: list[dict]) -> list[str]:
+    """Writes the qualities of a StarCraft task; returns their names."""
+    medium = max(range(len(curve)), key=lambda i: curve[i]["winrate"])
+    print(f"medium: checkpoint {medium}, step {curve[medium]['step']:,}, return {curve[medium]['return']:.2f}, {curve[medium]['winrate']:.0%} of battles won")
+    shards = [root / f"episodes-{i:03d}" for i in range(len(curve))]
+    merge(args, shards[: medium + 1], "medium-replay", root, {"up to checkpoint": medium, **curve[medium]}, limit=args.replay_trajectories)
+    if args.task in comadice_smac.SMACV2_TASKS:
+        record(args, root, medium, "medium", {"checkpoint": medium, **curve[medium]})
+        return ["medium-replay", "medium"]
+    made, full = ["medium-replay"], FULL_RETURN[args.env]
+    for quality, low, high in (("poor", -math.inf, full / 2), ("medium", full / 2, full * 3 / 4), ("good", full * 3 / 4, math.inf)):
+        if merge(args, shards, quality, root, {"of": f"training, returns from {low} to {high}"}, limit=args.trajectories, between=(low, high)):
+            made.append(quality)
+        else:
+            print(f"{quality}: training had no battle with a return from {low} to {high}, no dataset is written")
+    return made
+
+
+def main(args: Args):
+    check_task(args.env, args.task)  # an unknown task ends here, before anything is written
+    args = fill_in(args)
+    check_positive(args, "steps", "samples", "trajectories", "replay_trajectories", "num_envs", "workers", "checkpoints", "horizon", "epochs",
+                   "minibatch", "hidden", "lr", "clip", "reward_scale", "record_every")
+    if args.seed < 0 or args.demo_samples < 0 or not 0 <= args.gamma <= 1 or not 0 <= args.gae_lambda <= 1:
+        raise BadInput("--seed and --demo-samples must be at least 0, --gamma and --gae-lambda in [0, 1]")
+    args.device = str(pick_device(args.device))
+    make_env(args.env, args.task, 1, 1, args.interface).close()  # and so does a missing simulator
+    root = dataset_path(None, args.env, args.task, "behaviour", args.out)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"can't write to --out {args.out}: {error.strerror}") from error
+    curve = train(args, root)
+    plot_curve(curve, root / "curve.png", f"MAPPO, {args.env} {args.task}")
+    made = (battles if args.env in BATTLES else robots)(args, root, curve)
     if args.demo_samples:
         every = max(open_dataset(root.parent / "medium-replay")[1]["samples"] // args.demo_samples, 1)
         merge(args, [root.parent / "medium-replay"], "demo", root, {"of": f"every {every}th episode of medium-replay"}, every)

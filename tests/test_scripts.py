@@ -209,7 +209,7 @@ def test_demonstration(hopper_data, tmp_path, monkeypatch, capsys):
         assert {"behaviour data", "BC", "ComaDICE"} <= set(lines)
     for algo, name in (("comadice", "ComaDICE"), ("bc", "BC")):
         summary = json.loads((tmp_path / f"runs/mamujoco/hopper/demo/{algo}/seed0/summary.json").read_text())
-        assert f"{summary['return']['mean']:.1f} ± {summary['return']['std']:.1f}" in lines[name]
+        assert f"{summary['return']['mean']:.2f} ± {summary['return']['std']:.2f}" in lines[name]
     assert (tmp_path / "runs/mamujoco/hopper/demo/learning_curve.png").stat().st_size > 5000
 
 
@@ -310,9 +310,9 @@ def test_eval_script_gives_the_return_of_the_run(run, bc_run, tmp_path, capsys):
         summary = json.loads((path / "summary.json").read_text())
         assert (result["run"], result["episodes"]) == (str(path), 2)
         assert (result["return_mean"], result["return_std"]) == (summary["return"]["mean"], summary["return"]["std"])
-        assert f"{result['return_mean']:.1f} ± {result['return_std']:.1f}" in printed
+        assert f"{result['return_mean']:.2f} ± {result['return_std']:.2f}" in printed
     means = np.array([r["return_mean"] for r in results])
-    assert f"{means.mean():.1f} ± {means.std():.1f}" in printed.splitlines()[-1]
+    assert f"{means.mean():.2f} ± {means.std():.2f}" in printed.splitlines()[-1]
 
 
 # ---------------------------------------------------------------- killed runs
@@ -719,7 +719,7 @@ def test_collect_makes_the_datasets(collected):
 def test_cards_say_how_the_data_were_made(collected):
     points = curve(collected)
     expert, medium = chosen(points)
-    arguments = dataclasses.asdict(comadice_collect.Args(**COLLECT))
+    arguments = dataclasses.asdict(comadice_collect.fill_in(comadice_collect.Args(**COLLECT)))
     del arguments["out"]  # where it lies is no part of what it is
     for quality in QUALITIES:
         made = open_dataset(collected / quality)[1]["made"]
@@ -815,7 +815,7 @@ def test_collection_with_other_settings_is_kept(collected, capsys):
 
 def test_returns_below_zero_have_no_medium_checkpoint(tmp_path, monkeypatch, capsys):
     """HalfCheetah starts there: a third of a negative return is a higher bar than the return itself."""
-    points = [{"step": 1, "return": -90.0}, {"step": 2, "return": -60.0}, {"step": 3, "return": -70.0}]
+    points = [{"step": step, "return": r, "winrate": None} for step, r in enumerate((-90.0, -60.0, -70.0))]
     monkeypatch.setattr(comadice_collect, "train", lambda args, root: points)
     refused(capsys, comadice_collect.main, comadice_collect.Args(out=str(tmp_path)), "the best return of hopper is -60.0.*train for more --steps")
 
