@@ -51,7 +51,7 @@ class Args(RunArgs):
     """what w* is extracted from: r + gamma nu_tot(s') - nu_tot(s), or the paper's M[q - nu]"""
     critic_lr: float = 1e-4
     """Adam's learning rate for nu, q and the mixer (Table 4 gives q's); --lr is the policies'"""
-    alpha: float = 10.0
+    alpha: float = 1.0
     """weight of the divergence from the data, in units of the reward (Eq. 1)"""
     f: Literal["soft_chi2", "chi2", "kl"] = "soft_chi2"
     """f-divergence (Section B.5)"""
@@ -69,8 +69,8 @@ class Args(RunArgs):
     """learning rate of the multiplier that holds E[w] = 1, relative to --critic-lr (Table 4's lambda; 0: off)"""
     reward_scale: float = 0.1
     """nu and q are learned in units of 1 / reward_scale rewards; alpha's meaning and w* do not depend on it"""
-    layer_norm: bool = False
-    """LayerNorm in nu and q"""
+    layer_norm: bool = True
+    """LayerNorm in nu and q: not in the paper, and what makes the ratio worth its weight (README)"""
 
 
 # What `python comadice_train.py` runs: the dataset in the repository, fewer steps and evaluations than the paper's.
