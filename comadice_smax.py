@@ -13,7 +13,7 @@ TensorDict keys of B battles with n agents against m enemies:
     ("agents", "observation")  [B, n, O]  float32; all zero for a dead agent
     ("agents", "action_mask")  [B, n, A]  bool, the available actions; a dead agent has its stop (action 4) alone
     ("agents", "action")       [B, n]     int64: 0-3 move up, right, down and left, 4 stops, 5 + j attacks enemy j
-    "state"                    [B, S]     float32, JaxMARL's world state, unscaled: positions up to 32, weapon cooldowns down to -50
+    "state"                    [B, S]     float32, JaxMARL's world state, with positions over the map's size and cooldowns from 0 on
     "battle_won"               [B, 1]     bool, the allies have won this battle; it stays so until the battle is reset
     "reward"                   [B, 1]     float32: the share of its health that an enemy lost, averaged over enemies, and 1 for the victory
     "done", "terminated", "truncated"  [B, 1]  bool; truncated is the time limit, terminated is a battle decided
@@ -142,13 +142,20 @@ def compiled(task: str):
     # Battles from JaxMARL's reset and step differ in weak types, which would compile step twice; chosen beside an old battle they are alike.
     choose = lambda which, new, old: jax.tree.map(lambda x, y: jnp.where(which, x, y), new, old)
 
+    def scaled_state(world):
+        """JaxMARL leaves positions at up to 32 and lets cooldowns of weapons at rest fall without end, which no mixer takes well."""
+        state, F = simulator.get_world_state(world), len(simulator.own_features)
+        units, rest = jnp.split(state, [F * simulator.num_agents])
+        units = units.reshape(-1, F).at[:, 1:3].divide(jnp.array([simulator.map_width, simulator.map_height])).at[:, 3].max(0)
+        return jnp.concatenate([units.reshape(-1), rest])
+
     def view(world):
         observation, mask = simulator.get_obs(world), simulator.get_avail_actions(world)
         allies, enemies = teams(world.state.unit_alive)
         return {
             "observation": jnp.stack([observation[agent] for agent in simulator.agents]),
             "action_mask": jnp.stack([mask[agent] for agent in simulator.agents]).astype(bool),
-            "state": simulator.get_world_state(world),
+            "state": scaled_state(world),
             "battle_won": (allies & ~enemies)[None],
         }
 

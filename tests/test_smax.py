@@ -232,7 +232,11 @@ def test_agrees_with_jaxmarl_step_by_step(task, width):
     def compare(i, observation, world):
         close = lambda got, wanted: np.testing.assert_allclose(got[i].numpy(), wanted, rtol=1e-5, atol=1e-5)
         masks = raw.get_avail_actions(world)
-        close(td["state"], observation["world_state"])
+        state, F = np.array(observation["world_state"]), len(raw.own_features)
+        for unit in range(raw.num_agents):  # health, x, y, cooldown and type
+            state[F * unit + 1 : F * unit + 3] /= 32
+            state[F * unit + 3] = max(state[F * unit + 3], 0)
+        close(td["state"], state)
         for a, name in enumerate(raw.agents):
             close(td["agents", "observation"][:, a], observation[name])
             np.testing.assert_array_equal(td["agents", "action_mask"][i, a].numpy(), masks[name])
