@@ -11,7 +11,7 @@ import copy
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
@@ -67,14 +67,20 @@ class Args(RunArgs):
     """step of the target networks towards the networks (Table 4)"""
     lambda_scale: float = 0.0
     """learning rate of the multiplier that holds E[w] = 1, relative to --critic-lr (Table 4's lambda; 0: off)"""
-    reward_scale: float = 0.1
-    """nu and q are learned in units of 1 / reward_scale rewards; alpha's meaning and w* do not depend on it"""
+    reward_scale: float | None = None
+    """nu and q are learned in units of 1 / reward_scale rewards (default: 5 times the data's mean absolute reward); alpha's meaning and w* do not depend on it"""
     layer_norm: bool = True
     """LayerNorm in nu and q: not in the paper, and what makes the ratio worth its weight (README)"""
 
 
 # What `python comadice_train.py` runs: the dataset in the repository, fewer steps and evaluations than the paper's.
 QUICK = Args(quality="demo", steps=3000, evals=6, eval_episodes=10, lr=1e-3, critic_lr=3e-4, overwrite=True)
+
+
+def fill_in(args: Args, rows: TensorDict) -> Args:
+    """The defaults that depend on the data's rewards: with them nu is of the order of 10 on robots and in battles alike."""
+    size = rows["reward"].abs().mean().item() or 1.0
+    return replace(args, reward_scale=0.2 / size) if args.reward_scale is None else args
 
 
 def values(critics, *where: TensorDict) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
@@ -260,7 +266,9 @@ def train_seed(args: Args, seed: int, rows: TensorDict, card: dict, env) -> list
 def main(args: Args):
     quick = args is QUICK
     check_args(args)
-    check_positive(args, "critic_lr", "alpha", "reward_scale", "mixer_hidden", "init_batch_size")
+    check_positive(args, "critic_lr", "alpha", "mixer_hidden", "init_batch_size")
+    if args.reward_scale is not None:
+        check_positive(args, "reward_scale")
     if not 0 <= args.gamma < 1 or not 0 < args.tau <= 1 or not 0 <= args.lambda_scale < math.inf:
         raise BadInput("--gamma must be in [0, 1), --tau in (0, 1] and --lambda-scale at least 0")
     if args.objective == "semi" and args.lambda_scale:
@@ -274,6 +282,7 @@ def main(args: Args):
         print("  python comadice_collect.py --env mamujoco --task hopper")
         print("  python comadice_train.py --env mamujoco --task hopper --quality medium-replay --seeds 0 1 2 3 4\n")
     rows, card = load_dataset(args, device)
+    args = fill_in(args, rows)
     env = try_eval_env(card, args.eval_episodes, args.workers)
     curves = {"ComaDICE": [train_seed(args, seed, rows, card, env) for seed in args.seeds]}
     if quick:

@@ -134,6 +134,7 @@ def main(args: Args):
     device = pick_device(args.device)
     card = {k: getattr(args, k) for k in ("n_agents", "obs_dim", "state_dim", "action_dim")} | {"discrete": False}
     rows = random_rows(args).to(device)
+    args.train = comadice_train.fill_in(args.train, rows)
     print(f"{card}, batch {args.train.batch_size}, {torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{args.threads} CPU threads'}")
     time_critics(rows, card, args, device)
     time_policy(rows, card, args, device)

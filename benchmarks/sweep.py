@@ -218,6 +218,7 @@ def main(args: Args):
     rows, card = open_dataset(args.data)
     if device.type == "cuda":
         rows = rows.to(device)
+    args.train = comadice_train.fill_in(args.train, rows)
     table, began = [], time.time()
     with ProcessPoolExecutor(args.processes, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
         members = [({"objective": "bc", "advantage": "", "alpha": "", "seed": seed, "lr": lr, "nu_init": math.nan}, torch.ones(card["samples"], device=device))

@@ -595,7 +595,7 @@ def test_parameter_groups(objective):
     psi_q, psi_nu, theta = ({id(p) for p in module.parameters()} for module in (critics.q, critics.nu, critics.mixer))
     assert groups == ([psi_q | theta, psi_nu] if objective == "released" else [psi_q, psi_nu | theta])
 
-    L_q, L_nu, _ = comadice_train.critic_losses(critics, target, batch, init, ALPHA, comadice_train.Args(objective=objective))
+    L_q, L_nu, _ = comadice_train.critic_losses(critics, target, batch, init, ALPHA, comadice_train.Args(objective=objective, reward_scale=0.1))
     unused = lambda loss, module: all(g is None for g in torch.autograd.grad(loss, list(module.parameters()), retain_graph=True, allow_unused=True))
     assert unused(L_q, critics.nu) and unused(L_nu, critics.q) and unused(L_nu, critics.mixer) == (objective == "released")
     assert not unused(L_q, critics.q) and not unused(L_nu, critics.nu)

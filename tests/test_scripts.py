@@ -851,3 +851,10 @@ def test_files_that_need_torch_alone(name, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120, env={**os.environ, "PYTHONPATH": ""})
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(tmp_path / f"{name}.py"), name]
+
+
+def test_reward_scale_follows_the_data(hopper_data):
+    rows, _ = open_dataset(hopper_data)
+    size = rows["reward"][~last_rows(rows)[:, None]].abs().sum() / len(rows)
+    assert comadice_train.fill_in(comadice_train.Args(), rows).reward_scale == pytest.approx(0.2 / size.item())
+    assert comadice_train.fill_in(comadice_train.Args(reward_scale=3.0), rows).reward_scale == 3.0
