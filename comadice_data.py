@@ -41,7 +41,7 @@ DTYPES = {str(d): d for d in (torch.float32, torch.int64, torch.bool)}
 REQUIRED = ["state", "agents/observation", "agents/action", "reward", "terminated", "done", "is_init", "episode"]
 OPTIONAL = ["agents/action_mask"]
 DRAW = 16  # batches drawn together, see minibatches
-CHUNK = 65536  # rows looked at together when a dataset is validated; bounds the memory that this takes
+CHUNK, CHUNK_BYTES = 65536, 2**26  # rows, and bytes of rows, looked at together when a dataset is validated; bounds the memory that this takes
 
 
 class BadInput(ValueError):
@@ -162,7 +162,7 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise BadInput(f"{path} is missing: {path.parent} is not complete") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise BadInput(f"{path} can't be read as JSON ({error}): make or copy it again") from None
     if not isinstance(content, dict):
         raise BadInput(f"{path} does not hold a JSON object: make or copy it again")
@@ -262,8 +262,9 @@ def _check_values(path: Path, rows: TensorDict, card: dict):
     if not isinstance(low, float | int) or not isinstance(high, float | int):
         raise BadInput(f"{path}/card.json: action_low or action_high is missing")
     all_last = last_rows(rows)
-    for start in range(0, len(rows), CHUNK):
-        chunk, last = rows[start : start + CHUNK], all_last[start : start + CHUNK]
+    together = max(min(CHUNK, CHUNK_BYTES * len(rows) // sum(card["bytes"].values())), 1)
+    for start in range(0, len(rows), together):
+        chunk, last = rows[start : start + together], all_last[start : start + together]
         for key in ("state", ("agents", "observation"), ("agents", "action"), "reward"):
             finite = torch.isfinite(chunk[key])
             if not finite.all():
@@ -374,12 +375,10 @@ def initial_rows(rows: TensorDict) -> TensorDict:
 # ---------------------------------------------------------------- command line
 
 
-def info(path: tyro.conf.Positional[str]):
-    """Validate a dataset and print its row of Table 3."""
-    _, card = open_dataset(path)
-    print(table_row(card))
-    print(f"engine: {card.get('engine')}\ninterface: {card.get('interface')}\nmade: {json.dumps(card.get('made'))}")
-
-
 if __name__ == "__main__":
-    run_script(tyro.extras.subcommand_cli_from_dict, {"info": info})
+    # This file runs as "__main__", and comadice_formats imports it as comadice_data: the BadInput to catch is that module's.
+    import comadice_data
+    from comadice_formats import convert, download, info, plot
+
+    commands = {"info": info, "plot": plot, "download": download, "convert": convert}
+    comadice_data.run_script(tyro.extras.subcommand_cli_from_dict, commands)

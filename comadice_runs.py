@@ -19,6 +19,7 @@ from tensordict import TensorDict
 
 from comadice_data import BadInput, dataset_path, open_dataset, read_json
 from comadice_envs import check_task
+from comadice_formats import downloadable
 
 DATA_ROOT = Path(__file__).parent / "data"
 
@@ -114,9 +115,12 @@ def load_dataset(args: RunArgs, device: torch.device) -> tuple[TensorDict, dict]
     path = dataset_path(args.data, args.env, args.task, args.quality, DATA_ROOT)
     if args.data is None and not path.is_dir():
         check_task(args.env, args.task)
-        made_by = f"python comadice_collect.py --env {args.env} --task {args.task}"
-        without = " (which needs StarCraft II; `--env smax` has the same tasks without it)" if args.env in ("smacv1", "smacv2") else ""
-        raise BadInput(f"no dataset at {path}: make it with `{made_by}`{without}, or name a directory with --data")
+        how = f"make it with `python comadice_collect.py --env {args.env} --task {args.task}`"
+        if args.env in ("smacv1", "smacv2"):
+            how += " (which needs StarCraft II; `--env smax` has the same tasks without it)"
+        if (args.env, args.task, args.quality) in downloadable():
+            how = f"get the public one with `python comadice_data.py download --env {args.env} --task {args.task} --quality {args.quality}`, or {how}"
+        raise BadInput(f"no dataset at {path}: {how}, or name a directory with --data")
     rows, card = open_dataset(path, args.env, args.task)
     args.env, args.task, args.quality = card["env"], card["task"], args.quality or card["quality"]
     return (rows if device.type == "cpu" else rows.to(device)), card

@@ -182,22 +182,23 @@ def dataset_ratio(critics, rows: TensorDict, args) -> torch.Tensor:
     """
     f, alpha = losses.DIVERGENCES[args.f], args.alpha * args.reward_scale
     lam = critics.lam if args.lambda_scale else 0.0
-    w = []
-    for index in transition_rows(rows).split(CHUNK // 8):
+    first = transition_rows(rows)
+    w = torch.empty(len(first), device=first.device)  # written in place: a list of small pieces would scatter the memory of the batches
+    for index, out in zip(first.split(CHUNK // 8), w.split(CHUNK // 8)):
         batch = as_transition(rows[torch.stack([index, index + 1], -1)])
         obs, state = batch["agents", "observation"], batch["state"]
         nu = critics.nu(obs)
         if args.objective == "released":
             A_i = critics.mixer.weights(state) * (critics.q(obs, batch["agents", "action"]) - nu)
-            w.append(losses.released_ratio(A_i, alpha, f, lam))
+            out.copy_(losses.released_ratio(A_i, alpha, f, lam))
             continue
         if args.advantage == "q":
             A_tot = critics.mixer.advantage(critics.q(obs, batch["agents", "action"]) - nu, state)
         else:
             nu_tot_next = critics.mixer(critics.nu(batch["next", "agents", "observation"]), batch["next", "state"])
             A_tot = losses.td_advantage(args.reward_scale * batch["reward"][:, 0], batch["terminated"][:, 0], critics.mixer(nu, state), nu_tot_next, args.gamma)
-        w.append(losses.occupancy_ratio(A_tot, alpha, f, lam))
-    return torch.cat(w)
+        out.copy_(losses.occupancy_ratio(A_tot, alpha, f, lam))
+    return w
 
 
 def make_critics(card: dict, args) -> Critics:

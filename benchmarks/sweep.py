@@ -240,7 +240,7 @@ def main(args: Args):
     for key, runs in cells.items():
         returns = torch.tensor([r["return"] for r in runs])
         w, zero, ess, nu = (sum(r[k] for r in runs) / len(runs) for k in ("mean_w", "w_zero", "ess", "nu_init"))
-        print(f"| {' | '.join(map(str, key))} | {returns.mean():.0f} ± {returns.std(correction=0):.0f} | {w:.3g} | {zero:.2f} | {ess:.3f} | {nu:.3g} |")
+        print(f"| {' | '.join(map(str, key))} | {returns.mean():.4g} ± {returns.std(correction=0):.3g} | {w:.3g} | {zero:.2f} | {ess:.3f} | {nu:.3g} |")
 
 
 if __name__ == "__main__":

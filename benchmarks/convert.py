@@ -1,0 +1,222 @@
+"""Full-size rehearsal: conversion of sources with Table 3's sizes, and 200 updates of training on what comes out.
+
+    python benchmarks/convert.py                        # hopper, ant and corridor at full size: 17 GB of disk, some minutes
+    python benchmarks/convert.py --scale 0.02           # a fiftieth of the episodes
+    python benchmarks/convert.py --names corridor --folder /mnt/big
+
+Sources hold noise: hopper medium-expert as a vault, ant medium-expert as OMIGA's HDF5, corridor medium as the authors' padded .npz.
+For each it prints the most anonymous memory (RssAnon) that conversion and training took above an interpreter with torch loaded, and the speed of
+conversion next to that of a plain copy of the same bytes in the same run (both start from a warm page cache where memory allows).
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+# name -> task, format, rows, episodes, step limit, agents, state, observation, actions (Table 3, OG-MARL's rows)
+SOURCES = {
+    "hopper": (("mamujoco", "hopper", "medium-expert"), "vault", 1_919_782, 5481, 1000, 3, 42, 14, 1),
+    "ant": (("mamujoco", "ant", "medium-expert"), "omiga", 2_002_000, 2000, 1000, 2, 226, 113, 4),
+    "corridor": (("smacv1", "corridor", "medium"), "npz", 126_012, 1001, 400, 6, 435, 346, 30),
+}
+
+
+@dataclass
+class Args:
+    scale: float = 1.0
+    """share of the episodes"""
+    names: list[str] = field(default_factory=lambda: list(SOURCES))
+    """which of hopper, ant and corridor"""
+    folder: str | None = None
+    """where sources and datasets go for the time of the run (default: the system's temporary directory)"""
+    steps: int = 200
+    """updates of each of the two stages"""
+    threads: int = 1
+    """CPU threads of training"""
+
+
+def rss_anon() -> int:
+    """This process's anonymous memory in bytes."""
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+
+
+def measure(job: dict):
+    """In a process of its own: converts or trains, and prints a line of JSON with seconds and the peak of memory."""
+    import torch
+
+    torch.set_num_threads(job["threads"])
+    base, peak, running = rss_anon(), 0, True
+
+    def watch():
+        nonlocal peak
+        while running:
+            peak = max(peak, rss_anon() - base)
+            time.sleep(0.005)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        if job["stage"] == "convert":
+            import comadice_formats
+
+            start = time.perf_counter()
+            comadice_formats.convert_here(**job["convert"])
+        else:
+            import comadice_train
+
+            start = time.perf_counter()
+            args = comadice_train.Args(data=job["convert"]["out"], out=job["runs"], steps=job["steps"], evals=1, eval_episodes=1, device="cpu")
+            comadice_train.main(args)
+        seconds = time.perf_counter() - start
+    finally:
+        running = False
+        watcher.join()
+    print(json.dumps({"seconds": seconds, "peak": peak}))
+
+
+def lengths(rows: int, count: int, longest: int) -> list[int]:
+    """Rows of each episode: some of the greatest length, the others alike, about `rows` together."""
+    mean = rows / count
+    full = count if mean >= longest else max(round(0.5 * count * mean / longest), 1)
+    rest = max(round((rows - full * longest) / max(count - full, 1)), 2)
+    return [longest] * full + [rest] * (count - full)
+
+
+def write_source(name: str, folder: Path, scale: float) -> Path:
+    """Writes a source of noise, a few episodes at a time."""
+    import numpy as np
+
+    _, format, rows, count, limit, n, S, O, A = SOURCES[name]
+    generator, noise = np.random.default_rng(0), {}
+
+    def normal(*shape):
+        """Noise cut from one long strip, since drawing gigabytes would take longer than what is measured."""
+        size = int(np.prod(shape))
+        if noise.get("strip") is None or len(noise["strip"]) < 2 * size:
+            noise["strip"] = generator.standard_normal(2 * size, dtype="f4")
+        start = generator.integers(size)
+        return noise["strip"][start : start + size].reshape(shape)
+
+    count = max(round(scale * count), 2)
+    sizes = lengths(round(rows * count / SOURCES[name][3]), count, limit + (format != "npz"))
+    N = sum(sizes)
+    if format == "npz":
+        shapes = {"obs": (limit + 1, n, O), "states": (limit + 1, n, S), "avails": (limit + 1, n, A), "actions": (limit, n, 1)}
+        shapes |= {"rewards": (limit, n, 1), "dones": (limit, n), "actives": (limit + 1, n, 1)}
+        with zipfile.ZipFile(folder / "source.npz", "w") as archive:
+            for key, shape in shapes.items():
+                dtype = {"actions": "i8", "dones": "?"}.get(key, "f4")
+                with archive.open(f"{key}.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array_header_2_0(file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (count, *shape)})
+                    for T in sizes:
+                        array = np.zeros(shape, dtype)
+                        if key in ("obs", "states"):
+                            array[: T + 1] = normal(T + 1, *shape[1:])
+                        elif key in ("avails", "actives"):
+                            array[: T + 1] = 1
+                        elif key == "actions":
+                            array[:T] = generator.integers(A, size=(T, n, 1))
+                        elif key == "rewards":
+                            array[:T] = normal(T, 1, 1)
+                        else:
+                            array[T - 1 :] = True
+                        file.write(array.tobytes())
+        return folder / "source.npz"
+    done = np.zeros(N, "f4")
+    done[np.cumsum(sizes) - 1] = 1
+    block = 25_000
+    if format == "omiga":
+        import h5py
+
+        with h5py.File(folder / "source.hdf5", "w") as file:
+            shapes = {"o": (n, O), "s": (n, O), "a": (n, A), "r": (n, 1), "d": (n,)}
+            arrays = {key: file.create_dataset(key, (N, *shape), "f4") for key, shape in shapes.items()}
+            for start in range(0, N, block):
+                b = min(block, N - start)
+                for key in ("o", "s", "a"):
+                    arrays[key][start : start + b] = normal(b, *shapes[key])
+                arrays["r"][start : start + b] = np.repeat(normal(b, 1, 1), n, 1)
+                arrays["d"][start : start + b] = np.repeat(done[start : start + b, None], n, 1)
+        return folder / "source.hdf5"
+    import tensorstore as ts
+
+    path = folder / "3hopper.vlt" / "Medium-Expert"
+    path.mkdir(parents=True)
+    shapes = {"observations.": (n, O), "infos.state.": (S,), "actions.": (n, A)} | dict.fromkeys(("rewards.", "terminals.", "truncations."), (n,))
+    shapes["vault_index"] = None
+    for key, shape in shapes.items():
+        spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"file://{path}", "path": key}}
+        if shape is None:
+            ts.open(spec, shape=(1,), dtype="int32", create=True).result().write(np.array([N], "i4")).result()
+            continue
+        spec["metadata"] = {"compressor": {"id": "gzip", "level": 5}}
+        array = ts.open(spec, shape=(1, 10**13, *shape), dtype="float32", create=True).result()
+        step = max(array.chunk_layout.read_chunk.shape[1], 1)
+        for start in range(0, N, step):
+            b = min(step, N - start)
+            if key == "rewards.":
+                value = np.repeat(normal(b, 1), n, 1)
+            elif key in ("terminals.", "truncations."):
+                value = np.repeat(done[start : start + b, None] * (key == "terminals."), n, 1)
+            else:
+                value = normal(b, *shape)
+            array[0, start : start + b].write(value).result()
+    (path / "metadata.json").write_text(json.dumps({"version": 1.2}))
+    return path
+
+
+def main(args: Args):
+    from comadice_data import BadInput
+
+    unknown = sorted(set(args.names) - set(SOURCES))
+    if unknown or not 0 < args.scale <= 1:
+        raise BadInput(f"--names are of {', '.join(SOURCES)}, --scale is above 0 and at most 1")
+    print("| source | source GB | dataset GB | converting | MB/s | plain copy | MB/s | share of a copy's speed | RssAnon converting | RssAnon training |")
+    print("| --- " * 10 + "|")
+    for name in args.names:
+        (env, task, quality), format, *_ = SOURCES[name]
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            folder = Path(folder)
+            source = write_source(name, folder, args.scale)
+            files = [source] if source.is_file() else [file for file in source.rglob("*") if file.is_file()]
+            size = sum(file.stat().st_size for file in files)
+            (folder / "copy").mkdir()
+            start = time.perf_counter()
+            for i, file in enumerate(files):
+                shutil.copyfile(file, folder / "copy" / str(i))
+            copying = time.perf_counter() - start
+            shutil.rmtree(folder / "copy")
+            convert = {"source": str(source), "format": format, "env": env, "task": task, "quality": quality, "out": str(folder / "out")}
+            job = {"convert": convert, "runs": str(folder / "runs"), "steps": args.steps, "threads": args.threads}
+            measured = {}
+            for stage in ("convert", "train"):
+                command = [sys.executable, __file__, "--measure", json.dumps(job | {"stage": stage})]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True)
+                measured[stage] = json.loads(done.stdout.strip().splitlines()[-1])
+            written = sum(file.stat().st_size for file in (folder / "out").rglob("*") if file.is_file())
+        seconds, peaks = measured["convert"]["seconds"], [m["peak"] / 1e6 for m in measured.values()]
+        speed, copy = size / seconds / 1e6, size / copying / 1e6
+        print(f"| {task} {quality} ({format}) | {size / 1e9:.2f} | {written / 1e9:.2f} | {seconds:.1f} s | {speed:.0f} | {copying:.1f} s "
+              f"| {copy:.0f} | {speed / copy:.2f} | {peaks[0]:.0f} MB | {peaks[1]:.0f} MB |", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--measure"]:
+        measure(json.loads(sys.argv[2]))
+    else:
+        import tyro
+
+        from comadice_data import run_script
+
+        run_script(main, tyro.cli(Args))

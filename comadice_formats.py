@@ -1,0 +1,940 @@
+"""The public datasets: download, conversion of five formats into the native one, and a check against the published statistics.
+
+    python comadice_data.py download --env mamujoco --task hopper --quality medium-replay
+    python comadice_data.py convert hopper.vlt/Medium --format vault --env mamujoco --task hopper --quality medium
+    python comadice_data.py convert half.hdf5 --format omiga --env mamujoco --task halfcheetah --quality expert
+    python comadice_data.py convert corridor.npz --format npz --env smacv1 --task corridor --quality good
+    python comadice_data.py convert episodes/ --format pymarl --env smacv2 --task zerg_5_vs_5 --quality mixed
+    python comadice_data.py convert mujoco/ant/expert-v0 --format minari --env mamujoco --task ant_4x2 --quality expert
+    python comadice_data.py info data/mamujoco/hopper/medium-replay      # its row of Table 3 beside the published ones
+    python comadice_data.py plot data/mamujoco/hopper/medium-replay      # histogram of episode returns
+
+What the formats leave unsaid is decided here once, and each card says under "made" what was done:
+
+- Rewards are as recorded. Agents' rewards must agree: the team has one. --return-to-go puts the sum of the rewards that are still
+  to come in their place (what the released ComaDICE trains SMAC on) and marks the card.
+- Actions are as recorded, beyond [-1, 1] too (the card's bounds say so). They go to the actuators in the order in which they lie.
+- Terminal or time limit: where a format has one flag for both (vault, omiga, npz), an episode that ends at the step limit was cut by
+  it, and any other end is final. A fall or a victory on that very step can't be told apart. pymarl and minari keep them apart.
+- A last observation that was not recorded is a copy of the one before it (the card counts them). Nothing reads it where the episode
+  terminated, since there is no value beyond; where the episode was truncated, that one bootstrap is off by one step.
+- Row formats (vault, omiga), --last-row: does the row that says done hold a transition, or the last observation with nothing behind
+  it? The benchmark has both. Its MuJoCo episodes have 1,001 rows for 1,000 steps, and Table 3 counts rows less trajectories
+  (2ant: 1,001,000 rows, 1000K samples): an observation. Its StarCraft rows are all samples in Table 3: transitions.
+  "auto" looks at the longest episode: limit + 1 rows are an observation, exactly limit rows a transition, and less says nothing: then
+  mamujoco is read as the benchmark's MuJoCo and the rest as its StarCraft.
+- The state: [S] a row is taken as it is. With an axis of agents it is the agents' vectors side by side in MuJoCo (Table 3: 3 x 14 =
+  42) and the first agent's in StarCraft (OG-MARL's copies of the same data). In MuJoCo under the benchmark's interface a state of
+  another size, or none, gives way to the observations side by side, which is what that interface has.
+
+No format is ever unpickled. The C libraries under h5py and tensorstore can crash or hang on damaged files, so `convert` reads in a process
+of its own, whose memory is limited and which is stopped when it writes nothing for long; all that is seen of it is one line.
+Memory is bounded by BLOCK whatever the size of a source. Formats: Flashbax' flashbax/vault/vault.py, OG-MARL's
+og_marl/wrapped_environments and dataset cards, OMIGA's datasets/offline_dataset.py, Minari's minari/dataset/_storages/hdf5_storage.py.
+"""
+
+import errno
+import http.client
+import importlib
+import json
+import math
+import re
+import resource
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from tensordict import TensorDict
+from tqdm import tqdm
+
+from comadice_data import BadInput, DatasetWriter, dataset_path, episode_returns, open_dataset, read_json, run_script, table_row
+
+DATA_ROOT = Path(__file__).parent / "data"
+BASE_URL = "https://huggingface.co/datasets/InstaDeepAI/og-marl/resolve/main"
+BLOCK = 32 * 2**20  # bytes of a source that are read together
+EPISODE = 2**28  # bytes of one episode, or of a chunk of HDF5; more is a damaged header
+CHILD_MEMORY = 8 * 2**30  # bytes that a conversion may take: a damaged header may ask for terabytes
+STALL = 300  # seconds without progress after which a conversion counts as hanging
+TRIES, WAIT = 5, 2  # connections of one download, seconds between them
+
+# Steps after which an episode is cut. SMAC: smac_maps.py of smac and smacv2; MuJoCo: gymnasium's registration and OMIGA's episode_limit.
+LIMITS = {"mamujoco": 1000, "smacv2": 200, "2c_vs_64zg": 400, "5m_vs_6m": 70, "6h_vs_8z": 150, "corridor": 400}
+# OG-MARL's names of the benchmark's MuJoCo tasks.
+VAULTS = {"hopper": "3hopper", "ant": "2ant", "halfcheetah": "6halfcheetah"}
+
+# The paper's Table 3, beside the statistics on OG-MARL's dataset cards (docs/dataset_cards: omiga.md, og_marl.md).
+#  env     task        quality     | agents, state, obs, action | thousands of trajectories and samples, return ± | return ± min max rows trajectories
+PUBLISHED = """
+smacv1   2c_vs_64zg   poor          |  2 675 478 70 | 0.3   21.7  8.9 1.0 |  8.91 1.01  2.53 10.00  10830  348
+smacv1   2c_vs_64zg   medium        |  2 675 478 70 | 1.0   75.9 13.0 1.4 | 13.00 1.39 10.01 15.00  37940 1001
+smacv1   2c_vs_64zg   good          |  2 675 478 70 | 1.0  118.4 19.9 1.3 | 19.94 1.26 15.18 21.61  59215 1001
+smacv1   5m_vs_6m     poor          |  5 156 124 12 | 1.0  113.7  8.5 1.2 |  8.50 1.19  1.81  9.89  22747 1001
+smacv1   5m_vs_6m     medium        |  5 156 124 12 | 1.0  138.6 11.0 0.6 | 11.03 0.58 10.08 11.96  27717 1001
+smacv1   5m_vs_6m     good          |  5 156 124 12 | 1.0  138.7 20.0 0.0 | 20.00 0.00 20.00 20.00  27734 1001
+smacv1   6h_vs_8z     poor          |  6 213 172 14 | 1.0  145.5  9.1 0.8 |  9.12 0.81  4.80  9.99  24255 1001
+smacv1   6h_vs_8z     medium        |  6 213 172 14 | 1.0  177.1 12.0 1.3 | 11.97 1.26 10.00 14.99  29511 1001
+smacv1   6h_vs_8z     good          |  6 213 172 14 | 1.0  228.2 17.8 2.1 | 17.84 2.15 15.01 20.02  38040 1001
+smacv1   corridor     poor          |  6 435 346 30 | 1.0  307.6  4.9 1.7 |  4.93 1.71  0.00  9.99  51268 1001
+smacv1   corridor     medium        |  6 435 346 30 | 1.0  756.1 13.1 1.3 | 13.07 1.27 10.02 14.99 126012 1001
+smacv1   corridor     good          |  6 435 346 30 | 1.0  601.0 19.9 1.0 | 19.88 1.01 15.01 20.49 100170 1001
+smacv2   protoss_5_vs_5   medium    |  5 130  92 11 | 1.0   60.8 16.8 6.3 |
+smacv2   protoss_10_vs_10 medium    | 10 310 182 16 | 1.0   68.3 15.7 5.2 |
+smacv2   protoss_10_vs_11 medium    | 10 327 191 17 | 1.0   62.9 15.3 5.7 |
+smacv2   protoss_20_vs_20 medium    | 20 820 362 26 | 1.0   76.7 16.2 4.7 |
+smacv2   protoss_20_vs_23 medium    | 20 901 389 29 | 1.0   65.0 14.0 4.5 |
+smacv2   terran_5_vs_5    medium    |  5 120  82 11 | 1.0   47.6 15.2 7.2 |
+smacv2   terran_10_vs_10  medium    | 10 290 162 16 | 1.0   56.4 14.7 6.2 |
+smacv2   terran_10_vs_11  medium    | 10 306 170 17 | 1.0   52.5 12.1 5.7 |
+smacv2   terran_20_vs_20  medium    | 20 780 322 26 | 1.0   63.0 14.0 6.0 |
+smacv2   terran_20_vs_23  medium    | 20 858 346 29 | 1.0   51.3 11.7 5.7 |
+smacv2   zerg_5_vs_5      medium    |  5 120  82 11 | 1.0   27.5 10.4 5.0 |
+smacv2   zerg_10_vs_10    medium    | 10 290 162 16 | 1.0   31.9 14.7 6.0 |
+smacv2   zerg_10_vs_11    medium    | 10 306 170 17 | 1.0   30.9 12.0 5.1 |
+smacv2   zerg_20_vs_20    medium    | 20 780 322 26 | 1.0   35.4 12.3 4.2 |
+smacv2   zerg_20_vs_23    medium    | 20 858 346 29 | 1.0   32.8 10.8 4.0 |
+smacv2   terran_5_vs_5    replay    |  5 120  82 11 |                     | 10.05 5.84 0.00 36.34  898164 17958
+smacv2   terran_5_vs_5    random    |  5 120  82 11 |                     |  2.43 1.73 0.00 16.18 1500000 37874
+smacv2   terran_10_vs_10  replay    | 10 290 162 16 |                     |  6.32 3.62 0.00 23.01  749850 13588
+smacv2   zerg_5_vs_5      replay    |  5 120  82 11 |                     |  7.34 3.60 0.00 24.00  863281 23294
+mamujoco hopper       expert        | 3  42  14 1 | 1.5  999 2452.0 1097.9 | 2452.02 1097.86  95.27 3762.69 1000391 1481
+mamujoco hopper       medium        | 3  42  14 1 | 4.0  915  723.6  211.7 |  723.57  211.66 128.38 2776.49  919391 4000
+mamujoco hopper       medium-replay | 3  42  14 1 | 4.2 1311  746.4  671.9 |  746.42  671.89  70.76 2801.15 1314826 4160
+mamujoco hopper       medium-expert | 3  42  14 1 | 5.5 1914 1190.6  973.4 | 1190.61  973.40  95.27 3762.69 1919782 5481
+mamujoco ant          expert        | 2 226 113 4 | 1.0 1000 2055.1   22.1 | 2055.07   22.07 1994.03 2124.15 1001000 1000
+mamujoco ant          medium        | 2 226 113 4 | 1.0 1000 1418.7   37.0 | 1418.70   37.04  840.77 1473.86 1001000 1000
+mamujoco ant          medium-replay | 2 226 113 4 | 1.8 1750 1029.5  141.3 | 1029.51  141.27  895.37 1517.06 1751750 1750
+mamujoco ant          medium-expert | 2 226 113 4 | 2.0 2000 1736.9  319.6 | 1736.88  319.64  840.77 2124.15 2002000 2000
+mamujoco halfcheetah  expert        | 6 138  23 1 | 1.0 1000 2785.1 1053.1 | 2785.10 1053.14  317.94 3866.09 1001000 1000
+mamujoco halfcheetah  medium        | 6 138  23 1 | 1.0 1000 1425.7  520.1 | 1425.66  520.12  251.94 2113.52 1001000 1000
+mamujoco halfcheetah  medium-replay | 6 138  23 1 | 1.0 1000  655.8  590.4 |  655.76  590.40 -198.77 2132.60 1001000 1000
+mamujoco halfcheetah  medium-expert | 6 138  23 1 | 2.0 2000 2105.4 1073.2 | 2105.38 1073.24  251.94 3866.09 2002000 2000
+"""
+
+
+def published() -> dict[tuple[str, str, str], list[list[str]]]:
+    """(env, task, quality) -> the numbers of PUBLISHED as they are printed: [sizes, Table 3's, OG-MARL's]; a missing part is empty."""
+    lines = [[part.split() for part in line.split("|")] for line in PUBLISHED.strip().splitlines()]
+    return {tuple(name): parts for name, *parts in lines}
+
+
+def downloadable() -> set[tuple[str, str, str]]:
+    """(env, task, quality) of the datasets that `download` finds."""
+    return {name for name, parts in published().items() if parts[2]}
+
+
+# ---------------------------------------------------------------- what all readers share
+
+
+def need(package: str):
+    """Imports an optional package. Raises BadInput with the command that installs it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise BadInput(f"this format needs {package} ({error}): pip install {package}") from None
+
+
+def per_step(x: np.ndarray, name: str) -> np.ndarray:
+    """[T, ...] with one value a step or one an agent -> [T] float32. Raises BadInput where the agents' values differ."""
+    x = np.asarray(x, np.float32).reshape(len(x), -1)
+    if x.shape[1] == 0 or (x != x[:, :1]).any():
+        raise BadInput(f"'{name}' differs between agents (or is not a number): a team has one")
+    return x[:, 0]
+
+
+def all_agents(x: np.ndarray, name: str) -> np.ndarray:
+    """[T, ...] flags of 0 and 1 -> [T] bool, true where every agent's is: SMAC's agents are done one by one as they die."""
+    x = np.asarray(x).reshape(len(x), -1)
+    if x.shape[1] == 0 or not np.isin(x, (0, 1)).all():
+        raise BadInput(f"'{name}' has values other than 0 and 1")
+    return x.astype(bool).all(1)
+
+
+def team_state(state: np.ndarray | None, observation: np.ndarray, env: str, interface: str, made: dict) -> np.ndarray:
+    """[T, ...] as recorded -> [T, S]; the module's docstring says how, and so does made["state"]."""
+    T, n, O = observation.shape
+    how = "as recorded"
+    if state is not None and state.ndim == 3:
+        if state.shape[1] != n:
+            raise BadInput(f"the state has {state.shape[1]} agents, the observation has {n}")
+        if env == "mamujoco" and state.shape[2] != n * O:
+            state, how = state.reshape(T, -1), "the agents' vectors side by side"
+        else:
+            state, how = state[:, 0], "the first agent's"
+    if env == "mamujoco" and interface == "benchmark" and (state is None or state.shape[1:] != (n * O,)):
+        state, how = observation.reshape(T, -1), "the observations side by side"
+    if state is None or state.ndim != 2:
+        raise BadInput(f"the state is {'missing' if state is None else f'of shape {list(state.shape)}, not [time, entries]'}")
+    made["state"] = how
+    return state
+
+
+def team_episode(parts: dict, T: int, terminated: bool, env: str, interface: str, made: dict) -> TensorDict:
+    """One episode of T transitions, [T + 1] rows.
+
+    `parts` are arrays with time first: "observation" [T or more, n, O], "action" [T, n, A] or [T, n], "reward" [T], and where there are
+    any "state" and "mask" [T or more, n, A]. Without a row T, the observation that was not recorded, row T - 1 stands in for it.
+    Raises BadInput for shapes that do not fit, values that are not finite, actions that are no numbers of actions or that the mask forbids.
+    """
+    observation = parts["observation"]
+    if observation.ndim != 3 or 0 in observation.shape[1:]:
+        raise BadInput(f"the observation is of shape {list(observation.shape)}, not [time, agents, entries]")
+    if len(observation) < T:
+        raise BadInput(f"an episode of {T} steps has {len(observation)} observations")
+    n, action, mask = observation.shape[1], parts["action"], parts.get("mask")
+    rows = np.minimum(np.arange(T + 1), len(observation) - 1)
+    made["last_observations_copied"] = made.get("last_observations_copied", 0) + (len(observation) == T)
+    state = team_state(parts.get("state"), observation, env, interface, made)
+    if len(state) != len(observation) or len(action) < T or len(parts["reward"]) < T or (mask is not None and len(mask) < len(observation)):
+        raise BadInput("observation, state, action, reward and mask differ in length")
+    discrete = env != "mamujoco"
+    if discrete:
+        action = action[..., 0] if action.ndim == 3 and action.shape[2] == 1 else action
+        if mask is None or mask.ndim != 3 or mask.shape[1] != n or action.shape[1:] != (n,):
+            raise BadInput(f"actions {list(action.shape)} and masks {list(np.shape(mask))} are not [time, {n}] and [time, {n}, actions]")
+        if not np.isin(mask, (0, 1)).all():
+            raise BadInput("an action mask has values other than 0 and 1")
+        if not ((action[:T] == np.round(action[:T])) & (action[:T] >= 0) & (action[:T] < mask.shape[2])).all():
+            raise BadInput(f"an action is not one of 0 to {mask.shape[2] - 1}")
+    else:
+        action = action[..., None] if action.ndim == 2 else action
+        if action.ndim != 3 or action.shape[1] != n or not action.shape[2]:
+            raise BadInput(f"actions of shape {list(action.shape)} for {n} agents: they must be [time, agents, entries]")
+    tensor = lambda x, dtype: torch.from_numpy(np.ascontiguousarray(x, dtype))
+    step = np.minimum(np.arange(T + 1), T - 1)  # the last row's action and reward count for nothing: DatasetWriter zeroes them
+    agents = {"observation": tensor(observation[rows], np.float32), "action": tensor(action[step], np.int64 if discrete else np.float32)}
+    if discrete:
+        agents["action_mask"] = tensor(mask[rows], np.bool_)
+        if not agents["action_mask"][:T].gather(-1, agents["action"][:T, :, None]).all():
+            raise BadInput("an action is one that its mask forbids")
+    end = torch.zeros(T + 1, 1, dtype=torch.bool)
+    end[T - 1] = True
+    team = {"state": tensor(state[rows], np.float32), "reward": tensor(parts["reward"][step, None], np.float32), "done": end, "terminated": end & terminated}
+    for name, value in [*team.items(), *agents.items()]:
+        if not torch.isfinite(value).all():
+            raise BadInput(f"the {name} is not finite at step {int((~torch.isfinite(value)).reshape(T + 1, -1).any(-1).nonzero()[0])}")
+    return TensorDict(team | {"agents": TensorDict(agents, [T + 1, n])}, [T + 1])
+
+
+# ---------------------------------------------------------------- rows flat in time: vault, omiga
+
+
+def row_episodes(read: dict[str, Callable], N: int, row_bytes: int, env: str, interface: str, limit: int, last_row: str, made: dict) -> Iterator[TensorDict]:
+    """Episodes of N rows. `read` has a function (start, stop) -> array for "observation", "action", "reward", "terminal", and where
+    there are any "truncation", "state" and "mask". Raises BadInput where no episode closes or one is longer than the limit allows.
+    """
+    B = max(BLOCK // row_bytes, 1)
+
+    def flags(start: int) -> tuple[np.ndarray, np.ndarray]:
+        terminal = all_agents(read["terminal"](start, min(start + B, N)), "terminal")
+        truncation = all_agents(read["truncation"](start, min(start + B, N)), "truncation") if "truncation" in read else np.zeros_like(terminal)
+        return terminal | truncation, terminal
+
+    # A first pass over the flags alone: how long the longest episode is decides what its last row holds.
+    end, longest, count = -1, 0, 0
+    for start in range(0, N, B):
+        ends = start + np.flatnonzero(flags(start)[0])
+        if len(ends):
+            longest, count, end = max(longest, int(np.diff(ends, prepend=end).max())), count + len(ends), int(ends[-1])
+    if not count:
+        raise BadInput("no row says that an episode is done")
+    if max(longest, N - 1 - end) > limit + 1:
+        raise BadInput(f"an episode has {max(longest, N - 1 - end)} rows where a step limit of {limit} allows {limit + 1}: give the data's own --limit")
+    why = f"the longest episode has {longest} rows, the step limit is {limit}"
+    if last_row == "auto" and longest >= limit:
+        last_row = "observation" if longest > limit else "transition"
+    elif last_row == "auto":
+        last_row, why = ("observation" if env == "mamujoco" else "transition"), f"as in the benchmark's data of this kind; {why}"
+    if last_row == "transition" and longest > limit:
+        raise BadInput(f"an episode has {longest} transitions where the step limit is {limit}: give the data's own --limit, or --last-row observation")
+    made["last_row"] = f"{last_row} ({why})"
+    made["rows"], made["rows_after_the_last_done_left_out"] = N, N - 1 - end
+    left_out = []
+
+    kept = {}
+    for start in range(0, N, B):
+        block = {key: get(start, min(start + B, N)) for key, get in read.items() if key not in ("terminal", "truncation")}
+        block["done"], block["terminal"] = flags(start)
+        block["reward"] = per_step(block["reward"], "reward")
+        if kept:
+            block = {key: np.concatenate([kept[key], value]) for key, value in block.items()}
+        first = 0
+        for last in np.flatnonzero(block["done"]):
+            T = int(last) + (last_row == "transition") - first
+            parts = {key: value[first : last + 1] for key, value in block.items()}
+            if last_row == "observation":
+                left_out.append(abs(float(parts["reward"][-1])))
+            if T:
+                yield team_episode(parts, T, bool(parts["terminal"][-1]) and T < limit, env, interface, made)
+            first = int(last) + 1
+        kept = {key: value[first:].copy() for key, value in block.items()}
+    if last_row == "observation":
+        made["rewards_beside_last_observations_left_out"] = {"rows": len(left_out), "mean_magnitude": float(np.mean(left_out))}
+
+
+def read_vault(source: Path, env: str, task: str, interface: str, limit: int, last_row: str, made: dict) -> Iterator[TensorDict]:
+    """Flashbax' vault (tensorstore; no JAX): a folder NAME.vlt/UID with metadata.json and one zarr array a leaf in an ocdbt store.
+
+    Leaves as OG-MARL has them, [1, time, ...]: observations [n, O], actions [n(, A)], rewards, terminals and truncations [n], infos.state,
+    infos.legals [n, A] (discrete). "vault_index" says how many steps of the endless time axis are written.
+    """
+    ts = need("tensorstore")
+    if not (source / "metadata.json").is_file() or not (source / "manifest.ocdbt").is_file():
+        uids = sorted(path.parent.name for path in source.glob("*/metadata.json"))
+        raise BadInput(f"{source} is no vault: give the folder with metadata.json and manifest.ocdbt" + (f", one of {', '.join(uids)}" if uids else ""))
+    version = read_json(source / "metadata.json").get("version")
+    if not isinstance(version, int | float) or not 0 <= version < 2:
+        raise BadInput(f"{source}/metadata.json: vault version {version!r} is not known here")
+    base = {"driver": "file", "path": f"{source.resolve()}/"}
+    context = ts.Context({"cache_pool": {"total_bytes_limit": BLOCK}})
+    keys = ts.KvStore.open({"driver": "ocdbt", "base": base}).result().list().result()
+    leaves = {key.decode().removesuffix("/.zarray") for key in keys if key.endswith(b"/.zarray")}
+
+    def leaf(name: str, strict: bool = False):
+        spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": name}, "fill_missing_data_reads": not strict}
+        return ts.open(spec, open=True, read=True, context=context).result()
+
+    names = {"observation": "observations.", "action": "actions.", "reward": "rewards.", "terminal": "terminals."}
+    names |= {key: name for key, name in {"truncation": "truncations.", "state": "infos.state.", "mask": "infos.legals."}.items() if name in leaves}
+    missing = sorted((set(names.values()) | {"vault_index"}) - leaves)
+    if missing:
+        raise BadInput(f"{source} has no {', '.join(missing)}: its leaves are {', '.join(sorted(leaves))}")
+    arrays = {key: leaf(name) for key, name in names.items()}
+    # tensorstore reads zeros for a chunk that is missing, and stores none for one of zeros; an observation is never all zeros.
+    if arrays["observation"].chunk_layout.read_chunk.shape[-1] >= arrays["observation"].shape[-1]:
+        arrays["observation"] = leaf(names["observation"], strict=True)
+    N = int(leaf("vault_index").read().result()[0])
+    for key, array in arrays.items():
+        if array.rank < 2 or array.shape[0] != 1 or not 0 < N <= array.shape[1]:
+            raise BadInput(f"{source}: {names[key]} is of shape {list(array.shape)}, not [1, {N} or more steps, ...]")
+    row_bytes = sum(math.prod(array.shape[2:]) * array.dtype.numpy_dtype.itemsize for array in arrays.values())
+    check_size(source, row_bytes)
+    made["vault"] = f"{source.parent.name}/{source.name}"
+    read = {key: lambda start, stop, array=array: array[0, start:stop].read().result() for key, array in arrays.items()}
+    yield from row_episodes(read, N, row_bytes, env, interface, limit, last_row, made)
+
+
+def check_size(source, episode_bytes: int):
+    if not 0 < episode_bytes <= EPISODE:
+        raise BadInput(f"{source}: one episode or row would take {episode_bytes:,} bytes: the file is damaged or of another format")
+
+
+def hdf5_arrays(source: Path, file, names: list[str], optional: tuple = ()) -> dict:
+    """The named datasets of an open HDF5 file. Raises BadInput for one that is missing, not numeric, or stored in absurd chunks."""
+    h5py = need("h5py")
+    missing = [name for name in names if name not in file and name not in optional]
+    if missing:
+        raise BadInput(f"{source} has no {', '.join(missing)}: it holds {', '.join(sorted(file)) or 'nothing'}")
+    arrays = {name: file[name] for name in names if name in file}
+    for name, array in arrays.items():
+        if not isinstance(array, h5py.Dataset) or array.dtype.kind not in "biuf" or not array.shape:
+            raise BadInput(f"{source}: '{name}' is not an array of numbers")
+        if array.external or array.is_virtual:  # would read other files
+            raise BadInput(f"{source}: '{name}' lies in other files: copy it into one")
+        if array.chunks:
+            check_size(source, math.prod(array.chunks) * array.dtype.itemsize)
+    return arrays
+
+
+def read_omiga(source: Path, env: str, task: str, interface: str, limit: int, last_row: str, made: dict) -> Iterator[TensorDict]:
+    """OMIGA's HDF5 (h5py): o [N, n, O], s [N, n, S] or [N, S], a [N, n, A], r and d [N(, 1 or n)] over all steps; d ends an episode.
+
+    It has no action masks, and so no StarCraft.
+    """
+    h5py = need("h5py")
+    if env != "mamujoco":
+        raise BadInput(f"OMIGA's HDF5 has no action masks, which {env} needs: use OG-MARL's copy (python comadice_data.py download)")
+    with h5py.File(source, "r") as file:
+        arrays = hdf5_arrays(source, file, ["o", "s", "a", "r", "d"], optional=("s",))
+        N = len(arrays["o"])
+        if not N or any(len(array) != N for array in arrays.values()):
+            raise BadInput(f"{source}: the arrays have {', '.join(f'{len(a)} ({k})' for k, a in arrays.items())} steps")
+        row_bytes = sum(math.prod(array.shape[1:]) * array.dtype.itemsize for array in arrays.values())
+        check_size(source, row_bytes)
+        names = {"o": "observation", "s": "state", "a": "action", "r": "reward", "d": "terminal"}
+        read = {names[key]: lambda start, stop, array=array: array[start:stop] for key, array in arrays.items()}
+        yield from row_episodes(read, N, row_bytes, env, interface, limit, last_row, made)
+
+
+# ---------------------------------------------------------------- episodes side by side: npz, pymarl
+
+
+def npy_header(file, name: str, source) -> tuple[tuple, bool, np.dtype]:
+    """Reads the header of an open .npy: (shape, whether in Fortran order, dtype). Raises BadInput for pickled objects and for no header."""
+    try:
+        version = np.lib.format.read_magic(file)
+        shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
+    except Exception as error:  # a damaged header is evaluated as a Python literal, which fails in many ways
+        raise BadInput(f"{source}: '{name}' has no .npy header ({' '.join(str(error).split())[:100]})") from None
+    if dtype.hasobject:
+        raise BadInput(f"{source}: '{name}' holds pickled Python objects, which could run any code and are never read: save it as an array of numbers")
+    return shape, fortran, dtype
+
+
+def episode_array(file, name: str, source) -> tuple[tuple, np.dtype]:
+    """npy_header of an array [episode, time, ...] that can be read an episode at a time: (shape, dtype)."""
+    shape, fortran, dtype = npy_header(file, name, source)
+    if dtype.kind not in "biuf" or len(shape) < 2 or 0 in shape or fortran:
+        raise BadInput(f"{source}: '{name}' is {dtype} {list(shape)}{' in Fortran order' if fortran else ''}, not numbers [episode, time, ...] in C order")
+    return shape, dtype
+
+
+def read_npz(source: Path, env: str, task: str, interface: str, limit: int, last_row: str, made: dict) -> Iterator[TensorDict]:
+    """The authors' .npz: states, obs [E, T + 1, n, ...], actions, rewards, dones [E, T, n, ...], avails [E, T + 1, n, A] (discrete).
+
+    An episode ends with the first step on which all agents are done; what follows is padding. Where none is, steps at the end that
+    leave the state as it was are padding (so the released loader has it), and the episode counts as truncated. `actives` (who is
+    alive) says nothing that is needed. Members are streamed from the zip, an episode at a time.
+    """
+    names = {"obs": "observation", "actions": "action", "rewards": "reward", "dones": "done", "states": "state"}
+    names |= {"avails": "mask"} if env != "mamujoco" else {}
+    with zipfile.ZipFile(source) as archive:
+        members = sorted(archive.namelist())
+        for member in members:  # those that aren't used, too: a pickle anywhere is worth a line that says so
+            npy_header(archive.open(member), member.removesuffix(".npy"), source)
+        missing = [name for name in names if f"{name}.npy" not in members]
+        if missing:
+            raise BadInput(f"{source} has no {', '.join(missing)}: it holds {', '.join(members) or 'nothing'}")
+        files = {name: archive.open(f"{name}.npy") for name in names}
+        headers = {name: episode_array(file, name, source) for name, file in files.items()}
+        E, L = headers["obs"][0][:2]
+        steps = headers["rewards"][0][1]
+        for name, (shape, dtype) in headers.items():
+            long = name in ("obs", "states", "avails")
+            if shape[0] != E or shape[1] != (L if long else steps) or L not in (steps, steps + 1):
+                raise BadInput(f"{source}: '{name}' is {list(shape)}, the observations are of {E} episodes and {L} steps and the rewards of {steps}")
+            check_size(source, math.prod(shape[1:]) * dtype.itemsize)
+        for _ in range(E):
+            parts = {}
+            for name, (shape, dtype) in headers.items():
+                wanted = math.prod(shape[1:]) * dtype.itemsize
+                data = files[name].read(wanted)
+                if len(data) != wanted:
+                    raise BadInput(f"{source}: '{name}' ends before its {E} episodes do: the file was cut")
+                parts[names[name]] = np.frombuffer(data, dtype).reshape(shape[1:])
+            ends = np.flatnonzero(all_agents(parts["done"], "dones"))
+            if len(ends):
+                T = int(ends[0]) + 1
+            else:
+                moved = (parts["state"][1:] != parts["state"][:-1]).reshape(L - 1, -1).any(1).nonzero()[0]
+                T = min(int(moved[-1]) + 1, steps) if len(moved) else 0
+            if T > limit:
+                raise BadInput(f"{source}: an episode has {T} steps where the step limit is {limit}: give the data's own --limit")
+            parts["reward"] = per_step(parts["reward"][:T], "rewards")
+            parts = {key: value[: T + 1] for key, value in parts.items()}
+            if T:
+                yield team_episode(parts, T, bool(len(ends)) and T < limit, env, interface, made)
+        for name, file in files.items():
+            if file.read(1):
+                raise BadInput(f"{source}: '{name}' goes on after its {E} episodes: the file is damaged")
+
+
+def read_pymarl(source: Path, env: str, task: str, interface: str, limit: int, last_row: str, made: dict) -> Iterator[TensorDict]:
+    """PyMARL's episode batches, an HDF5 (h5py) or a folder of .npy: obs [E, L, n, O], state [E, L, S], actions [E, L, n, 1],
+    avail_actions [E, L, n, A], reward, terminated and filled [E, L, 1]; the arrays of steps may be one shorter than obs.
+
+    `filled` marks the steps that were played, the one with the last observation among them. `terminated` is PyMARL's: false on a time
+    limit, so an episode without it was truncated at its last filled step. Where the step of the termination is the last one that is
+    filled, the last observation was not recorded.
+    """
+    names = {"obs": "observation", "state": "state", "actions": "action", "reward": "reward", "terminated": "terminated", "filled": "filled"}
+    names |= {"avail_actions": "mask"} if env != "mamujoco" else {}
+    optional = ("state",) if env == "mamujoco" else ()
+    if source.is_dir():
+        arrays = {}
+        for name in names:
+            path = source / f"{name}.npy"
+            if path.is_file():
+                with open(path, "rb") as file:
+                    shape, dtype = episode_array(file, name, source)
+                    if path.stat().st_size != file.tell() + math.prod(shape) * dtype.itemsize:
+                        raise BadInput(f"{path} has {path.stat().st_size} bytes, which is not what its header says: it was cut or damaged")
+                arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
+            elif name not in optional:
+                raise BadInput(f"{source} has no {name}.npy")
+        yield from batch_episodes(arrays, names, source, env, interface, made)
+    else:
+        with need("h5py").File(source, "r") as file:
+            yield from batch_episodes(hdf5_arrays(source, file, list(names), optional), names, source, env, interface, made)
+
+
+def batch_episodes(arrays: dict, names: dict, source: Path, env: str, interface: str, made: dict) -> Iterator[TensorDict]:
+    """Episodes of PyMARL's arrays, read a few at a time."""
+    if any(len(array.shape) < 2 for array in arrays.values()):
+        raise BadInput(f"{source}: not every array is [episode, time, ...]")
+    E, L = arrays["obs"].shape[:2]
+    for name, array in arrays.items():
+        lengths = (L,) if name in ("obs", "state", "avail_actions") else (L, L - 1)
+        if array.shape[0] != E or array.shape[1] not in lengths:
+            raise BadInput(f"{source}: '{name}' is {list(array.shape)}, the observations are of {E} episodes and {L} steps")
+    episode_bytes = sum(math.prod(array.shape[1:]) * array.dtype.itemsize for array in arrays.values())
+    check_size(source, episode_bytes)
+    B = max(BLOCK // episode_bytes, 1)
+    for start in range(0, E, B):
+        block = {names[name]: np.asarray(array[start : start + B]) for name, array in arrays.items()}
+        for i in range(len(block["filled"])):
+            parts = {key: value[i] for key, value in block.items()}
+            filled, terminated = all_agents(parts["filled"], "filled"), all_agents(parts["terminated"], "terminated")
+            F = int(filled.sum())
+            ends = np.flatnonzero(terminated[:F])
+            if not filled[:F].all():
+                raise BadInput(f"{source}: the filled steps of episode {start + i} are not its first ones")
+            observations = F + (len(filled) < L)  # a `filled` without the last observation's step counts transitions
+            T = int(ends[0]) + 1 if len(ends) else observations - 1
+            if len(ends) and observations > T + 1:
+                raise BadInput(f"{source}: episode {start + i} goes on after it terminated")
+            if T > 0:
+                parts["reward"] = per_step(parts["reward"][:T], "reward")
+                long = {key: parts[key][: min(T + 1, observations)] for key in ("observation", "state", "mask") if key in parts}
+                yield team_episode(parts | long | {"action": parts["action"][:T]}, T, bool(len(ends)), env, interface, made)
+
+
+# ---------------------------------------------------------------- Minari
+
+
+def read_minari(source: Path, env: str, task: str, interface: str, limit: int, last_row: str, made: dict) -> Iterator[TensorDict]:
+    """Minari's single-agent MuJoCo datasets (h5py), split into a MaMuJoCo partition under the benchmark's interface.
+
+    A folder with data/main_data.hdf5 (or that folder): groups episode_0, ... with observations [T + 1, D], actions [T, A], rewards,
+    terminations and truncations [T]. Each agent sees the whole observation and its one-hot id, standardised over their own entries,
+    and the state is the agents' vectors side by side, exactly as comadice_envs.MaMuJoCoEnv has them; actions are split in plain
+    order. Ant's contact forces are zero there, so they are set to zero here (its reward keeps their cost). An episode that ends
+    without either flag was cut by its recorder and counts as truncated.
+    """
+    h5py = need("h5py")
+    if env != "mamujoco" or interface != "benchmark":
+        raise BadInput("Minari's datasets are converted for --env mamujoco and --interface benchmark alone")
+    # Only a partition's sizes are needed, and gymnasium-robotics knows them.
+    from gymnasium_robotics.envs.multiagent_mujoco.obsk import get_parts_and_edges
+
+    from comadice_envs import mamujoco_scenario
+
+    scenario, partition = mamujoco_scenario(task)
+    try:
+        parts = get_parts_and_edges(scenario, partition)[0]
+    except Exception as error:  # gymnasium-robotics has no other type for a partition that it does not know
+        raise BadInput(f"mamujoco task '{task}': {scenario} has no partition '{partition}' in gymnasium-robotics") from error
+    n, A = len(parts), len(parts[0])
+    if any(len(part) != A for part in parts):
+        raise BadInput(f"mamujoco task '{task}': agents with {[len(p) for p in parts]} actions can't share one network")
+    folder = source / "data" if (source / "data").is_dir() else source
+    meta = read_json(folder / "metadata.json")
+    if meta.get("data_format", "hdf5") != "hdf5":
+        raise BadInput(f"{source} is in Minari's {meta['data_format']} format: only hdf5 is read")
+    E, spec = meta.get("total_episodes"), meta.get("env_spec")
+    if type(E) is not int or E < 1:
+        raise BadInput(f"{folder}/metadata.json: 'total_episodes' is {E!r}, not a positive count")
+    recorded = json.loads(spec).get("id") if isinstance(spec, str) else None
+    if isinstance(recorded, str) and recorded.split("/")[-1].split("-")[0] != scenario:
+        raise BadInput(f"{source} was recorded in {recorded}, not in {scenario}: give its own --task")
+    made["recorded_in"] = recorded
+    one_hot = np.eye(n)
+    with h5py.File(folder / "main_data.hdf5", "r") as file:
+        if len(file) != E:
+            raise BadInput(f"{folder}: metadata.json counts {E} episodes, main_data.hdf5 has {len(file)}")
+        for number in range(E):
+            name = f"episode_{number}"
+            group = file.get(name)
+            if not isinstance(group, h5py.Group):
+                raise BadInput(f"{folder}/main_data.hdf5 has no {name}")
+            arrays = hdf5_arrays(f"{source} {name}", group, ["observations", "actions", "rewards", "terminations", "truncations"])
+            check_size(source, 1 + sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays.values()))
+            raw, action, reward, terminations, truncations = (array[:] for array in arrays.values())
+            T = len(reward)
+            if not T:
+                continue
+            if raw.ndim != 2 or len(raw) != T + 1 or any(len(x) != T for x in (action, terminations, truncations)) or action.shape[1:] != (n * A,):
+                raise BadInput(f"{source} {name}: observations {list(raw.shape)} and actions {list(action.shape)} of {T} steps, {task} has {n} x {A} actions")
+            ends = np.flatnonzero(all_agents(terminations, "terminations") | all_agents(truncations, "truncations"))
+            if len(ends) and ends[0] < T - 1:
+                raise BadInput(f"{source} {name} goes on after it ended at step {ends[0]}")
+            if scenario == "Ant" and raw.shape[1] in (105, 111):
+                raw = np.concatenate([raw[:, :27], np.zeros((T + 1, 84))], 1)
+                made["contact_forces"] = "set to zero"
+            elif scenario == "Ant" and raw.shape[1] == 27:
+                raw = np.concatenate([raw, np.zeros((T + 1, 84))], 1)
+            seen = np.concatenate([np.broadcast_to(raw[:, None], (T + 1, n, raw.shape[1])), np.broadcast_to(one_hot, (T + 1, n, n))], -1, dtype=np.float64)
+            seen = (seen - seen.mean(-1, keepdims=True)) / seen.std(-1, keepdims=True)
+            parts = {"observation": seen, "action": action.reshape(T, n, A), "reward": per_step(reward, "rewards")}
+            yield team_episode(parts, T, bool(terminations[-1]), env, interface, made)
+
+
+READERS = {"vault": read_vault, "omiga": read_omiga, "npz": read_npz, "pymarl": read_pymarl, "minari": read_minari}
+
+
+# ---------------------------------------------------------------- conversion
+
+
+def readable(source: Path, format: str, episodes: Iterator[TensorDict]) -> Iterator[TensorDict]:
+    """Passes episodes on. What a damaged file makes its library raise, which may be anything, becomes one line."""
+    try:
+        yield from episodes
+    except BadInput:
+        raise
+    except Exception as error:
+        what = " ".join(str(error).split())[:200] or type(error).__name__
+        raise BadInput(f"{source} can't be read as {format} ({what}): it is damaged or of another format") from error
+
+
+def convert_here(source: str, format: str, env: str, task: str, quality: str, out: str, interface: str | None = None, limit: int | None = None,
+                 last_row: str = "auto", return_to_go: bool = False) -> Path:
+    """Converts in this process; `convert` does so in another. Nothing is at `out` before the last episode is written. Raises BadInput."""
+    path = Path(source)
+    if format not in READERS:
+        raise BadInput(f"unknown format '{format}': use one of {', '.join(READERS)}")
+    if not path.exists():
+        raise BadInput(f"there is no {source}")
+    if env not in ("mamujoco", "smacv1", "smacv2", "smax"):
+        raise BadInput(f"unknown env '{env}': there are mamujoco, smacv1, smacv2, smax")
+    if limit is None:
+        limit = LIMITS.get(task if env == "smacv1" else env)
+    if limit is None or limit < 1:
+        raise BadInput(f"the step limit of {env} {task} is not known here: give it with --limit")
+    if not re.fullmatch(r"benchmark|standard|agent_obsk=\d+", interface or "benchmark"):
+        raise BadInput(f"unknown interface '{interface}': it is benchmark, standard or agent_obsk=K")
+    if interface is None:  # PyMARL records SMAC's own observations
+        interface = "standard" if env == "smax" or (env, format) == ("smacv1", "pymarl") else "benchmark"
+    made = {"by": "comadice_data.py convert", "format": format, "source": path.name, "step_limit": limit}
+    made["reward"] = "return-to-go: the sum of the rewards from each step on, undiscounted" if return_to_go else "as recorded"
+    writer, shapes = DatasetWriter(out), None
+    truncated = 0
+    try:
+        episodes = readable(path, format, READERS[format](path, env, task, interface, limit, last_row, made))
+        for episode in tqdm(episodes, desc=f"converting {path.name}", unit=" episodes", mininterval=1, file=sys.stdout):
+            sizes = {key: value.shape[1:] for key, value in episode.items(True, True)}
+            if shapes not in (None, sizes):
+                raise BadInput(f"{source}: episodes differ in their sizes")
+            shapes = sizes
+            if return_to_go:
+                episode["reward"][-1] = 0
+                episode["reward"] = episode["reward"].double().flip(0).cumsum(0).flip(0).float()
+            truncated += not episode["terminated"].any()
+            writer.append(episode)
+        if shapes is None:
+            raise BadInput(f"{source} holds no transition")
+        made["truncated_episodes"] = truncated
+        card = {"env": env, "task": task, "quality": quality, "engine": "as the source was recorded", "interface": interface, "made": made}
+        return writer.close(card)
+    except OSError as error:
+        raise BadInput(f"can't write {out}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(writer.partial, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- what is known of a dataset
+
+
+def differences(card: dict) -> tuple[list[str], list[str]]:
+    """(the published rows of the dataset's instance, what differs from them), as lines; both empty for one that nobody published."""
+    found = published().get((card["env"], card["task"], card["quality"]))
+    if found is None:
+        return [], []
+    sizes, paper, vault = found
+    rows, lines, made = [], [], card.get("made") if isinstance(card.get("made"), dict) else {}
+    for name, value, key in zip(("agents", "state", "obs", "action"), sizes, ("n_agents", "state_dim", "obs_dim", "action_dim")):
+        if card[key] != int(value):
+            lines.append(f"{name}: {card[key]}, published {value}")
+
+    def compare(who: str, name: str, value: float, printed: str, slack: float = 0.0):
+        digits = len(printed.partition(".")[2])
+        if not abs(value - float(printed)) <= 0.51 * 10**-digits + slack:
+            lines.append(f"{name}: {value:,.{digits}f}, {who} {printed}")
+
+    # Table 3 counts samples of every agent in SMACv1, of the team elsewhere.
+    samples = card["samples"] * (card["n_agents"] if card["env"] == "smacv1" else 1)
+    if paper:
+        trajectories, thousands, mean, std = paper
+        rows.append(f"| Table 3 | {card['quality']} | {trajectories}K | {thousands}K | {' | '.join(sizes)} | {mean} ± {std} |")
+        compare("Table 3", "trajectories (thousands)", card["trajectories"] / 1000, trajectories)
+        compare("Table 3", f"samples (thousands{', of every agent' if card['env'] == 'smacv1' else ''})", samples / 1000, thousands)
+        compare("Table 3", "mean return", card["return_mean"], mean)
+        compare("Table 3", "deviation of returns", card["return_std"], std)
+    if vault:
+        mean, std, low, high, count, trajectories = vault
+        rows.append(f"| OG-MARL | {card['quality']} | {trajectories} | {count} rows | {' | '.join(sizes)} | {mean} ± {std}, {low} to {high} |")
+        compare("OG-MARL", "trajectories", card["trajectories"], trajectories)
+        # Its transitions are rows: last observations count in MuJoCo, and so do rows after the last end of an episode.
+        seen = made.get("rows", card["samples"] + (card["trajectories"] if card["env"] == "mamujoco" else 0))
+        compare("OG-MARL", "rows", seen if isinstance(seen, int) else 0, count)
+        for name, printed in (("mean", mean), ("std", std), ("min", low), ("max", high)):
+            value = card[f"return_{name}"]
+            compare("OG-MARL", f"return's {name}", value, printed, 2e-5 * abs(value))  # OG-MARL adds up in float32
+    return rows, lines
+
+
+def info(path: tyro.conf.Positional[str]):
+    """Validate a dataset, print its row of Table 3 beside the published ones and flag every difference."""
+    _, card = open_dataset(path)
+    rows, lines = differences(card)
+    print("\n".join([table_row(card), *rows]))
+    print(f"engine: {card.get('engine')}\ninterface: {card.get('interface')}\nmade: {json.dumps(card.get('made'))}")
+    made = card.get("made")
+    if rows and isinstance(made, dict) and str(made.get("reward")).startswith("return-to-go"):
+        print("published: its rewards are returns-to-go, so its returns are not those that were published")
+    elif rows:
+        print("\n".join(f"published: DIFFERS in {line}" for line in lines) or "published: agrees with every number")
+
+
+def plot(path: tyro.conf.Positional[str], out: str = "returns.png"):
+    """Draw the histogram of a dataset's episode returns.
+
+    Args:
+        path: dataset directory
+        out: the image to write
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows, card = open_dataset(path)
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    axes.hist(episode_returns(rows).numpy(), bins=50)
+    axes.set(title=f"{card['task']} {card['quality']}: {card['trajectories']} episodes, {card['return_mean']:.1f} ± {card['return_std']:.1f}",
+             xlabel="return of the episode", ylabel="episodes")
+    try:
+        figure.savefig(out, dpi=150)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"can't write {out}: {error}") from None
+    plt.close(figure)
+    print(f"wrote {out}")
+
+
+def check_free(path: Path, overwrite: bool):
+    """Raises BadInput where something is at `path` that is no dataset, or that the user did not say to replace."""
+    if path.exists() and not overwrite:
+        raise BadInput(f"{path} is already there: give another --out or --overwrite")
+    if path.exists() and not (path / "card.json").is_file():
+        raise BadInput(f"{path} is no dataset and is left alone: give another --out")
+
+
+def written(folder: Path) -> int:
+    """Bytes below a folder that another process is writing."""
+    total = 0
+    for file in folder.rglob("*"):
+        try:
+            total += file.stat().st_size
+        except OSError:
+            pass
+    return total
+
+
+def convert(source: tyro.conf.Positional[str], format: Literal["vault", "omiga", "npz", "pymarl", "minari"], env: str, task: str, quality: str,
+            out: str | None = None, interface: str | None = None, limit: int | None = None,
+            last_row: Literal["auto", "observation", "transition"] = "auto", return_to_go: bool = False, overwrite: bool = False) -> Path:
+    """Convert a public dataset into the native format.
+
+    Args:
+        source: file or folder
+        format: what it is
+        env: mamujoco, smacv1, smacv2 or smax
+        task: the task it was recorded in, which for minari also says the partition (ant_4x2)
+        quality: its name here
+        out: directory to write, instead of data/ENV/TASK/QUALITY
+        interface: what the agents see: benchmark, standard or agent_obsk=K (default: benchmark; of smacv1's pymarl and smax standard)
+        limit: the recording's step limit, where it is not the task's own
+        last_row: what the row that says done holds (vault, omiga)
+        return_to_go: put the return-to-go in the reward's place, as the released code does in SMAC
+        overwrite: replace a dataset that is already there
+    """
+    path = dataset_path(out, env, task, quality, str(DATA_ROOT))
+    check_free(path, overwrite)
+    job = {"source": str(source), "format": format, "env": env, "task": task, "quality": quality, "out": str(path), "interface": interface,
+           "limit": limit, "last_row": last_row, "return_to_go": return_to_go}
+    partial = path.with_name(path.name + ".partial")
+    with tempfile.TemporaryFile() as errors:
+        child = subprocess.Popen([sys.executable, str(Path(__file__).resolve()), json.dumps(job)], stderr=errors)
+        try:
+            progress, since = 0, time.monotonic()
+            while child.poll() is None:
+                time.sleep(0.1)
+                before, progress = progress, written(partial)
+                since = time.monotonic() if progress != before else since
+                if time.monotonic() - since > STALL:
+                    raise BadInput(f"{source} can't be read as {format}: the reader did nothing for {STALL} seconds and was stopped; it is damaged")
+        finally:
+            child.kill()
+            child.wait()
+            if child.returncode:
+                shutil.rmtree(partial, ignore_errors=True)
+        errors.seek(0)
+        said = errors.read().decode(errors="replace").strip().splitlines() or [""]
+    if child.returncode == 2 and said[-1].startswith("error: "):
+        raise BadInput(said[-1].removeprefix("error: "))
+    if child.returncode:
+        raise BadInput(f"{source} can't be read as {format}: the reader crashed (exit code {child.returncode}; {said[-1][:200]}); the file is damaged")
+    info(str(path))
+    return path
+
+
+# ---------------------------------------------------------------- download
+
+
+def uid(quality: str) -> str:
+    """OG-MARL's name of a quality: medium-replay -> Medium-Replay."""
+    return "-".join(word.capitalize() for word in quality.split("-"))
+
+
+def vault_url(env: str, task: str, quality: str, base_url: str = BASE_URL) -> str:
+    """Where OG-MARL's copy of a published dataset lies. Raises BadInput for one that nobody published, with how to make it."""
+    qualities = [q for (e, t, q), parts in published().items() if (e, t) == (env, task) and parts[2]]
+    if not qualities:
+        tasks = sorted({f"{e} {t}" for (e, t, _), parts in published().items() if parts[2]})
+        how = f"make it with `python comadice_collect.py --env {env} --task {task}`" if env in ("smacv2", "smax", "mamujoco") else "there is no public copy"
+        raise BadInput(f"nobody published data of {env} {task}: {how}; published are {', '.join(tasks)}")
+    if quality not in qualities:
+        how = f"; the paper's own were not published, make them with `python comadice_collect.py --env smacv2 --task {task}`" if env == "smacv2" else ""
+        raise BadInput(f"{env} {task} was published as {', '.join(qualities)}, not as '{quality}'{how}")
+    folder = {"mamujoco": "prior_work/omiga/mamujoco", "smacv1": "prior_work/omiga/smac_v1", "smacv2": "core/smac_v2"}[env]
+    return f"{base_url.rstrip('/')}/{folder}/{VAULTS.get(task, task)}.zip"
+
+
+def room(folder: Path, wanted: int):
+    """Raises BadInput where the disk has less than `wanted` bytes left."""
+    free = shutil.disk_usage(folder).free
+    if wanted > free:
+        raise BadInput(f"no space in {folder}: {wanted / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; make room and run the command again")
+
+
+def fetch(url: str, path: Path):
+    """Downloads a zip to `path`, which is there only when every byte of it was checked; until then it is PATH.partial.
+
+    A broken transfer goes on where it stopped, in this call or in the next. Raises BadInput.
+    """
+    partial = path.with_name(path.name + ".partial")
+    if not url.startswith(("http://", "https://")):
+        raise BadInput(f"{url} is not an http address: check --base-url")
+    total, why = None, ""
+    for attempt in range(TRIES):
+        time.sleep(WAIT if attempt else 0)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            have = partial.stat().st_size if partial.exists() else 0
+            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+            with urllib.request.urlopen(request, timeout=60) as response:
+                if response.status != 206 or not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+                    have = 0  # the server sends the whole file
+                length = response.headers.get("Content-Length")
+                total = have + int(length) if length and length.isdigit() else None
+                room(path.parent, (total or 0) - have)
+                bar = tqdm(desc=path.name, initial=have, total=total, unit="B", unit_scale=True, mininterval=1)
+                with open(partial, "ab" if have else "wb") as file, bar:
+                    while data := response.read(2**20):
+                        file.write(data)
+                        bar.update(len(data))
+        except urllib.error.HTTPError as error:
+            if error.code != 416:
+                raise BadInput(f"{url}: the server answered {error.code} {error.reason}") from None
+            # Nothing is left to send: PATH.partial is complete, or of another file.
+            total = have if error.headers.get("Content-Range") == f"bytes */{have}" else -1
+            if total < 0:
+                partial.unlink()
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+            why, total = f" ({getattr(error, 'reason', error)})", total or -1
+        except OSError as error:
+            hint = "no space left, make room and run the command again" if error.errno == errno.ENOSPC else error
+            raise BadInput(f"can't download {url} to {partial}: {hint}") from error
+        size = partial.stat().st_size if partial.exists() else 0
+        if total is None or size == total:
+            break
+    else:
+        of = f"{total:,}" if total and total > 0 else "?"
+        raise BadInput(f"{url} broke off{why}: {size:,} of {of} bytes are here; run the command again to go on from there")
+    try:
+        with zipfile.ZipFile(partial) as archive:
+            broken = archive.testzip()
+            if broken:
+                raise zipfile.BadZipFile(f"{broken} is damaged")
+    except Exception as error:  # zipfile and zlib raise many types for a damaged archive
+        start = partial.read_bytes()[:20] if size < 2**20 else b""
+        partial.unlink()
+        what = f"{error}, it starts with {start!r}" if start else error
+        raise BadInput(f"{url} did not give a sound zip ({what}): what came was deleted, run the command again") from None
+    partial.rename(path)
+
+
+def extract(archive_path: Path, name: str, folder: Path) -> Path:
+    """Unpacks the vault called `name` from a zip into `folder` and returns the vault's path. Raises BadInput.
+
+    Nothing is written outside of `folder`: absolute paths, "..", links and special files are refused wherever they lie in the zip, and
+    so is one that would unpack to more than 100 times its size.
+    """
+    with zipfile.ZipFile(archive_path) as archive:
+        members = archive.infolist()
+        for member in members:
+            path = PurePosixPath(member.filename)
+            kind = stat.S_IFMT(member.external_attr >> 16)
+            if path.is_absolute() or ".." in path.parts or set(":\\") & set(member.filename) or kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+                raise BadInput(f"{archive_path} has an unsafe member {member.filename!r}: it is not a dataset, delete it")
+        if len({member.filename for member in members}) < len(members):
+            raise BadInput(f"{archive_path} has two members of one name: it is not a dataset, delete it")
+        size = sum(member.file_size for member in members)
+        if size > max(100 * archive_path.stat().st_size, 2**20):
+            raise BadInput(f"{archive_path} would unpack to {size:,} bytes: it is not a dataset, delete it")
+        roots = {PurePosixPath(m.filename).parent for m in members if PurePosixPath(m.filename).name == "metadata.json" and "__MACOSX" not in m.filename}
+        chosen = [root for root in roots if root.name == name]
+        if len(chosen) != 1:
+            raise BadInput(f"{archive_path} has no vault '{name}': it has {', '.join(sorted(root.name for root in roots)) or 'none'}")
+        wanted = [member for member in members if PurePosixPath(member.filename).is_relative_to(chosen[0]) and not member.is_dir()]
+        folder.mkdir(parents=True)
+        room(folder, sum(member.file_size for member in wanted))
+        for member in wanted:
+            target = folder / member.filename
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(member) as source, open(target, "xb") as file:
+                shutil.copyfileobj(source, file, 2**20)
+    return folder / chosen[0]
+
+
+def download(env: str, task: str, quality: str, out: str | None = None, base_url: str = BASE_URL, downloads: str = str(DATA_ROOT / "downloads"),
+             return_to_go: bool = False, overwrite: bool = False) -> Path:
+    """Download a published dataset (OG-MARL's vaults), check it and convert it into the native format.
+
+    The zip holds all qualities of a task; it stays in --downloads, where the next quality finds it. Delete it when you have them.
+
+    Args:
+        env: mamujoco, smacv1 or smacv2
+        task: hopper, ant, halfcheetah; 2c_vs_64zg, 5m_vs_6m, 6h_vs_8z, corridor; terran_5_vs_5, terran_10_vs_10, zerg_5_vs_5
+        quality: expert, medium, medium-replay, medium-expert; good, medium, poor; replay, random
+        out: directory to write, instead of data/ENV/TASK/QUALITY
+        base_url: where the zips lie
+        downloads: directory of the zips
+        return_to_go: put the return-to-go in the reward's place, as the released code does in SMAC
+        overwrite: replace a dataset that is already there
+    """
+    url = vault_url(env, task, quality, base_url)
+    path = dataset_path(out, env, task, quality, str(DATA_ROOT))
+    check_free(path, overwrite)
+    need("tensorstore")  # before hours of download
+    archive = Path(downloads, env, url.rsplit("/", 1)[1])
+    if not archive.exists():
+        fetch(url, archive)
+    unpacked = path.with_name(path.name + ".vault.partial")
+    shutil.rmtree(unpacked, ignore_errors=True)
+    try:
+        vault = extract(archive, uid(quality), unpacked)
+        last_row = "observation" if env == "mamujoco" else "transition"  # see the module's docstring
+        return convert(str(vault), "vault", env, task, quality, str(path), last_row=last_row, return_to_go=return_to_go, overwrite=overwrite)
+    except OSError as error:
+        raise BadInput(f"can't unpack {archive} to {unpacked}: {error.strerror or error}") from error
+    except (zipfile.BadZipFile, EOFError, RuntimeError) as error:
+        raise BadInput(f"{archive} is damaged ({error}): delete it and run the command again") from error
+    finally:
+        shutil.rmtree(unpacked, ignore_errors=True)
+
+
+if __name__ == "__main__":  # the process that `convert` starts
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_DATA, (CHILD_MEMORY, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    run_script(lambda: convert_here(**json.loads(sys.argv[1])))
