@@ -68,7 +68,7 @@ class Args(RunArgs):
     lambda_scale: float = 0.0
     """learning rate of the multiplier that holds E[w] = 1, relative to --critic-lr (Table 4's lambda; 0: off)"""
     reward_scale: float | None = None
-    """nu and q are learned in units of 1 / reward_scale rewards (default: 5 times the data's mean absolute reward); alpha's meaning and w* do not depend on it"""
+    """nu and q are learned in units of 1 / reward_scale rewards (default: of 5 mean absolute rewards); alpha's meaning and w* do not depend on it"""
     layer_norm: bool = True
     """LayerNorm in nu and q: not in the paper, and what makes the ratio worth its weight (README)"""
 

@@ -60,7 +60,8 @@ def test_smacv1_maps_are_cut_into_qualities_by_return(collected):
 
 
 def test_training_reports_winrates_that_evaluation_repeats(collected, tmp_path, capsys):
-    common = {"data": str(collected / "zerg_5_vs_5" / "medium"), "out": str(tmp_path), "steps": 4, "evals": 2, "eval_episodes": 6, "hidden": 16, "device": "cpu"}
+    data = str(collected / "zerg_5_vs_5" / "medium")
+    common = {"data": data, "out": str(tmp_path), "steps": 4, "evals": 2, "eval_episodes": 6, "hidden": 16, "device": "cpu"}
     comadice_train.main(comadice_train.Args(**common))
     printed = capsys.readouterr().out
     assert "% of battles won" in printed and "SMAX" in printed
