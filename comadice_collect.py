@@ -17,7 +17,7 @@ the mean of the last 100 training episodes. Robots:
 
 Battles (the paper's SMACv2 data are 1,000 trajectories of MAPPO's policy after 10 million steps):
 
-    medium          the checkpoint with the highest winrate
+    medium          the first checkpoint that wins 40% of its battles, the one that wins most where none does
     medium-replay   training's battles up to that checkpoint, evenly thinned to about --replay-trajectories
     poor, good      SMACv1's tasks only, where medium too is cut from training by return, as the public datasets are: up to
                     half of the return of a battle won without a scratch, up to three quarters, and more
@@ -113,6 +113,7 @@ class Args:
 # Return of a battle won without a scratch, by env; the tasks of SMACv1 are cut into qualities by it.
 FULL_RETURN = {"smacv1": 20.0, "smax": 2.0}
 SHORT_BATTLE = 30  # steps; with it as many battles are kept as --replay-trajectories asks for, or more
+MEDIUM_WINRATE = 0.4
 BATTLES = ("smacv1", "smacv2", "smax")
 
 
@@ -372,7 +373,8 @@ def robots(args: Args, root: Path, curve: list[dict]) -> list[str]:
 
 def battles(args: Args, root: Path, curve: list[dict]) -> list[str]:
     """Writes the qualities of a StarCraft task; returns their names."""
-    medium = max(range(len(curve)), key=lambda i: curve[i]["winrate"])
+    best = max(range(len(curve)), key=lambda i: curve[i]["winrate"])
+    medium = next((i for i, point in enumerate(curve) if point["winrate"] >= MEDIUM_WINRATE), best)
     print(f"medium: checkpoint {medium}, step {curve[medium]['step']:,}, return {curve[medium]['return']:.2f}, {curve[medium]['winrate']:.0%} of battles won")
     shards = [root / f"episodes-{i:03d}" for i in range(len(curve))]
     merge(args, shards[: medium + 1], "medium-replay", root, {"up to checkpoint": medium, **curve[medium]}, limit=args.replay_trajectories)

@@ -27,13 +27,14 @@ def collected(tmp_path_factory):
     return out / "smax"
 
 
-def test_medium_is_so_many_battles_of_the_policy_that_wins_most(collected):
+def test_medium_is_so_many_battles_of_the_first_policy_that_wins_enough(collected):
     rows, card = open_dataset(collected / "zerg_5_vs_5" / "medium", "smax", "zerg_5_vs_5")
     assert card["trajectories"] == 20 and card["discrete"] and card["engine"].startswith("SMAX (jaxmarl") and card["interface"] == "standard"
     with open(collected / "zerg_5_vs_5" / "behaviour" / "curve.csv", newline="") as file:
         curve = list(csv.DictReader(file))
     rates = [float(point["winrate"]) for point in curve]
-    assert len(curve) == 3 and card["made"]["checkpoint"] == rates.index(max(rates)) and all(0 <= rate <= 1 for rate in rates)
+    enough = [i for i, rate in enumerate(rates) if rate >= 0.4]
+    assert len(curve) == 3 and card["made"]["checkpoint"] == (enough[0] if enough else rates.index(max(rates))) and all(0 <= rate <= 1 for rate in rates)
     assert (collected / "zerg_5_vs_5" / "behaviour" / "curve.png").is_file()
     assert 0 <= card["return_min"] and card["return_max"] <= 2 + 1e-4  # the enemies' health and 1 for the victory
     # The time limit is the one end that is no termination.
