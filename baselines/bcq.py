@@ -1,0 +1,250 @@
+"""BCQ (Fujimoto et al. 2019a, Off-Policy Deep RL without Exploration; discrete actions: Fujimoto et al. 2019b, Benchmarking Batch Deep RL).
+
+    python baselines/bcq.py --env mamujoco --task hopper --quality medium-replay
+
+Q-learning of q_tot = sum_i w_i(s) q_i(o_i, a_i) + b(s) in which the maximum runs over actions that a model of the data holds likely. Since
+w_i >= 0 the team's maximum is every agent's own.
+
+continuous actions: a variational auto-encoder of the recorded actions proposes candidates, a perturbation of at most phi moves them
+    up q_i, and the arg max of q_i among them is played. While training the latents are drawn anew; a policy that is played has
+    its latents drawn once (a buffer), so that its action depends on the observation alone.
+discrete actions: a behaviour-cloned policy G_i; an action is a candidate if it is available and G_i(a) > threshold max_b G_i(b).
+
+The policy is implicit, so it is no network of make_policy: ContinuousBCQ and DiscreteBCQ have `act` themselves, and a checkpoint's
+"policy" holds all of their parameters. `make_networks(card, Args(**config))` builds what they load into.
+"""
+
+import copy
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import tyro
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torchrl.envs import EnvBase
+from tqdm import tqdm
+
+from comadice_bc import report
+from comadice_data import BadInput, make_replay, minibatches, run_script
+from comadice_eval import evaluate, try_eval_env
+from comadice_mixer import LinearMixer, LocalMLP, Q, make_policy
+from comadice_runs import (
+    RunArgs,
+    check_args,
+    check_positive,
+    eval_steps,
+    finish_run,
+    load_dataset,
+    pick_device,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+    start_run,
+)
+from comadice_train import update_target
+
+KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
+BOX = 1.0  # the simulator clips continuous actions to [-1, 1]; recorded ones beyond are read as it read them
+
+
+@dataclass
+class Args(RunArgs):
+    phi: float = 0.05
+    """continuous actions: bound of the perturbation (Fujimoto et al. 2019a)"""
+    candidates: int = 10
+    """continuous actions: how many the maximum runs over (Fujimoto et al. 2019a)"""
+    clip_lambda: float = 0.75
+    """continuous actions: weight of the twins' minimum in the target (Fujimoto et al. 2019a)"""
+    kl_weight: float = 0.5
+    """continuous actions: weight of the auto-encoder's KL term (Fujimoto et al. 2019a, code)"""
+    threshold: float = 0.3
+    """discrete actions: least likelihood, relative to the likeliest action's (Fujimoto et al. 2019b)"""
+    gamma: float = 0.99
+    """discount"""
+    tau: float = 0.005
+    """step of the target networks towards the networks"""
+    mixer_hidden: int = 64
+    """hidden units of the mixer's hyper-networks"""
+
+
+# ---------------------------------------------------------------- the losses; reward, terminated and *_tot are [B]
+
+
+def q_loss(q_tot: Tensor, reward: Tensor, terminated: Tensor, q_tot_next: Tensor, gamma: float) -> Tensor:
+    """E_D[(r + gamma q_tot(s', a') - q_tot(s, a))^2], a' the best candidate, q_tot(s', a') from target networks; summed over leading q_tot [J, B]."""
+    return (reward + gamma * q_tot_next.masked_fill(terminated, 0) - q_tot).square().mean(-1).sum()
+
+
+def soft_clipped(q_j: Tensor, clip_lambda: float) -> Tensor:
+    """lambda min_j q_j + (1 - lambda) max_j q_j of the twins [2, ...]."""
+    return clip_lambda * q_j.amin(0) + (1 - clip_lambda) * q_j.amax(0)  # Fujimoto et al. 2019a, Eq. 13
+
+
+def vae_loss(reconstruction: Tensor, action: Tensor, mean: Tensor, log_std: Tensor, kl_weight: float) -> Tensor:
+    """Squared error of the reconstructed action, and the KL divergence of Normal(mean, std) from Normal(0, 1), as means over entries."""
+    kl = 0.5 * (mean.square() + (2 * log_std).exp() - 1) - log_std
+    return (reconstruction - action).square().mean() + kl_weight * kl.mean()  # Fujimoto et al. 2019a, Algorithm 1
+
+
+def candidate_mask(log_pi: Tensor, threshold: float) -> Tensor:
+    """G_i(a) > threshold max_b G_i(b), from log G_i [..., n, A] (-inf for unavailable actions)."""
+    return (log_pi - log_pi.amax(-1, keepdim=True)).exp() > threshold  # Fujimoto et al. 2019b, the rule of the policy
+
+
+# ---------------------------------------------------------------- one update
+
+
+class ContinuousBCQ(nn.Module):
+    def __init__(self, card: dict, args: Args):
+        super().__init__()
+        n, O, S, A = (card[k] for k in ("n_agents", "obs_dim", "state_dim", "action_dim"))
+        self.phi, self.n_candidates = args.phi, args.candidates
+        self.encoder = LocalMLP(n, O + A, 4 * A, args.hidden)
+        self.decoder = LocalMLP(n, O + 2 * A, A, args.hidden)
+        self.perturbation = LocalMLP(n, O + A, A, args.hidden)
+        self.q = nn.ModuleList(Q(n, O, A, args.hidden) for _ in range(2))
+        self.mixer = LinearMixer(n, S, args.mixer_hidden)
+        self.register_buffer("latents", self.draw(torch.empty(n, 2 * A)))
+
+    def draw(self, like: Tensor) -> Tensor:
+        """Latents for the candidates [K, ...], from Normal(0, 1) clipped to [-0.5, 0.5]."""
+        return torch.randn_like(like.expand(self.n_candidates, *like.shape)).clamp(-0.5, 0.5)
+
+    def decode(self, obs: Tensor, latent: Tensor) -> Tensor:
+        return BOX * self.decoder(torch.cat([obs, latent], -1)).tanh()
+
+    def perturb(self, obs: Tensor, action: Tensor) -> Tensor:
+        return (action + self.phi * BOX * self.perturbation(torch.cat([obs, action], -1)).tanh()).clamp(-BOX, BOX)
+
+    def q_j(self, obs: Tensor, action: Tensor) -> Tensor:
+        """Both twins' values, [2, ..., n]."""
+        return torch.stack([q(obs, action) for q in self.q])
+
+    def act(self, obs: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The candidate of the highest q_i [..., n, A]."""
+        latents = self.latents.view(-1, *[1] * (obs.ndim - 2), *self.latents.shape[1:]).expand(-1, *obs.shape[:-1], -1)
+        obs = obs.expand(len(latents), *obs.shape)
+        actions = self.perturb(obs, self.decode(obs, latents))
+        best = self.q[0](obs, actions).argmax(0, keepdim=True)
+        return actions.gather(0, best.unsqueeze(-1).expand(1, *actions.shape[1:]))[0]  # Fujimoto et al. 2019a, Eq. 11
+
+    def losses(self, target, batch: TensorDict, args: Args) -> list[tuple]:
+        """[(name, loss, the modules that it trains)]."""
+        obs, action, next_obs = batch["agents", "observation"], batch["agents", "action"].clamp(-BOX, BOX), batch["next", "agents", "observation"]
+        mean, log_std = self.encoder(torch.cat([obs, action], -1)).chunk(2, -1)
+        log_std = log_std.clamp(-4, 15)
+        reconstruction = self.decode(obs, mean + log_std.exp() * torch.randn_like(mean))
+        with torch.no_grad():
+            latents = self.draw(mean)
+            next_obs, latent = next_obs.expand(len(latents), *next_obs.shape), latents[0]
+            next_action = target.perturb(next_obs, self.decode(next_obs, latents))
+            q_next = soft_clipped(target.q_j(next_obs, next_action), args.clip_lambda).amax(0)
+            q_tot_next = target.mixer(q_next, batch["next", "state"])
+            proposal = self.decode(obs, latent)
+        q_tot = self.mixer(self.q_j(obs, action), batch["state"])  # [2, B]
+        L_q = q_loss(q_tot, batch["reward"][:, 0], batch["terminated"][:, 0], q_tot_next, args.gamma)
+        L_xi = -self.q[0](obs, self.perturb(obs, proposal)).sum(-1).mean()  # Fujimoto et al. 2019a, Eq. 12
+        L_vae = vae_loss(reconstruction, action, mean, log_std, args.kl_weight)
+        return [("q_loss", L_q, (self.q, self.mixer)), ("policy_loss", L_xi, (self.perturbation,)), ("vae_loss", L_vae, (self.encoder, self.decoder))]
+
+
+class DiscreteBCQ(nn.Module):
+    def __init__(self, card: dict, args: Args):
+        super().__init__()
+        n, O, S, A = (card[k] for k in ("n_agents", "obs_dim", "state_dim", "action_dim"))
+        self.threshold = args.threshold
+        self.q = Q(n, O, A, args.hidden, discrete=True)
+        self.mixer = LinearMixer(n, S, args.mixer_hidden)
+        self.behaviour = make_policy(n, O, A, True, args.hidden)
+
+    def act(self, obs: Tensor, mask: Tensor) -> Tensor:
+        """The candidate of the highest q_i [..., n]."""
+        candidates = candidate_mask(self.behaviour.logits(obs, mask).log_softmax(-1), self.threshold)
+        return self.q.net(obs).masked_fill(~candidates, -torch.inf).argmax(-1)
+
+    def losses(self, target, batch: TensorDict, args: Args) -> list[tuple]:
+        """[(name, loss, the modules that it trains)]."""
+        obs, action, next_obs = batch["agents", "observation"], batch["agents", "action"], batch["next", "agents", "observation"]
+        with torch.no_grad():  # the networks choose a', the target networks value it
+            next_action = self.act(next_obs, batch["next", "agents", "action_mask"])
+            q_tot_next = target.mixer(target.q(next_obs, next_action), batch["next", "state"])
+        q_tot = self.mixer(self.q(obs, action), batch["state"])
+        L_q = q_loss(q_tot, batch["reward"][:, 0], batch["terminated"][:, 0], q_tot_next, args.gamma)
+        L_bc = -self.behaviour.log_prob(obs, action, batch["agents", "action_mask"]).sum(-1).mean()
+        return [("q_loss", L_q, (self.q, self.mixer)), ("policy_loss", L_bc, (self.behaviour,))]
+
+
+def make_networks(card: dict, args: Args) -> nn.Module:
+    return (DiscreteBCQ if card["discrete"] else ContinuousBCQ)(card, args)
+
+
+def update(networks: nn.Module, target: nn.Module, optimizer, batch: TensorDict, args: Args) -> dict[str, Tensor]:
+    """One Adam step; each parameter has the gradient of the one loss that trains it."""
+    losses = networks.losses(target, batch, args)
+    for _, loss, modules in losses:
+        parameters = [p for m in modules for p in m.parameters()]
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+            parameter.grad = gradient
+    optimizer.step()
+    update_target(target, networks, args.tau)
+    return {name: loss.detach() for name, loss, _ in losses}
+
+
+# ---------------------------------------------------------------- one run
+
+
+def train_seed(args: Args, seed: int, rows: TensorDict, card: dict, env: EnvBase | None) -> list[dict]:
+    """One run directory; returns the rows of its metrics.csv."""
+    run, state = start_run(args, "bcq", seed, card)
+    if (run / "summary.json").exists():
+        return state["metrics"]
+    torch.manual_seed(seed)
+    device = rows["state"].device
+    networks = make_networks(card, args).to(device)
+    target = copy.deepcopy(networks)
+    optimizer = torch.optim.Adam(networks.parameters(), args.lr)
+    start, seconds, metrics = 0, 0.0, []
+    if state is not None:
+        networks.load_state_dict(state["policy"])
+        target.load_state_dict(state["target"])
+        optimizer.load_state_dict(state["optimizer"])
+        set_random_state(state["random"])  # after the initialisations above have drawn from it
+        start, seconds, metrics = state["step"], state["seconds"], state["metrics"]
+    replay = make_replay(rows, KEYS)
+    at = eval_steps(args)
+    clock = time.perf_counter()
+    for step, batch in tqdm(minibatches(start, at, (replay, args.batch_size)), initial=start, total=args.steps, desc=f"bcq seed {seed}", mininterval=1):
+        losses = update(networks, target, optimizer, batch, args)
+        if step in at:
+            row = {"stage": "policy", "step": step} | {k: v.item() for k, v in losses.items()}
+            seconds += time.perf_counter() - clock
+            if env is not None:
+                result = evaluate(networks, env, args.eval_episodes, seed)
+                row |= {"return": result["return_mean"], "return_std": result["return_std"], "winrate": result["winrate"], "replayed": result["replayed"]}
+            metrics.append(row)
+            state = {"card": card, "config": asdict(args), "policy": networks.state_dict(),
+                     "target": target.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds, "random": random_state()}
+            save_checkpoint(run, state, metrics)
+            clock = time.perf_counter()
+    finish_run(run, args, "bcq", seed, card, metrics, args.steps / seconds, device)
+    return metrics
+
+
+def main(args: Args):
+    check_args(args)
+    check_positive(args, "phi", "candidates", "kl_weight", "mixer_hidden")
+    if not 0 <= args.gamma < 1 or not 0 < args.tau <= 1 or not 0 <= args.clip_lambda <= 1 or not 0 <= args.threshold < 1:
+        raise BadInput("--gamma and --threshold must be in [0, 1), --tau in (0, 1] and --clip-lambda in [0, 1]")
+    device = pick_device(args.device)
+    rows, card = load_dataset(args, device)
+    env = try_eval_env(card, args.eval_episodes, args.workers)
+    report({"BCQ": [train_seed(args, seed, rows, card, env) for seed in args.seeds]}, card, args, "learning_curve_bcq.png")
+
+
+if __name__ == "__main__":
+    run_script(main, tyro.cli(Args))

@@ -1,0 +1,223 @@
+"""CQL (Kumar et al. 2020, Conservative Q-Learning for Offline RL), CQL(H), on factorised values as in OMIGA's experiments.
+
+    python baselines/cql.py --env mamujoco --task hopper --quality medium-replay
+
+Q-learning of q_tot = sum_i w_i(s) q_i(o_i, a_i) + b(s), plus cql_alpha times (log sum_a exp q_tot(s, a) - q_tot(s, a_recorded)), Eq. 4: values
+of actions that the data do not hold are pushed down. The sum runs over joint actions, and for a linear mixer it falls apart
+exactly: log sum_a exp q_tot = b + sum_i log sum_a_i exp(w_i q_i(o_i, a_i)), so b cancels and every agent has its own log-sum-exp.
+
+discrete actions: the log-sum-exp, the maximum in the target and the arg max that is played run over available actions; the
+    policy is the arg max of q_i, a CategoricalPolicy on q's own network (w_i >= 0: local maxima are the team's).
+continuous actions: the log-sum-exp is estimated by importance sampling (Kumar et al., Appendix F) with actions drawn uniformly and
+    from the policy; the policy is a Gaussian that maximises q_tot and its entropy, as in SAC, on which CQL is built.
+"""
+
+import copy
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import tyro
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torchrl.envs import EnvBase
+from tqdm import tqdm
+
+from comadice_bc import report
+from comadice_data import BadInput, make_replay, minibatches, run_script
+from comadice_eval import evaluate, try_eval_env
+from comadice_mixer import LinearMixer, Q, make_policy
+from comadice_runs import (
+    RunArgs,
+    check_args,
+    check_positive,
+    eval_steps,
+    finish_run,
+    load_dataset,
+    pick_device,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+    start_run,
+)
+from comadice_train import update_target
+
+KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
+BOX = 1.0  # the simulator clips continuous actions to [-1, 1]; recorded ones beyond are read as it read them
+
+
+@dataclass
+class Args(RunArgs):
+    cql_alpha: float = 1.0
+    """weight of the conservative term (OMIGA's experiments; Kumar et al. use 0.5 to 5)"""
+    cql_samples: int = 10
+    """continuous actions: samples of each kind in the log-sum-exp (Kumar et al., Appendix F)"""
+    gamma: float = 0.99
+    """discount"""
+    tau: float = 0.005
+    """step of the target networks towards the networks"""
+    mixer_hidden: int = 64
+    """hidden units of the mixer's hyper-networks"""
+
+
+# ---------------------------------------------------------------- the losses; w, q and log_prob are [B, n], reward, terminated and *_tot [B]
+
+
+def td_loss(q_tot: Tensor, reward: Tensor, terminated: Tensor, q_tot_next: Tensor, gamma: float) -> Tensor:
+    """E_D[(r + gamma q_tot(s', a') - q_tot(s, a))^2], a' the policy's action and q_tot(s', a') from target networks."""
+    return (reward + gamma * q_tot_next.masked_fill(terminated, 0) - q_tot).square().mean()  # Kumar et al. 2020, Eq. 4, Bellman error
+
+
+def conservative_loss(log_sum_exp: Tensor, w: Tensor, q: Tensor) -> Tensor:
+    """E_D[log sum_a exp q_tot(s, a) - q_tot(s, a_recorded)]; log_sum_exp [B, n] is each agent's log sum_a_i exp(w_i q_i)."""
+    return (log_sum_exp - w * q).sum(-1).mean()  # Kumar et al. 2020, Eq. 4, what alpha multiplies
+
+
+def log_sum_exp(w: Tensor, q_all: Tensor, mask: Tensor) -> Tensor:
+    """log sum_a exp(w_i q_i(o_i, a)) over available actions: q_all and mask [B, n, A] -> [B, n]."""
+    return (w.unsqueeze(-1) * q_all).masked_fill(~mask, -torch.inf).logsumexp(-1)
+
+
+def sampled_log_sum_exp(w: Tensor, q: Tensor, log_density: Tensor) -> Tensor:
+    """log of the mean of exp(w_i q_i) / density over sampled actions: q and log_density [K, B, n] -> [B, n].
+
+    It estimates log of the integral of exp(w_i q_i) over the box of actions; a sample outside of the box has density inf.
+    """
+    return (w * q - log_density).logsumexp(0) - math.log(len(q))  # Kumar et al. 2020, Appendix F
+
+
+def actor_loss(w: Tensor, q: Tensor, log_prob: Tensor, temperature: Tensor, action: Tensor) -> Tensor:
+    """E[temperature log pi_i(a_i) - w_i q_i(o_i, a_i)] of the policy's own actions [B, n, A], summed over agents.
+
+    q sees actions clipped to the box, as the simulator does, so outside of it q has no slope; the last term leads them back in.
+    """
+    outside = (action - action.clamp(-BOX, BOX)).square().sum(-1)
+    return (temperature * log_prob - w * q + outside).sum(-1).mean()  # SAC's policy improvement, which Kumar et al. keep
+
+
+def temperature_loss(log_temperature: Tensor, log_prob: Tensor, action_dim: int) -> Tensor:
+    """Holds the policy's entropy at -action_dim (SAC)."""
+    return -(log_temperature * (log_prob - action_dim)).mean()
+
+
+# ---------------------------------------------------------------- one update
+
+
+class Networks(nn.Module):
+    def __init__(self, card: dict, args: Args):
+        super().__init__()
+        n, O, S, A, discrete = (card[k] for k in ("n_agents", "obs_dim", "state_dim", "action_dim", "discrete"))
+        self.q = Q(n, O, A, args.hidden, discrete)
+        self.mixer = LinearMixer(n, S, args.mixer_hidden)
+        self.policy = make_policy(n, O, A, discrete, args.hidden)
+        if discrete:
+            self.policy.net = self.q.net
+        else:
+            self.log_temperature = nn.Parameter(torch.zeros(()))
+
+
+def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, args: Args) -> dict[str, Tensor]:
+    """One Adam step."""
+    obs, action, next_obs = batch["agents", "observation"], batch["agents", "action"], batch["next", "agents", "observation"]
+    state, reward, terminated = batch["state"], batch["reward"][:, 0], batch["terminated"][:, 0]
+    w = networks.mixer.weights(state)
+    critic = [*networks.q.parameters(), *networks.mixer.parameters()]
+    if networks.q.discrete:
+        q_all = networks.q.net(obs)
+        q = q_all.gather(-1, action.unsqueeze(-1))[..., 0]
+        with torch.no_grad():
+            q_next = target.q.net(next_obs).masked_fill(~batch["next", "agents", "action_mask"], -torch.inf).amax(-1)
+        total = log_sum_exp(w, q_all, batch["agents", "action_mask"])
+        steps = []
+    else:
+        q = networks.q(obs, action.clamp(-BOX, BOX))
+        pi = networks.policy.distribution(obs)
+        with torch.no_grad():
+            next_action = networks.policy.distribution(next_obs).rsample().clamp(-BOX, BOX)
+            q_next = target.q(next_obs, next_action)
+            drawn = pi.rsample((args.cql_samples,))  # Normal.sample waits for a check on the host
+            uniform = torch.empty_like(drawn).uniform_(-BOX, BOX)
+            inside = (drawn.abs() <= BOX).all(-1)
+            log_density = torch.cat([torch.full_like(drawn[..., 0], -action.shape[-1] * math.log(2 * BOX)),
+                                     pi.log_prob(drawn).sum(-1).masked_fill(~inside, torch.inf)])
+            samples = torch.cat([uniform, drawn])
+        total = sampled_log_sum_exp(w, networks.q(obs.expand(len(samples), *obs.shape), samples), log_density)
+        new_action = pi.rsample()
+        log_prob = pi.log_prob(new_action).sum(-1)
+        q_pi = networks.q(obs, new_action.clamp(-BOX, BOX))
+        L_pi = actor_loss(w.detach(), q_pi, log_prob, networks.log_temperature.detach().exp(), new_action)
+        L_t = temperature_loss(networks.log_temperature, log_prob.detach(), action.shape[-1])
+        steps = [(L_pi, list(networks.policy.parameters())), (L_t, [networks.log_temperature])]
+    with torch.no_grad():
+        q_tot_next = target.mixer(q_next, batch["next", "state"])
+    L_td = td_loss(networks.mixer(q, state), reward, terminated, q_tot_next, args.gamma)
+    L_cql = conservative_loss(total, w, q)
+    for loss, parameters in [(L_td + args.cql_alpha * L_cql, critic), *steps]:  # each parameter has the gradient of the one loss that trains it
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+            parameter.grad = gradient
+    optimizer.step()
+    update_target(target, networks, args.tau)
+    metrics = {"td_loss": L_td, "conservative_loss": L_cql, "mean_q": q.mean()}
+    if steps:
+        metrics |= {"policy_loss": L_pi, "entropy": -log_prob.mean()}
+    return {k: v.detach() for k, v in metrics.items()}
+
+
+# ---------------------------------------------------------------- one run
+
+
+def train_seed(args: Args, seed: int, rows: TensorDict, card: dict, env: EnvBase | None) -> list[dict]:
+    """One run directory; returns the rows of its metrics.csv."""
+    run, state = start_run(args, "cql", seed, card)
+    if (run / "summary.json").exists():
+        return state["metrics"]
+    torch.manual_seed(seed)
+    device = rows["state"].device
+    networks = Networks(card, args).to(device)
+    target = copy.deepcopy(networks)
+    optimizer = torch.optim.Adam(networks.parameters(), args.lr)
+    start, seconds, metrics = 0, 0.0, []
+    if state is not None:
+        networks.load_state_dict(state["networks"])
+        target.load_state_dict(state["target"])
+        optimizer.load_state_dict(state["optimizer"])
+        set_random_state(state["random"])  # after the initialisations above have drawn from it
+        start, seconds, metrics = state["step"], state["seconds"], state["metrics"]
+    replay = make_replay(rows, KEYS)
+    at = eval_steps(args)
+    clock = time.perf_counter()
+    for step, batch in tqdm(minibatches(start, at, (replay, args.batch_size)), initial=start, total=args.steps, desc=f"cql seed {seed}", mininterval=1):
+        losses = update(networks, target, optimizer, batch, args)
+        if step in at:
+            row = {"stage": "policy", "step": step} | {k: v.item() for k, v in losses.items()}
+            seconds += time.perf_counter() - clock
+            if env is not None:
+                result = evaluate(networks.policy, env, args.eval_episodes, seed)
+                row |= {"return": result["return_mean"], "return_std": result["return_std"], "winrate": result["winrate"], "replayed": result["replayed"]}
+            metrics.append(row)
+            state = {"card": card, "config": asdict(args), "policy": networks.policy.state_dict(), "networks": networks.state_dict(),
+                     "target": target.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds, "random": random_state()}
+            save_checkpoint(run, state, metrics)
+            clock = time.perf_counter()
+    finish_run(run, args, "cql", seed, card, metrics, args.steps / seconds, device)
+    return metrics
+
+
+def main(args: Args):
+    check_args(args)
+    check_positive(args, "cql_alpha", "cql_samples", "mixer_hidden")
+    if not 0 <= args.gamma < 1 or not 0 < args.tau <= 1:
+        raise BadInput("--gamma must be in [0, 1) and --tau in (0, 1]")
+    device = pick_device(args.device)
+    rows, card = load_dataset(args, device)
+    env = try_eval_env(card, args.eval_episodes, args.workers)
+    report({"CQL": [train_seed(args, seed, rows, card, env) for seed in args.seeds]}, card, args, "learning_curve_cql.png")
+
+
+if __name__ == "__main__":
+    run_script(main, tyro.cli(Args))

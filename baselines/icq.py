@@ -1,0 +1,191 @@
+"""ICQ-MA (Yang et al. 2021, Believe What You See: Implicit Constraint Approach for Offline Multi-Agent RL).
+
+    python baselines/icq.py --env mamujoco --task hopper --quality medium-replay
+
+Both steps see recorded actions alone. The constrained optimum is pi = mu exp(q / alpha) / Z, so an expectation under pi is one
+under the data with the weight exp(q / alpha) / Z: q_tot = sum_i w_i(s) q_i + b(s) is backed up from the action recorded at s', in
+proportion to that weight, and since q_tot is a weighted sum, pi falls apart into pi_i = mu_i exp(w_i q_i / alpha) / Z_i, which
+weighted behavioural cloning extracts. Z is the sum over the batch, as in the authors' code: both weights are a softmax over it.
+
+discrete actions: pi_i's exponent is the advantage over sum_a pi_i(a) q_i(a) of available actions (ICQ-MA's code on StarCraft); a
+    value of the observation alone cancels against Z where Z is exact, and makes different observations comparable where it is a sum over the batch.
+continuous actions: the exponent is w_i q_i itself, as in OMIGA's experiments.
+
+The paper's TD(lambda) needs trajectories; on single transitions it is lambda = 0.
+"""
+
+import copy
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import tyro
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torchrl.envs import EnvBase
+from tqdm import tqdm
+
+from comadice_bc import report
+from comadice_data import BadInput, make_replay, minibatches, run_script
+from comadice_eval import evaluate, try_eval_env
+from comadice_mixer import LinearMixer, Q, make_policy
+from comadice_runs import (
+    RunArgs,
+    check_args,
+    check_positive,
+    eval_steps,
+    finish_run,
+    load_dataset,
+    pick_device,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+    start_run,
+)
+from comadice_train import update_target
+
+KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated", "next_action", "has_next"]
+
+
+@dataclass
+class Args(RunArgs):
+    alpha: float | None = None
+    """temperature of the policies' weights, in units of the reward (default 0.1 for discrete actions, ICQ-MA's on StarCraft, and 100
+    for continuous ones, that of OMIGA's experiments on MaMuJoCo)"""
+    alpha_q: float = 1000.0
+    """temperature of the weights in q's target (ICQ-MA's code)"""
+    gamma: float = 0.99
+    """discount"""
+    tau: float = 0.005
+    """step of the target networks towards the networks"""
+    mixer_hidden: int = 64
+    """hidden units of the mixer's hyper-networks"""
+
+
+def with_next_action(rows: TensorDict) -> TensorDict:
+    """The dataset with two more row keys: the action recorded at the next row, and whether there is one.
+
+    There is none where an episode ends. After termination nothing is backed up; what a time limit cut has a next state whose
+    action nobody recorded, so q can't be backed up there, and q's loss leaves such a transition out.
+    """
+    rows = rows.clone(recurse=False).unlock_()
+    rows["next_action"] = rows["agents", "action"].roll(-1, 0)
+    rows["has_next"] = ~rows["done"]
+    return rows.lock_()
+
+
+# ---------------------------------------------------------------- the losses; w, q and log_prob are [B, n], the rest [B]
+
+
+def softmax_weights(x: Tensor, keep: Tensor) -> Tensor:
+    """exp(x) / Z over the kept entries of the batch (dimension 0), times their number: mean 1 over them, 0 elsewhere."""
+    return keep.sum(0) * x.masked_fill(~keep, torch.finfo(x.dtype).min).softmax(0).masked_fill(~keep, 0)
+
+
+def q_loss(q_tot: Tensor, reward: Tensor, terminated: Tensor, has_next: Tensor, q_tot_next: Tensor, alpha_q: float, gamma: float) -> Tensor:
+    """E_D[(r + gamma exp(q_tot(s', a') / alpha) / Z q_tot(s', a') - q_tot(s, a))^2], a' recorded, q_tot(s', a') from target networks."""
+    backup = softmax_weights(q_tot_next / alpha_q, has_next) * q_tot_next.masked_fill(~has_next, 0)
+    known = has_next | terminated
+    error = (reward + gamma * backup - q_tot).square()  # Yang et al. 2021, the ICQ-MA loss of q
+    return error.masked_fill(~known, 0).sum() / known.sum().clamp(min=1)
+
+
+def policy_loss(w: Tensor, advantage: Tensor, alpha: float, log_prob: Tensor) -> Tensor:
+    """-E_D[exp(w_i A_i / alpha) / Z_i log pi_i(a_i | o_i)], summed over agents; w_i and A_i are constants."""
+    weight = softmax_weights(w * advantage / alpha, torch.ones_like(w, dtype=torch.bool))
+    return -(weight.detach() * log_prob).sum(-1).mean()  # Yang et al. 2021, the ICQ-MA loss of pi
+
+
+def advantage(q_all: Tensor, q: Tensor, logits: Tensor) -> Tensor:
+    """q_i(o_i, a_i) - sum_a pi_i(a) q_i(o_i, a): q_all and logits [B, n, A], logits -inf for unavailable actions -> [B, n]."""
+    return q - (logits.softmax(-1) * q_all).sum(-1)
+
+
+# ---------------------------------------------------------------- one update
+
+
+class Networks(nn.Module):
+    def __init__(self, card: dict, args: Args):
+        super().__init__()
+        n, O, S, A, discrete = (card[k] for k in ("n_agents", "obs_dim", "state_dim", "action_dim", "discrete"))
+        self.q = Q(n, O, A, args.hidden, discrete)
+        self.mixer = LinearMixer(n, S, args.mixer_hidden)
+        self.policy = make_policy(n, O, A, discrete, args.hidden)
+
+
+def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, args: Args) -> dict[str, Tensor]:
+    """One Adam step on both losses. No parameter is in both, so their sum has each one's gradient."""
+    obs, action, mask = batch["agents", "observation"], batch["agents", "action"], batch["agents"].get("action_mask", None)
+    state, reward, terminated = batch["state"], batch["reward"][:, 0], batch["terminated"][:, 0]
+    with torch.no_grad():
+        q_tot_next = target.mixer(target.q(batch["next", "agents", "observation"], batch["next_action"]), batch["next", "state"])
+        w, A = networks.mixer.weights(state), networks.q(obs, action)
+        if networks.q.discrete:
+            A = advantage(networks.q.net(obs), A, networks.policy.logits(obs, mask))
+    L_q = q_loss(networks.mixer(networks.q(obs, action), state), reward, terminated, batch["has_next"][:, 0], q_tot_next, args.alpha_q, args.gamma)
+    alpha = args.alpha or (0.1 if networks.q.discrete else 100.0)
+    L_pi = policy_loss(w, A, alpha, networks.policy.log_prob(obs, action, mask))
+    optimizer.zero_grad()
+    (L_q + L_pi).backward()
+    optimizer.step()
+    update_target(target, networks, args.tau)
+    return {"q_loss": L_q.detach(), "policy_loss": L_pi.detach(), "mean_q": q_tot_next.mean()}
+
+
+# ---------------------------------------------------------------- one run
+
+
+def train_seed(args: Args, seed: int, rows: TensorDict, card: dict, env: EnvBase | None) -> list[dict]:
+    """One run directory; returns the rows of its metrics.csv."""
+    run, state = start_run(args, "icq", seed, card)
+    if (run / "summary.json").exists():
+        return state["metrics"]
+    torch.manual_seed(seed)
+    device = rows["state"].device
+    networks = Networks(card, args).to(device)
+    target = copy.deepcopy(networks)
+    optimizer = torch.optim.Adam(networks.parameters(), args.lr)
+    start, seconds, metrics = 0, 0.0, []
+    if state is not None:
+        networks.load_state_dict(state["networks"])
+        target.load_state_dict(state["target"])
+        optimizer.load_state_dict(state["optimizer"])
+        set_random_state(state["random"])  # after the initialisations above have drawn from it
+        start, seconds, metrics = state["step"], state["seconds"], state["metrics"]
+    replay = make_replay(with_next_action(rows), KEYS)
+    at = eval_steps(args)
+    clock = time.perf_counter()
+    for step, batch in tqdm(minibatches(start, at, (replay, args.batch_size)), initial=start, total=args.steps, desc=f"icq seed {seed}", mininterval=1):
+        losses = update(networks, target, optimizer, batch, args)
+        if step in at:
+            row = {"stage": "policy", "step": step} | {k: v.item() for k, v in losses.items()}
+            seconds += time.perf_counter() - clock
+            if env is not None:
+                result = evaluate(networks.policy, env, args.eval_episodes, seed)
+                row |= {"return": result["return_mean"], "return_std": result["return_std"], "winrate": result["winrate"], "replayed": result["replayed"]}
+            metrics.append(row)
+            state = {"card": card, "config": asdict(args), "policy": networks.policy.state_dict(), "networks": networks.state_dict(),
+                     "target": target.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds, "random": random_state()}
+            save_checkpoint(run, state, metrics)
+            clock = time.perf_counter()
+    finish_run(run, args, "icq", seed, card, metrics, args.steps / seconds, device)
+    return metrics
+
+
+def main(args: Args):
+    check_args(args)
+    check_positive(args, "alpha_q", "mixer_hidden", *(["alpha"] if args.alpha is not None else []))
+    if not 0 <= args.gamma < 1 or not 0 < args.tau <= 1:
+        raise BadInput("--gamma must be in [0, 1) and --tau in (0, 1]")
+    device = pick_device(args.device)
+    rows, card = load_dataset(args, device)
+    env = try_eval_env(card, args.eval_episodes, args.workers)
+    report({"ICQ": [train_seed(args, seed, rows, card, env) for seed in args.seeds]}, card, args, "learning_curve_icq.png")
+
+
+if __name__ == "__main__":
+    run_script(main, tyro.cli(Args))

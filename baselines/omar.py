@@ -1,0 +1,225 @@
+"""OMAR (Pan et al. 2022, Plan Better Amid Conservatism: Offline Multi-Agent RL with Actor Rectification).
+
+    python baselines/omar.py --env mamujoco --task hopper --quality medium-replay
+
+Independent learners: each agent has twin values q_i(o_i, a_i) of the team's reward (TD3) made conservative by CQL(H) (Kumar et al. 2020,
+Eq. 4), and no mixer. A conservative q has many local optima where a policy gradient gets stuck, so the actor is rectified: a
+zeroth-order search looks for an action of high q, and the policy is pulled towards it while it climbs q.
+
+continuous actions: as published. The policy is deterministic (the mean of a Gaussian whose deviation is not trained); the search
+    samples actions from a Gaussian that moves to their softmax-weighted mean, and takes the best of the last ones and the policy's own.
+discrete actions (published for continuous ones): with A actions the search is exhaustive and exact, a_hat = arg max of q_i over
+    available actions. The gradient step climbs sum_a pi_i(a) q_i(a), exactly instead of through one action's slope, and the squared
+    distance to a_hat becomes -log pi_i(a_hat). The target takes the target policy's most likely action.
+"""
+
+import copy
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import tyro
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torchrl.envs import EnvBase
+from tqdm import tqdm
+
+from comadice_bc import report
+from comadice_data import BadInput, make_replay, minibatches, run_script
+from comadice_eval import evaluate, try_eval_env
+from comadice_mixer import Q, make_policy
+from comadice_runs import (
+    RunArgs,
+    check_args,
+    check_positive,
+    eval_steps,
+    finish_run,
+    load_dataset,
+    pick_device,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+    start_run,
+)
+from comadice_train import update_target
+
+KEYS = [("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
+BOX = 1.0  # the simulator clips continuous actions to [-1, 1]; recorded ones beyond are read as it read them
+
+
+@dataclass
+class Args(RunArgs):
+    rectification: float = 0.5
+    """weight of the distance to the search's action; 1 less it is q's (OMIGA's experiments; Pan et al.'s tau)"""
+    search_steps: int = 2
+    """continuous actions: steps of the search (Pan et al. on MaMuJoCo)"""
+    search_samples: int = 20
+    """continuous actions: samples in a step of the search (Pan et al. on MaMuJoCo)"""
+    search_std: float = 2.0
+    """continuous actions: deviation that the search begins with"""
+    cql_alpha: float = 1.0
+    """weight of the conservative term (OMIGA's experiments)"""
+    cql_samples: int = 10
+    """continuous actions: samples of each kind in the log-sum-exp"""
+    cql_std: float = 0.2
+    """continuous actions: deviation of the samples around the policy's action"""
+    gamma: float = 0.99
+    """discount"""
+    tau: float = 0.005
+    """step of the target networks towards the networks"""
+
+
+# ---------------------------------------------------------------- the losses; q_j and log_sum_exp are [2, B, n], reward and terminated [B]
+
+
+def td_loss(q_j: Tensor, reward: Tensor, terminated: Tensor, q_next_j: Tensor, gamma: float) -> Tensor:
+    """E_D[(r + gamma min_j q_j(o_i', a_i') - q_j(o_i, a_i))^2], summed over the twins; q_next_j [2, B, n] from target networks."""
+    target = reward.unsqueeze(-1) + gamma * q_next_j.amin(0).masked_fill(terminated.unsqueeze(-1), 0)
+    return (target - q_j).square().sum(0).mean()  # TD3's critic, one for each agent
+
+
+def conservative_loss(log_sum_exp: Tensor, q_j: Tensor) -> Tensor:
+    """E_D[log sum_a exp q_j(o_i, a) - q_j(o_i, a_i)], summed over the twins."""
+    return (log_sum_exp - q_j).sum(0).mean()  # Kumar et al. 2020, Eq. 4
+
+
+def sampled_log_sum_exp(q_j: Tensor, log_density: Tensor) -> Tensor:
+    """log of the mean of exp(q) / density over sampled actions: q_j [2, K, B, n] and log_density [K, B, n] -> [2, B, n]."""
+    return (q_j - log_density).logsumexp(1) - math.log(len(log_density))  # Kumar et al. 2020, Appendix F
+
+
+def actor_loss(q: Tensor, action: Tensor, a_hat: Tensor, rectification: float) -> Tensor:
+    """E_D[-(1 - c) q_i(o_i, pi_i(o_i)) + c |pi_i(o_i) - a_hat_i|^2]: q [B, n] of the policy's action, action and a_hat [B, n, A]."""
+    return (-(1 - rectification) * q + rectification * (action - a_hat).square().sum(-1)).mean()  # Pan et al. 2022, the actor's objective
+
+
+def discrete_actor_loss(q_all: Tensor, logits: Tensor, a_hat: Tensor, rectification: float) -> Tensor:
+    """E_D[-(1 - c) sum_a pi_i(a) q_i(o_i, a) - c log pi_i(a_hat_i)]: q_all and logits [B, n, A], a_hat [B, n]."""
+    log_pi = logits.log_softmax(-1)
+    return (-(1 - rectification) * (logits.softmax(-1) * q_all).sum(-1) - rectification * log_pi.gather(-1, a_hat.unsqueeze(-1))[..., 0]).mean()
+
+
+@torch.no_grad()
+def search(q, obs: Tensor, action: Tensor, args: Args) -> Tensor:
+    """a_hat [B, n, A], the best of the last sampled actions and the policy's own [B, n, A]."""
+    mean, std = torch.zeros_like(action), torch.full_like(action, args.search_std)
+    for _ in range(args.search_steps):
+        samples = (mean + std * torch.randn_like(mean.expand(args.search_samples, *mean.shape))).clamp(-BOX, BOX)
+        weight = q(obs.expand(len(samples), *obs.shape), samples).softmax(0).unsqueeze(-1)
+        mean = (weight * samples).sum(0)  # Pan et al. 2022, the sampler's mean and deviation
+        std = (samples - mean).square().mean(0).sqrt()
+    candidates = torch.cat([samples, action.unsqueeze(0)])
+    best = q(obs.expand(len(candidates), *obs.shape), candidates).argmax(0, keepdim=True)
+    return candidates.gather(0, best.unsqueeze(-1).expand(1, *action.shape))[0]
+
+
+# ---------------------------------------------------------------- one update
+
+
+class Networks(nn.Module):
+    def __init__(self, card: dict, args: Args):
+        super().__init__()
+        n, O, A, discrete = (card[k] for k in ("n_agents", "obs_dim", "action_dim", "discrete"))
+        self.q = nn.ModuleList(Q(n, O, A, args.hidden, discrete) for _ in range(2))
+        self.policy = make_policy(n, O, A, discrete, args.hidden)
+
+    def q_j(self, obs: Tensor, action: Tensor) -> Tensor:
+        """Both twins' values, [2, ..., n]."""
+        return torch.stack([q(obs, action) for q in self.q])
+
+
+def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, args: Args) -> dict[str, Tensor]:
+    """One Adam step."""
+    obs, action, next_obs = batch["agents", "observation"], batch["agents", "action"], batch["next", "agents", "observation"]
+    reward, terminated = batch["reward"][:, 0], batch["terminated"][:, 0]
+    if networks.q[0].discrete:
+        mask = batch["agents", "action_mask"]
+        with torch.no_grad():
+            q_next_j = target.q_j(next_obs, target.policy.act(next_obs, batch["next", "agents", "action_mask"]))
+        q_all_j = torch.stack([q.net(obs) for q in networks.q])  # [2, B, n, A]
+        q_j = q_all_j.gather(-1, action.expand(2, *action.shape).unsqueeze(-1))[..., 0]
+        total = q_all_j.masked_fill(~mask, -torch.inf).logsumexp(-1)
+        q_all = q_all_j[0].detach()
+        L_pi = discrete_actor_loss(q_all, networks.policy.logits(obs, mask), q_all.masked_fill(~mask, -torch.inf).argmax(-1), args.rectification)
+    else:
+        mean = networks.policy.act(obs)
+        with torch.no_grad():
+            q_next_j = target.q_j(next_obs, target.policy.act(next_obs).clamp(-BOX, BOX))
+            noise = args.cql_std * torch.randn_like(mean.expand(args.cql_samples, *mean.shape))
+            uniform, drawn = torch.empty_like(noise).uniform_(-BOX, BOX), mean.clamp(-BOX, BOX) + noise
+            density = -0.5 * (noise / args.cql_std).square() - math.log(args.cql_std * math.sqrt(2 * math.pi))
+            inside = (drawn.abs() <= BOX).all(-1)  # a sample outside of the box has density inf: it is no part of the integral
+            log_density = torch.cat([torch.full_like(noise[..., 0], -mean.shape[-1] * math.log(2 * BOX)), density.sum(-1).masked_fill(~inside, torch.inf)])
+            samples = torch.cat([uniform, drawn])
+        q_j = networks.q_j(obs, action.clamp(-BOX, BOX))
+        total = sampled_log_sum_exp(networks.q_j(obs.expand(len(samples), *obs.shape), samples), log_density)
+        clipped = mean.clamp(-BOX, BOX)  # what the simulator does with it; outside of the box a_hat leads the mean back in
+        L_pi = actor_loss(networks.q[0](obs, clipped), mean, search(networks.q[0], obs, clipped.detach(), args), args.rectification)
+    L_td, L_cql = td_loss(q_j, reward, terminated, q_next_j, args.gamma), conservative_loss(total, q_j)
+    for loss, module in ((L_td + args.cql_alpha * L_cql, networks.q), (L_pi, networks.policy)):  # each parameter has the gradient of its own loss alone
+        parameters = list(module.parameters())
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+            parameter.grad = gradient
+    optimizer.step()
+    update_target(target, networks, args.tau)
+    return {k: v.detach() for k, v in {"td_loss": L_td, "conservative_loss": L_cql, "policy_loss": L_pi, "mean_q": q_j.mean()}.items()}
+
+
+# ---------------------------------------------------------------- one run
+
+
+def train_seed(args: Args, seed: int, rows: TensorDict, card: dict, env: EnvBase | None) -> list[dict]:
+    """One run directory; returns the rows of its metrics.csv."""
+    run, state = start_run(args, "omar", seed, card)
+    if (run / "summary.json").exists():
+        return state["metrics"]
+    torch.manual_seed(seed)
+    device = rows["state"].device
+    networks = Networks(card, args).to(device)
+    target = copy.deepcopy(networks)
+    optimizer = torch.optim.Adam(networks.parameters(), args.lr)
+    start, seconds, metrics = 0, 0.0, []
+    if state is not None:
+        networks.load_state_dict(state["networks"])
+        target.load_state_dict(state["target"])
+        optimizer.load_state_dict(state["optimizer"])
+        set_random_state(state["random"])  # after the initialisations above have drawn from it
+        start, seconds, metrics = state["step"], state["seconds"], state["metrics"]
+    replay = make_replay(rows, KEYS)
+    at = eval_steps(args)
+    clock = time.perf_counter()
+    for step, batch in tqdm(minibatches(start, at, (replay, args.batch_size)), initial=start, total=args.steps, desc=f"omar seed {seed}", mininterval=1):
+        losses = update(networks, target, optimizer, batch, args)
+        if step in at:
+            row = {"stage": "policy", "step": step} | {k: v.item() for k, v in losses.items()}
+            seconds += time.perf_counter() - clock
+            if env is not None:
+                result = evaluate(networks.policy, env, args.eval_episodes, seed)
+                row |= {"return": result["return_mean"], "return_std": result["return_std"], "winrate": result["winrate"], "replayed": result["replayed"]}
+            metrics.append(row)
+            state = {"card": card, "config": asdict(args), "policy": networks.policy.state_dict(), "networks": networks.state_dict(),
+                     "target": target.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds, "random": random_state()}
+            save_checkpoint(run, state, metrics)
+            clock = time.perf_counter()
+    finish_run(run, args, "omar", seed, card, metrics, args.steps / seconds, device)
+    return metrics
+
+
+def main(args: Args):
+    check_args(args)
+    check_positive(args, "search_steps", "search_samples", "search_std", "cql_alpha", "cql_samples", "cql_std")
+    if not 0 <= args.gamma < 1 or not 0 < args.tau <= 1 or not 0 <= args.rectification <= 1:
+        raise BadInput("--gamma must be in [0, 1), --tau in (0, 1] and --rectification in [0, 1]")
+    device = pick_device(args.device)
+    rows, card = load_dataset(args, device)
+    env = try_eval_env(card, args.eval_episodes, args.workers)
+    report({"OMAR": [train_seed(args, seed, rows, card, env) for seed in args.seeds]}, card, args, "learning_curve_omar.png")
+
+
+if __name__ == "__main__":
+    run_script(main, tyro.cli(Args))

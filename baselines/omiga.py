@@ -1,0 +1,174 @@
+"""OMIGA (Wang et al. 2023, Offline Multi-Agent RL with Implicit Global-to-Local Value Regularization).
+
+    python baselines/omiga.py --env mamujoco --task hopper --quality medium-replay
+
+The team maximises its return less alpha KL(pi_tot, mu_tot). With q_tot = sum_i w_i(s) q_i + b(s) and v_tot = sum_i w_i(s) v_i + b(s)
+that regularisation of the team splits into one for each agent, at the temperature alpha / w_i: v_i(o_i) is the soft maximum
+(alpha / w_i) log E_mu_i[exp(w_i q_i / alpha)], learned in-sample by a convex loss, and pi_i is mu_i exp(w_i (q_i - v_i) / alpha),
+extracted by weighted behavioural cloning. Only recorded actions are ever evaluated, so no mask is needed but the policy's own.
+
+For continuous and discrete actions alike: q_i, v_i and pi_i differ in their heads only. The policy is make_policy's.
+"""
+
+import copy
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import tyro
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torchrl.envs import EnvBase
+from tqdm import tqdm
+
+from comadice_bc import report
+from comadice_data import BadInput, make_replay, minibatches, run_script
+from comadice_eval import evaluate, try_eval_env
+from comadice_mixer import LinearMixer, Nu, Q, make_policy
+from comadice_runs import (
+    RunArgs,
+    check_args,
+    check_positive,
+    eval_steps,
+    finish_run,
+    load_dataset,
+    pick_device,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+    start_run,
+)
+from comadice_train import update_target
+
+KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
+Z_MAX = 10.0  # the exponent's bound, as in the authors' code
+
+
+@dataclass
+class Args(RunArgs):
+    alpha: float = 10.0
+    """weight of the KL divergence from the data, in units of the reward (the authors' value on MaMuJoCo and SMAC)"""
+    gamma: float = 0.99
+    """discount"""
+    tau: float = 0.005
+    """step of the target networks towards the networks"""
+    mixer_hidden: int = 64
+    """hidden units of the mixer's hyper-networks"""
+
+
+# ---------------------------------------------------------------- the losses; w, q, v and log_prob are [B, n], the rest [B]
+
+
+def q_loss(q_tot: Tensor, reward: Tensor, terminated: Tensor, v_tot_next: Tensor, gamma: float) -> Tensor:
+    """E_D[(r + gamma v_tot(s') - q_tot(s, a))^2], v_tot(s') from target networks. Trains q and the mixer."""
+    return (reward + gamma * v_tot_next.masked_fill(terminated, 0) - q_tot).square().mean()  # Wang et al. 2023, the loss of Q_tot
+
+
+def exponent(w: Tensor, q: Tensor, v: Tensor, alpha: float) -> Tensor:
+    """z_i = w_i (q_i - v_i) / alpha, the logarithm of pi_i / mu_i."""
+    return w * (q - v) / alpha
+
+
+def v_loss(w: Tensor, q: Tensor, v: Tensor, alpha: float) -> Tensor:
+    """E_D[exp(z_i) + w_i v_i / alpha], summed over agents; w_i and q_i are constants. Its minimum has E_mu_i[exp(z_i)] = 1.
+
+    Beyond Z_MAX exp is continued by its tangent: nothing overflows, and v_i is still pulled up where q_i is far above it.
+    """
+    z = exponent(w, q, v, alpha)
+    exp_z = z.clamp(max=Z_MAX).exp() * (1 + (z - Z_MAX).relu())
+    return (exp_z + w * v / alpha).sum(-1).mean()  # Wang et al. 2023, the loss of V_i
+
+
+def policy_loss(w: Tensor, q: Tensor, v: Tensor, alpha: float, log_prob: Tensor) -> Tensor:
+    """-E_D[exp(z_i) log pi_i(a_i | o_i)], summed over agents; the weight exp(z_i) = pi_i / mu_i is a constant."""
+    return -(exponent(w, q, v, alpha).clamp(max=Z_MAX).exp().detach() * log_prob).sum(-1).mean()  # Wang et al. 2023, the loss of pi_i
+
+
+# ---------------------------------------------------------------- one update
+
+
+class Networks(nn.Module):
+    def __init__(self, card: dict, args: Args):
+        super().__init__()
+        n, O, S, A, discrete = (card[k] for k in ("n_agents", "obs_dim", "state_dim", "action_dim", "discrete"))
+        self.q = Q(n, O, A, args.hidden, discrete)
+        self.v = Nu(n, O, args.hidden)
+        self.mixer = LinearMixer(n, S, args.mixer_hidden)
+        self.policy = make_policy(n, O, A, discrete, args.hidden)
+
+
+def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, args: Args) -> dict[str, Tensor]:
+    """One Adam step on the three losses. No parameter is in more than one, so their sum has each one's gradient."""
+    obs, action, mask = batch["agents", "observation"], batch["agents", "action"], batch["agents"].get("action_mask", None)
+    state, reward, terminated = batch["state"], batch["reward"][:, 0], batch["terminated"][:, 0]
+    with torch.no_grad():
+        v_tot_next = target.mixer(target.v(batch["next", "agents", "observation"]), batch["next", "state"])
+        w, q = target.mixer.weights(state), target.q(obs, action)
+    v = networks.v(obs)
+    L_q = q_loss(networks.mixer(networks.q(obs, action), state), reward, terminated, v_tot_next, args.gamma)
+    L_v = v_loss(w, q, v, args.alpha)
+    L_pi = policy_loss(w, q, v, args.alpha, networks.policy.log_prob(obs, action, mask))
+    optimizer.zero_grad()
+    (L_q + L_v + L_pi).backward()
+    optimizer.step()
+    update_target(target, networks, args.tau)
+    return {"q_loss": L_q.detach(), "v_loss": L_v.detach(), "policy_loss": L_pi.detach(), "mean_q": q.mean(), "mean_v": v.detach().mean()}
+
+
+# ---------------------------------------------------------------- one run
+
+
+def train_seed(args: Args, seed: int, rows: TensorDict, card: dict, env: EnvBase | None) -> list[dict]:
+    """One run directory; returns the rows of its metrics.csv."""
+    run, state = start_run(args, "omiga", seed, card)
+    if (run / "summary.json").exists():
+        return state["metrics"]
+    torch.manual_seed(seed)
+    device = rows["state"].device
+    networks = Networks(card, args).to(device)
+    target = copy.deepcopy(networks)
+    optimizer = torch.optim.Adam(networks.parameters(), args.lr)
+    start, seconds, metrics = 0, 0.0, []
+    if state is not None:
+        networks.load_state_dict(state["networks"])
+        target.load_state_dict(state["target"])
+        optimizer.load_state_dict(state["optimizer"])
+        set_random_state(state["random"])  # after the initialisations above have drawn from it
+        start, seconds, metrics = state["step"], state["seconds"], state["metrics"]
+    replay = make_replay(rows, KEYS)
+    at = eval_steps(args)
+    clock = time.perf_counter()
+    for step, batch in tqdm(minibatches(start, at, (replay, args.batch_size)), initial=start, total=args.steps, desc=f"omiga seed {seed}", mininterval=1):
+        losses = update(networks, target, optimizer, batch, args)
+        if step in at:
+            row = {"stage": "policy", "step": step} | {k: v.item() for k, v in losses.items()}
+            seconds += time.perf_counter() - clock
+            if env is not None:
+                result = evaluate(networks.policy, env, args.eval_episodes, seed)
+                row |= {"return": result["return_mean"], "return_std": result["return_std"], "winrate": result["winrate"], "replayed": result["replayed"]}
+            metrics.append(row)
+            state = {"card": card, "config": asdict(args), "policy": networks.policy.state_dict(), "networks": networks.state_dict(),
+                     "target": target.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds, "random": random_state()}
+            save_checkpoint(run, state, metrics)
+            clock = time.perf_counter()
+    finish_run(run, args, "omiga", seed, card, metrics, args.steps / seconds, device)
+    return metrics
+
+
+def main(args: Args):
+    check_args(args)
+    check_positive(args, "alpha", "mixer_hidden")
+    if not 0 <= args.gamma < 1 or not 0 < args.tau <= 1:
+        raise BadInput("--gamma must be in [0, 1) and --tau in (0, 1]")
+    device = pick_device(args.device)
+    rows, card = load_dataset(args, device)
+    env = try_eval_env(card, args.eval_episodes, args.workers)
+    report({"OMIGA": [train_seed(args, seed, rows, card, env) for seed in args.seeds]}, card, args, "learning_curve_omiga.png")
+
+
+if __name__ == "__main__":
+    run_script(main, tyro.cli(Args))
