@@ -201,7 +201,7 @@ def test_demonstration(hopper_data, tmp_path, monkeypatch, capsys):
     shutil.copytree(hopper_data, tmp_path / "data/mamujoco/hopper/demo")
     monkeypatch.setattr(comadice_runs, "DATA_ROOT", tmp_path / "data")
     for _ in range(2):
-        quick = dataclasses.replace(comadice_train.QUICK, steps=4, evals=2, eval_episodes=2, hidden=16, device="cpu", out=str(tmp_path / "runs"))
+        quick = dataclasses.replace(comadice_train.QUICK, seeds=[0], steps=4, evals=2, eval_episodes=2, hidden=16, device="cpu", out=str(tmp_path / "runs"))
         monkeypatch.setattr(comadice_train, "QUICK", quick)
         comadice_train.main(quick)
         printed = capsys.readouterr().out
