@@ -184,7 +184,7 @@ def dataset_ratio(critics, rows: TensorDict, args) -> torch.Tensor:
     f, alpha = losses.DIVERGENCES[args.f], args.alpha * args.reward_scale
     lam = critics.lam if args.lambda_scale else 0.0
     first = transition_rows(rows)
-    w = torch.empty(len(first), device=first.device)  # written in place: a list of small pieces would scatter the memory of the batches
+    w = torch.empty(len(first), dtype=rows["state"].dtype, device=first.device)  # in place: a list of pieces would scatter memory
     for index, out in zip(first.split(CHUNK // 8), w.split(CHUNK // 8)):
         batch = as_transition(rows[torch.stack([index, index + 1], -1)])
         obs, state = batch["agents", "observation"], batch["state"]
