@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import tyro
 from tensordict import TensorDict
+from torchrl.data import TensorDictReplayBuffer
 from torchrl.envs import EnvBase
 from tqdm import tqdm
 
@@ -65,6 +66,14 @@ def ratio_stats(w: torch.Tensor) -> dict:
     return {"mean_w": w.mean().item(), "w_zero": (w == 0).float().mean().item(), "ess": effective_sample_size(w).item()}
 
 
+def evaluation(policy: torch.nn.Module, env: EnvBase | None, args, seed: int) -> dict:
+    """What an evaluation adds to a row of metrics.csv: nothing where there is no simulator."""
+    if env is None:
+        return {}
+    result = evaluate(policy, env, args.eval_episodes, seed)
+    return {"return": result["return_mean"], "return_std": result["return_std"], "winrate": result["winrate"], "replayed": result["replayed"]}
+
+
 def train_policy(rows: TensorDict, card: dict, w: torch.Tensor | None, args, seed: int, env: EnvBase | None, label: str, state: dict | None = None):
     """Lines 9-12 of Algorithm 1: args.steps gradient steps on Eq. 11, evaluated args.evals times on the way.
 
@@ -88,9 +97,7 @@ def train_policy(rows: TensorDict, card: dict, w: torch.Tensor | None, args, see
         if step in at:
             row = {"stage": "policy", "step": step, "policy_loss": loss.item()}
             seconds += time.perf_counter() - clock
-            if env is not None:
-                result = evaluate(policy, env, args.eval_episodes, seed)
-                row |= {"return": result["return_mean"], "return_std": result["return_std"], "winrate": result["winrate"], "replayed": result["replayed"]}
+            row |= evaluation(policy, env, args, seed)
             yield {"policy": policy.state_dict(), "policy_optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}, row
             clock = time.perf_counter()
 
@@ -103,6 +110,38 @@ def policy_update(policy, optimizer, batch: TensorDict) -> torch.Tensor:
     loss.backward()
     optimizer.step()  # line 11
     return loss.detach()
+
+
+def training(algo: str, parts: dict, replay: TensorDictReplayBuffer, args: RunArgs, seed: int, card: dict, env: EnvBase | None, metrics: list[dict]):
+    """The run of a method that learns all it has in one stage (baselines/). A generator of (batch, losses), one a step.
+
+    The caller makes its update on the batch and puts what metrics.csv shall show into `losses` (name -> scalar tensor). `parts`
+    are the modules and optimisers that a checkpoint holds, "policy" among them is the one that is evaluated. A stopped run
+    goes on where it was; a finished one yields nothing. The rows of metrics.csv go to `metrics`.
+    """
+    run, state = start_run(args, algo, seed, card)
+    start, seconds = 0, 0.0
+    if state is not None:
+        metrics += state["metrics"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        set_random_state(state["random"])  # after the initialisations of the parts have drawn from it
+        start, seconds = state["step"], state["seconds"]
+    if (run / "summary.json").exists():
+        return
+    at = eval_steps(args)
+    clock = time.perf_counter()
+    for step, batch in tqdm(minibatches(start, at, (replay, args.batch_size)), initial=start, total=args.steps, desc=f"{algo} seed {seed}", mininterval=1):
+        losses = {}
+        yield batch, losses
+        if step in at:
+            row = {"stage": "policy", "step": step} | {k: v.item() for k, v in losses.items()}
+            seconds += time.perf_counter() - clock
+            metrics.append(row | evaluation(parts["policy"], env, args, seed))
+            state = {name: part.state_dict() for name, part in parts.items()}
+            save_checkpoint(run, state | {"card": card, "config": asdict(args), "step": step, "seconds": seconds, "random": random_state()}, metrics)
+            clock = time.perf_counter()
+    finish_run(run, args, algo, seed, card, metrics, args.steps / seconds, next(parts["policy"].parameters()).device)
 
 
 def plot_curves(curves: dict[str, list[list[dict]]], dataset_return: float, title: str, path: Path):

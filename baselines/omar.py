@@ -16,8 +16,7 @@ discrete actions (published for continuous ones): with A actions the search is e
 import copy
 import math
 import sys
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -27,25 +26,12 @@ import tyro
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torchrl.envs import EnvBase
-from tqdm import tqdm
 
-from comadice_bc import report
-from comadice_data import BadInput, make_replay, minibatches, run_script
-from comadice_eval import evaluate, try_eval_env
+from comadice_bc import report, training
+from comadice_data import BadInput, make_replay, run_script
+from comadice_eval import try_eval_env
 from comadice_mixer import Q, make_policy
-from comadice_runs import (
-    RunArgs,
-    check_args,
-    check_positive,
-    eval_steps,
-    finish_run,
-    load_dataset,
-    pick_device,
-    random_state,
-    save_checkpoint,
-    set_random_state,
-    start_run,
-)
+from comadice_runs import RunArgs, check_args, check_positive, load_dataset, pick_device
 from comadice_train import update_target
 
 KEYS = [("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
@@ -175,38 +161,14 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
 
 def train_seed(args: Args, seed: int, rows: TensorDict, card: dict, env: EnvBase | None) -> list[dict]:
     """One run directory; returns the rows of its metrics.csv."""
-    run, state = start_run(args, "omar", seed, card)
-    if (run / "summary.json").exists():
-        return state["metrics"]
     torch.manual_seed(seed)
-    device = rows["state"].device
-    networks = Networks(card, args).to(device)
+    networks = Networks(card, args).to(rows["state"].device)
     target = copy.deepcopy(networks)
     optimizer = torch.optim.Adam(networks.parameters(), args.lr)
-    start, seconds, metrics = 0, 0.0, []
-    if state is not None:
-        networks.load_state_dict(state["networks"])
-        target.load_state_dict(state["target"])
-        optimizer.load_state_dict(state["optimizer"])
-        set_random_state(state["random"])  # after the initialisations above have drawn from it
-        start, seconds, metrics = state["step"], state["seconds"], state["metrics"]
-    replay = make_replay(rows, KEYS)
-    at = eval_steps(args)
-    clock = time.perf_counter()
-    for step, batch in tqdm(minibatches(start, at, (replay, args.batch_size)), initial=start, total=args.steps, desc=f"omar seed {seed}", mininterval=1):
-        losses = update(networks, target, optimizer, batch, args)
-        if step in at:
-            row = {"stage": "policy", "step": step} | {k: v.item() for k, v in losses.items()}
-            seconds += time.perf_counter() - clock
-            if env is not None:
-                result = evaluate(networks.policy, env, args.eval_episodes, seed)
-                row |= {"return": result["return_mean"], "return_std": result["return_std"], "winrate": result["winrate"], "replayed": result["replayed"]}
-            metrics.append(row)
-            state = {"card": card, "config": asdict(args), "policy": networks.policy.state_dict(), "networks": networks.state_dict(),
-                     "target": target.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds, "random": random_state()}
-            save_checkpoint(run, state, metrics)
-            clock = time.perf_counter()
-    finish_run(run, args, "omar", seed, card, metrics, args.steps / seconds, device)
+    parts = {"policy": networks.policy, "networks": networks, "target": target, "optimizer": optimizer}
+    metrics = []
+    for batch, losses in training("omar", parts, make_replay(rows, KEYS), args, seed, card, env, metrics):
+        losses |= update(networks, target, optimizer, batch, args)
     return metrics
 
 

@@ -579,13 +579,13 @@ def test_script(name, kind, data, tmp_path, monkeypatch, capsys):
     assert all(math.isfinite(v) for row in state["metrics"] for k, v in row.items() if k.endswith("_loss"))
     assert summary["return"] is None if kind == "discrete" else math.isfinite(summary["return"]["mean"])
 
-    original, calls = module.save_checkpoint, []
+    original, calls = comadice_bc.save_checkpoint, []
     def stopping(*a):
         original(*a)
         calls.append(1)
         raise Stop
     with monkeypatch.context() as patch:
-        patch.setattr(module, "save_checkpoint", stopping)
+        patch.setattr(comadice_bc, "save_checkpoint", stopping)
         with pytest.raises(Stop):
             module.main(dataclasses.replace(args, out=str(tmp_path / "cut")))
     module.main(dataclasses.replace(args, out=str(tmp_path / "cut"), resume=True))
@@ -599,8 +599,8 @@ def test_script(name, kind, data, tmp_path, monkeypatch, capsys):
 @each
 def test_saved_policy_is_the_one_that_was_evaluated(name, hopper_data, tmp_path, monkeypatch):
     module, played = METHODS[name], []
-    original = module.evaluate
-    monkeypatch.setattr(module, "evaluate", lambda policy, *a: played.append(copy.deepcopy(policy)) or original(policy, *a))
+    original = comadice_bc.evaluate
+    monkeypatch.setattr(comadice_bc, "evaluate", lambda policy, *a: played.append(copy.deepcopy(policy)) or original(policy, *a))
     module.main(module.Args(**TINY, data=str(hopper_data), out=str(tmp_path)))
     run = tmp_path / "mamujoco/hopper/random" / name / "seed0"
     state, obs = torch.load(run / "checkpoint.pt", weights_only=True), torch.randn(4, 3, 14)
