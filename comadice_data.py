@@ -40,6 +40,7 @@ from torchrl.data.replay_buffers.samplers import Sampler
 DTYPES = {str(d): d for d in (torch.float32, torch.int64, torch.bool)}
 REQUIRED = ["state", "agents/observation", "agents/action", "reward", "terminated", "done", "is_init", "episode"]
 OPTIONAL = ["agents/action_mask"]
+INTERFACE = r"benchmark|standard|agent_obsk=\d+"  # what the agents see, see comadice_envs.py
 DRAW = 16  # batches drawn together, see minibatches
 CHUNK, CHUNK_BYTES = 65536, 2**26  # rows, and bytes of rows, looked at together when a dataset is validated; bounds the memory that this takes
 
@@ -184,7 +185,7 @@ def open_dataset(path: str | Path, env: str | None = None, task: str | None = No
     for name in ("env", "task", "quality", "interface"):
         if not isinstance(card.get(name), str):
             raise BadInput(f"{path}/card.json: '{name}' is {card.get(name)!r}, not a name")
-    if not re.fullmatch(r"benchmark|standard|agent_obsk=\d+", card["interface"]):
+    if not re.fullmatch(INTERFACE, card["interface"]):
         raise BadInput(f"{path}/card.json: 'interface' is '{card['interface']}', not benchmark, standard or agent_obsk=K")
     for name, value in (("env", env), ("task", task)):
         if value is not None and card.get(name) != value:

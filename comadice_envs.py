@@ -62,6 +62,33 @@ def mamujoco_scenario(task: str) -> tuple[str, str]:
     )
 
 
+def mamujoco_team(task: str) -> tuple[str, str, int, int]:
+    """(scenario, partition, agents, entries of an agent's action) of a task.
+
+    Raises NoSimulator as mamujoco_scenario does, BadInput for a partition that does not exist or has agents of different sizes.
+    """
+    scenario, partition = mamujoco_scenario(task)
+    from gymnasium_robotics.envs.multiagent_mujoco.obsk import get_parts_and_edges
+
+    try:
+        parts, _, _ = get_parts_and_edges(scenario, partition)
+    except Exception as error:  # gymnasium-robotics has no other type for a partition that it does not know
+        raise BadInput(f"mamujoco task '{task}': {scenario} has no partition '{partition}' in gymnasium-robotics") from error
+    if any(len(part) != len(parts[0]) for part in parts):
+        raise BadInput(f"mamujoco task '{task}': agents with {[len(p) for p in parts]} actions can't share one network")
+    return scenario, partition, len(parts), len(parts[0])
+
+
+def benchmark_observation(raw: np.ndarray, n: int) -> np.ndarray:
+    """Single-agent observations [B, D] -> what the benchmark's n agents see, [B, n, D + n] float64.
+
+    That is the whole observation and the agent's one-hot id, standardised over the entries of that vector.
+    """
+    B = len(raw)
+    obs = np.concatenate([np.broadcast_to(raw[:, None], (B, n, raw.shape[1])), np.broadcast_to(np.eye(n), (B, n, n))], -1, dtype=np.float64)
+    return (obs - obs.mean(-1, keepdims=True)) / obs.std(-1, keepdims=True)
+
+
 class MaMuJoCoEnv(EnvBase):
     """`num_envs` robots of one MaMuJoCo task, stepped one after another in this process.
 
@@ -81,10 +108,9 @@ class MaMuJoCoEnv(EnvBase):
 
     def __init__(self, task: str, num_envs: int, agent_obsk: int | None = None, device="cpu"):
         super().__init__(device=device, batch_size=torch.Size([num_envs]))
-        scenario, partition = mamujoco_scenario(task)
+        scenario, partition, self.n, A = mamujoco_team(task)
         import mujoco
         from gymnasium_robotics import mamujoco_v1
-        from gymnasium_robotics.envs.multiagent_mujoco.obsk import get_parts_and_edges
 
         # MuJoCo repeats its warnings for every robot; Python's own show each text once.
         mujoco.set_mju_user_warning(warnings.warn)
@@ -93,19 +119,12 @@ class MaMuJoCoEnv(EnvBase):
         no_contact = {"include_cfrc_ext_in_observation": False, "contact_cost_weight": 0.0}
         kwargs = no_contact if scenario == "Ant" and agent_obsk is None else {}
         try:
-            parts, _, _ = get_parts_and_edges(scenario, partition)
-        except Exception as error:  # gymnasium-robotics has no other type for a partition that it does not know
-            raise BadInput(f"mamujoco task '{task}': {scenario} has no partition '{partition}' in gymnasium-robotics") from error
-        try:
             self.robots = [mamujoco_v1.parallel_env(scenario, partition, agent_obsk, **kwargs) for _ in range(num_envs)]
         except (IndexError, ValueError) as error:  # a scenario's model that this version of MuJoCo does not take
             raise BadInput(f"mamujoco task '{task}': gymnasium-robotics can't build it with this MuJoCo ({error})") from error
         if agent_obsk is not None and self.robots[0].observation_factorization is None:
-            raise BadInput(f"gymnasium-robotics has no agent_obsk observations for {scenario}: use the benchmark's (no --agent-obsk)")
+            raise BadInput(f"gymnasium-robotics has no agent_obsk observations for {scenario}: use the benchmark's (--interface benchmark)")
         self.simulators = [robot.single_agent_env for robot in self.robots]
-        self.n, A = len(parts), len(parts[0])
-        if any(len(part) != A for part in parts):
-            raise BadInput(f"mamujoco task '{task}': agents with {[len(p) for p in parts]} actions can't share one network")
         self.seeds = [None] * num_envs
         # Raw single-agent observations of all robots, as MuJoCo has them; 84 entries for Ant's contact forces stay zero.
         D = self.simulators[0].observation_space.shape[0]
@@ -140,9 +159,7 @@ class MaMuJoCoEnv(EnvBase):
         """What the agents and the mixers see of self.raw."""
         B = self.raw.shape[0]
         if self.agent_obsk is None:
-            one_hot = np.broadcast_to(np.eye(self.n), (B, self.n, self.n))
-            obs = np.concatenate([np.broadcast_to(self.raw[:, None], (B, self.n, self.raw.shape[1])), one_hot], -1)
-            obs = (obs - obs.mean(-1, keepdims=True)) / obs.std(-1, keepdims=True)
+            obs = benchmark_observation(self.raw, self.n)
             state = obs.reshape(B, -1)
         else:
             obs = np.where(self.index < 0, 0.0, self.raw[:, self.index])

@@ -59,7 +59,8 @@ import tyro
 from tensordict import TensorDict
 from tqdm import tqdm
 
-from comadice_data import BadInput, DatasetWriter, dataset_path, episode_returns, open_dataset, read_json, run_script, table_row
+from comadice_data import INTERFACE, BadInput, DatasetWriter, dataset_path, episode_returns, open_dataset, read_json, run_script, table_row
+from comadice_envs import benchmark_observation, mamujoco_team
 
 DATA_ROOT = Path(__file__).parent / "data"
 BASE_URL = "https://huggingface.co/datasets/InstaDeepAI/og-marl/resolve/main"
@@ -507,27 +508,14 @@ def read_minari(source: Path, env: str, task: str, interface: str, limit: int, l
     """Minari's single-agent MuJoCo datasets (h5py), split into a MaMuJoCo partition under the benchmark's interface.
 
     A folder with data/main_data.hdf5 (or that folder): groups episode_0, ... with observations [T + 1, D], actions [T, A], rewards,
-    terminations and truncations [T]. Each agent sees the whole observation and its one-hot id, standardised over their own entries,
-    and the state is the agents' vectors side by side, exactly as comadice_envs.MaMuJoCoEnv has them; actions are split in plain
-    order. Ant's contact forces are zero there, so they are set to zero here (its reward keeps their cost). An episode that ends
-    without either flag was cut by its recorder and counts as truncated.
+    terminations and truncations [T]. The agents see what comadice_envs.benchmark_observation makes of it, and the state is the
+    agents' vectors side by side; actions are split in plain order. Ant's contact forces are zero in the benchmark, so they are set to
+    zero here (its reward keeps their cost). An episode that ends without either flag was cut by its recorder and counts as truncated.
     """
     h5py = need("h5py")
     if env != "mamujoco" or interface != "benchmark":
         raise BadInput("Minari's datasets are converted for --env mamujoco and --interface benchmark alone")
-    # Only a partition's sizes are needed, and gymnasium-robotics knows them.
-    from gymnasium_robotics.envs.multiagent_mujoco.obsk import get_parts_and_edges
-
-    from comadice_envs import mamujoco_scenario
-
-    scenario, partition = mamujoco_scenario(task)
-    try:
-        parts = get_parts_and_edges(scenario, partition)[0]
-    except Exception as error:  # gymnasium-robotics has no other type for a partition that it does not know
-        raise BadInput(f"mamujoco task '{task}': {scenario} has no partition '{partition}' in gymnasium-robotics") from error
-    n, A = len(parts), len(parts[0])
-    if any(len(part) != A for part in parts):
-        raise BadInput(f"mamujoco task '{task}': agents with {[len(p) for p in parts]} actions can't share one network")
+    scenario, _, n, A = mamujoco_team(task)
     folder = source / "data" if (source / "data").is_dir() else source
     meta = read_json(folder / "metadata.json")
     if meta.get("data_format", "hdf5") != "hdf5":
@@ -539,7 +527,6 @@ def read_minari(source: Path, env: str, task: str, interface: str, limit: int, l
     if isinstance(recorded, str) and recorded.split("/")[-1].split("-")[0] != scenario:
         raise BadInput(f"{source} was recorded in {recorded}, not in {scenario}: give its own --task")
     made["recorded_in"] = recorded
-    one_hot = np.eye(n)
     with h5py.File(folder / "main_data.hdf5", "r") as file:
         if len(file) != E:
             raise BadInput(f"{folder}: metadata.json counts {E} episodes, main_data.hdf5 has {len(file)}")
@@ -564,9 +551,7 @@ def read_minari(source: Path, env: str, task: str, interface: str, limit: int, l
                 made["contact_forces"] = "set to zero"
             elif scenario == "Ant" and raw.shape[1] == 27:
                 raw = np.concatenate([raw, np.zeros((T + 1, 84))], 1)
-            seen = np.concatenate([np.broadcast_to(raw[:, None], (T + 1, n, raw.shape[1])), np.broadcast_to(one_hot, (T + 1, n, n))], -1, dtype=np.float64)
-            seen = (seen - seen.mean(-1, keepdims=True)) / seen.std(-1, keepdims=True)
-            parts = {"observation": seen, "action": action.reshape(T, n, A), "reward": per_step(reward, "rewards")}
+            parts = {"observation": benchmark_observation(raw, n), "action": action.reshape(T, n, A), "reward": per_step(reward, "rewards")}
             yield team_episode(parts, T, bool(terminations[-1]), env, interface, made)
 
 
@@ -601,7 +586,7 @@ def convert_here(source: str, format: str, env: str, task: str, quality: str, ou
         limit = LIMITS.get(task if env == "smacv1" else env)
     if limit is None or limit < 1:
         raise BadInput(f"the step limit of {env} {task} is not known here: give it with --limit")
-    if not re.fullmatch(r"benchmark|standard|agent_obsk=\d+", interface or "benchmark"):
+    if not re.fullmatch(INTERFACE, interface or "benchmark"):
         raise BadInput(f"unknown interface '{interface}': it is benchmark, standard or agent_obsk=K")
     if interface is None:  # PyMARL records SMAC's own observations
         interface = "standard" if env == "smax" or (env, format) == ("smacv1", "pymarl") else "benchmark"
