@@ -108,7 +108,9 @@ def q_loss(A_tot: Tensor, reward: Tensor, terminated: Tensor, nu_tot: Tensor, nu
 
 def dual_loss(nu_tot_init: Tensor, A_tot: Tensor, alpha: float | Tensor, f: Divergence, gamma: float,
               lam: float | Tensor = 0.0, p0: Tensor | None = None, rho: Tensor | None = None) -> Tensor:
-    """L(nu, theta) = (1 - gamma) E_p0[nu_tot(s0)] + E_D[alpha f*(A_tot / alpha)], minimised over nu and theta.
+    """L(nu, theta) = (1 - gamma) E_p0[nu_tot(s0)] + E_D[alpha f*(A_tot / alpha)], minimised over nu and theta (Eq. 7).
+
+    That is Eq. 6, the Lagrangian's minimax problem, with its inner maximum over w in closed form (Prop. 4.1).
 
     Objective `exact`: A_tot is the TD form, with the gradient through nu_tot(s) and nu_tot(s'): Prop. 4.1's gradient.
     Objective `printed`: A_tot is M[q - nu] with q fixed, as Eq. 10 stands in the paper. Its gradient only pushes nu up
@@ -152,7 +154,10 @@ def released_ratio(A: Tensor, alpha: float | Tensor, f: Divergence, lam: float |
 
 
 def policy_loss(w: Tensor, log_prob: Tensor) -> Tensor:
-    """-E_D[w_tot*(s, a) log pi_i(a_i | o_i)], summed over agents: w [B], log_prob [B, n]. Plain BC is w = 1."""
+    """-E_D[w_tot*(s, a) log pi_i(a_i | o_i)], summed over agents: w [B], log_prob [B, n]. Plain BC is w = 1.
+
+    The sum is the team's weighted BC, Eq. 8, since log pi_tot is the sum of the agents' log pi_i (Prop. 4.3).
+    """
     return -(w * log_prob.sum(-1)).mean()  # Eq. 11
 
 
