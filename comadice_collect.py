@@ -331,14 +331,15 @@ def merge(args: Args, sources: list[Path], quality: str, root: Path, made: dict,
           every: int = 1, limit: int | None = None, between=(-math.inf, math.inf)) -> bool:
     """One dataset of the sources' episodes with low < return <= high: every `every`-th, or about `limit`, evenly spread. False where there are none."""
     low, high = between
-    returns = torch.cat([episode_returns(open_dataset(source)[0]) for source in sources])
+    opened = [open_dataset(source)[0] for source in sources]
+    returns = torch.cat([episode_returns(rows) for rows in opened])
     fitting = ((low < returns) & (returns <= high)).nonzero()[:, 0]
     if len(fitting) == 0:
         return False
     every = every if limit is None else max(len(fitting) // limit, 1)
     wanted, writer, number = set(fitting[::every].tolist()), DatasetWriter(root.parent / quality), 0
-    for source in tqdm(sources, desc=f"write {quality}"):
-        for episode in episodes(open_dataset(source)[0]):
+    for rows in tqdm(opened, desc=f"write {quality}"):
+        for episode in episodes(rows):
             if number in wanted:
                 writer.append(episode)
             number += 1
