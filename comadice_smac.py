@@ -134,12 +134,12 @@ def benchmark_view(game) -> tuple[np.ndarray, np.ndarray]:
     n, sight = game.n_agents, 9.0
     ally, enemy = unit_features(game, game.agents, True), unit_features(game, game.enemies, False)
     center, extent = np.array([game.map_x, game.map_y]) / 2, np.array([game.max_distance_x, game.max_distance_y])
-    last = game.last_action
+    last, (O, S) = game.last_action, benchmark_sizes(game)
     observations, states = [], []
     for i in range(n):
         if not ally["alive"][i]:
-            observations.append(np.zeros(benchmark_sizes(game)[0]))
-            states.append(np.zeros(benchmark_sizes(game)[1]))
+            observations.append(np.zeros(O))
+            states.append(np.zeros(S))
         else:
             available = np.array(game.get_avail_agent_actions(i))
             attackable = available[game.n_actions_no_attack :][: game.n_enemies, None]
