@@ -17,9 +17,9 @@ from torchrl.envs import EnvBase
 from tqdm import tqdm
 
 from comadice_data import BadInput, last_rows, make_replay, minibatches, run_script
-from comadice_eval import evaluate, try_eval_env
 from comadice_losses import effective_sample_size, policy_loss
 from comadice_mixer import make_policy
+from comadice_rollout import evaluate, try_eval_env
 from comadice_runs import (
     RunArgs,
     check_args,
@@ -139,7 +139,8 @@ def training(algo: str, parts: dict, replay: TensorDictReplayBuffer, args: RunAr
             seconds += time.perf_counter() - clock
             metrics.append(row | evaluation(parts["policy"], env, args, seed))
             state = {name: part.state_dict() for name, part in parts.items()}
-            save_checkpoint(run, state | {"card": card, "config": asdict(args), "step": step, "seconds": seconds, "random": random_state()}, metrics)
+            state |= {"algo": algo, "card": card, "config": asdict(args), "step": step, "seconds": seconds, "random": random_state()}
+            save_checkpoint(run, state, metrics)
             clock = time.perf_counter()
     finish_run(run, args, algo, seed, card, metrics, args.steps / seconds, next(parts["policy"].parameters()).device)
 
@@ -215,7 +216,7 @@ def train_seed(args: Args, seed: int, algo: str, rows: TensorDict, card: dict, w
     stats = {} if w is None else ratio_stats(w)
     for progress, row in train_policy(rows, card, w, args, seed, env, f"{algo} seed {seed}", state):
         metrics.append(row | stats)
-        state = progress | {"card": card, "config": asdict(args), "w": w, "random": random_state()}
+        state = progress | {"algo": algo, "card": card, "config": asdict(args), "w": w, "random": random_state()}
         save_checkpoint(run, state, metrics)
     finish_run(run, args, algo, seed, card, metrics, args.steps / state["seconds"], rows["state"].device)
     return metrics

@@ -22,6 +22,7 @@ from comadice_envs import check_task
 from comadice_formats import downloadable
 
 DATA_ROOT = Path(__file__).parent / "data"
+FREE = ("seeds", "data", "out", "resume", "overwrite", "device", "workers")  # arguments that make no difference to a run's result
 
 
 @dataclass
@@ -137,13 +138,12 @@ def start_run(args: RunArgs, algo: str, seed: int, card: dict) -> tuple[Path, di
     """
     run = Path(args.out, args.env, args.task, args.quality, algo, f"seed{seed}")
     config = asdict(args) | {"algo": algo, "seed": seed}
-    free = ("seeds", "data", "out", "resume", "overwrite", "device", "workers")  # may differ when a run is resumed
     checkpoint = None
     if (run / "config.json").exists() and not args.overwrite:
         if not args.resume:
             raise BadInput(f"{run} already holds a run: --resume goes on with it, --overwrite replaces it, --out goes elsewhere")
         old = read_json(run / "config.json")
-        changed = sorted(k for k in config if k not in free and old.get(k) != config[k])
+        changed = sorted(k for k in config if k not in FREE and old.get(k) != config[k])
         if changed:
             raise BadInput(f"{run} was started with other arguments ({', '.join(f'{k} {old.get(k)}' for k in changed)}): give them again to resume")
         if (run / "checkpoint.pt").exists():
@@ -191,7 +191,7 @@ def load_checkpoint(run: str | Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no one type for a file that is cut, foreign or unsafe
         raise BadInput(f"{path} is not a checkpoint that can be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(state, dict) or not {"card", "config", "policy"} <= state.keys():
+    if not isinstance(state, dict) or not {"algo", "card", "config", "policy"} <= state.keys():
         raise BadInput(f"{path} is not a checkpoint of this project")
     return state
 

@@ -23,8 +23,8 @@ from tqdm import tqdm
 import comadice_bc
 import comadice_losses as losses
 from comadice_data import CHUNK, BadInput, as_transition, initial_rows, make_replay, minibatches, run_script, transition_rows
-from comadice_eval import try_eval_env
 from comadice_mixer import Critics
+from comadice_rollout import try_eval_env
 from comadice_runs import (
     RunArgs,
     check_args,
@@ -241,7 +241,7 @@ def train_seed(args: Args, seed: int, rows: TensorDict, card: dict, env) -> list
     if (run / "summary.json").exists():
         return state["metrics"]
     torch.manual_seed(seed)
-    common = {"card": card, "config": asdict(args), "policy": {}, "step": 0}
+    common = {"algo": "comadice", "card": card, "config": asdict(args), "policy": {}, "step": 0}
     metrics = []
     if state is not None:
         metrics = state["metrics"]

@@ -29,8 +29,8 @@ from torchrl.envs import EnvBase
 
 from comadice_bc import report, training
 from comadice_data import BadInput, make_replay, run_script
-from comadice_eval import try_eval_env
 from comadice_mixer import LinearMixer, Q, make_policy
+from comadice_rollout import try_eval_env
 from comadice_runs import RunArgs, check_args, check_positive, load_dataset, pick_device
 from comadice_train import update_target
 

@@ -29,9 +29,9 @@ from tqdm import tqdm
 import comadice_train
 from comadice_bc import POLICY_KEYS, ratio_stats
 from comadice_data import as_transition, initial_rows, open_dataset, run_script, transition_rows
-from comadice_eval import eval_env, evaluate
 from comadice_losses import policy_loss
 from comadice_mixer import make_policy
+from comadice_rollout import eval_env, evaluate
 from comadice_runs import pick_device
 
 

@@ -20,7 +20,6 @@ import comadice_eval
 import comadice_train
 from baselines import bcq, cql, icq, omar, omiga
 from comadice_data import BadInput, DatasetWriter, as_transition, open_dataset
-from comadice_mixer import make_policy
 
 METHODS = {"bcq": bcq, "cql": cql, "icq": icq, "omar": omar, "omiga": omiga}
 B, n, O, S, A = 7, 2, 3, 5, 4
@@ -430,16 +429,6 @@ FLAGS = {"bc": {}, "bcq": {"tau": 0.05}, "cql": {"tau": 0.05}, "icq": {"tau": 0.
          "comadice": {"tau": 0.05, "critic_lr": 1e-2}}
 
 
-def policy_of(state: dict, module) -> nn.Module:
-    card = state["card"]
-    if module is bcq:
-        policy = bcq.make_networks(card, bcq.Args(**state["config"]))
-    else:
-        policy = make_policy(card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], state["config"]["hidden"])
-    policy.load_state_dict(state["policy"])
-    return policy
-
-
 @torch.no_grad()
 def solve(name: str, data: str, out, seeds: int, **flags) -> tuple[list[tuple], list[float]]:
     """Trains by the method's own script: each seed's joint action, and the chance that both agents, drawing from its policy, act differently."""
@@ -448,8 +437,8 @@ def solve(name: str, data: str, out, seeds: int, **flags) -> tuple[list[tuple], 
         module.main(module.Args(**QUICK | FLAGS[name] | flags, data=data, out=str(out), seeds=list(range(seeds))))
     actions, differ = [], []
     for seed in range(seeds):
-        state = torch.load(out / f"nowhere/game/made/{name}/seed{seed}/checkpoint.pt", weights_only=True)
-        policy, k = policy_of(state, module), state["card"]["action_dim"]
+        policy, state = comadice_eval.load_policy(out / f"nowhere/game/made/{name}/seed{seed}")
+        k = state["card"]["action_dim"]
         obs, mask = torch.ones(1, 2, 1), (torch.arange(k) < k - 1).expand(1, 2, k)
         actions.append(tuple(policy.act(obs, mask)[0].tolist()))
         if hasattr(policy, "logits"):
@@ -537,9 +526,9 @@ def test_continuous_game(name, tmp_path):
     module, flags = MODULES[name], FLAGS[name] | {"hidden": 32, "batch_size": 64, "steps": 250} | ({"alpha": 1.0} if name in ("icq", "comadice") else {})
     module.main(module.Args(**QUICK | flags, data=str(data), out=str(tmp_path), seeds=[0, 1]))
     for seed in (0, 1):
-        state = torch.load(tmp_path / f"nowhere/game/made/{name}/seed{seed}/checkpoint.pt", weights_only=True)
+        policy, _ = comadice_eval.load_policy(tmp_path / f"nowhere/game/made/{name}/seed{seed}")
         with torch.no_grad():
-            action = policy_of(state, module).act(torch.ones(1, 2, 1))[0, :, 0]
+            action = policy.act(torch.ones(1, 2, 1))[0, :, 0]
         wanted = torch.zeros(2) if name == "bc" else torch.tensor([0.4, -0.3])
         assert (action - wanted).abs().max() < 0.3, action
 
@@ -603,13 +592,8 @@ def test_saved_policy_is_the_one_that_was_evaluated(name, hopper_data, tmp_path,
     monkeypatch.setattr(comadice_bc, "evaluate", lambda policy, *a: played.append(copy.deepcopy(policy)) or original(policy, *a))
     module.main(module.Args(**TINY, data=str(hopper_data), out=str(tmp_path)))
     run = tmp_path / "mamujoco/hopper/random" / name / "seed0"
-    state, obs = torch.load(run / "checkpoint.pt", weights_only=True), torch.randn(4, 3, 14)
-    if name == "bcq":
-        with pytest.raises(BadInput, match="not those of this task's network"):  # comadice_eval knows make_policy's networks alone
-            comadice_eval.load_policy(run)
-        policy = policy_of(state, module)
-    else:
-        policy, _ = comadice_eval.load_policy(run)
+    obs = torch.randn(4, 3, 14)
+    policy, _ = comadice_eval.load_policy(run)
     with torch.no_grad():
         assert torch.equal(policy.act(obs), played[-1].act(obs))
 

@@ -13,7 +13,8 @@ import comadice_collect
 import comadice_eval
 import comadice_train
 from comadice_data import BadInput, episode_returns, episodes, open_dataset
-from comadice_eval import eval_env, evaluate, load_policy
+from comadice_eval import load_policy
+from comadice_rollout import eval_env, evaluate
 
 COLLECT = {"env": "smax", "steps": 6144, "checkpoints": 3, "num_envs": 16, "horizon": 64, "epochs": 1, "trajectories": 20, "hidden": 16, "record_every": 2}
 

@@ -25,6 +25,7 @@ import comadice_collect
 import comadice_data
 import comadice_eval
 import comadice_losses as losses
+import comadice_rollout
 import comadice_runs
 import comadice_train
 from comadice_data import BadInput, DatasetWriter, episodes, last_rows, open_dataset
@@ -272,21 +273,21 @@ def test_evaluate_plays_whole_episodes_of_the_plain_simulator():
     alone = [play(policy, seed) for seed in env.seeds]
     assert len({length for _, length in alone}) > 1, "the test needs episodes of different lengths"
     random_state = torch.get_rng_state()
-    result = comadice_eval.evaluate(policy, env, 4, 5)
+    result = comadice_rollout.evaluate(policy, env, 4, 5)
     assert torch.equal(random_state, torch.get_rng_state())
     returns = np.array([total for total, _ in alone])
     np.testing.assert_allclose(result["returns"], returns, rtol=1e-5)
     assert result["return_mean"] == pytest.approx(returns.mean(), rel=1e-5) and result["return_std"] == pytest.approx(returns.std(), rel=1e-4)
     assert result["length"] == pytest.approx(np.mean([length for _, length in alone]))
-    assert comadice_eval.evaluate(policy, env, 4, 5) == result and comadice_eval.evaluate(policy, env, 4, 6) != result
+    assert comadice_rollout.evaluate(policy, env, 4, 5) == result and comadice_rollout.evaluate(policy, env, 4, 6) != result
     env.close()
 
 
 def test_evaluate_more_episodes_than_robots():
     policy, env = wobbly_policy(), make_env("mamujoco", "hopper", 2)
-    five = comadice_eval.evaluate(policy, env, 5, 5)
+    five = comadice_rollout.evaluate(policy, env, 5, 5)
     assert len(five["returns"]) == 5 == len(set(five["returns"]))
-    assert comadice_eval.evaluate(policy, env, 2, 5)["returns"] == five["returns"][:2]
+    assert comadice_rollout.evaluate(policy, env, 2, 5)["returns"] == five["returns"][:2]
     env.close()
 
 
@@ -294,8 +295,8 @@ def test_evaluate_in_worker_processes():
     """Robots that finish at different times in different processes."""
     policy = wobbly_policy()
     workers, one = make_env("mamujoco", "hopper", 2, workers=2), make_env("mamujoco", "hopper", 2)
-    together = comadice_eval.evaluate(policy, workers, 4, 5)
-    apart = [comadice_eval.evaluate(policy, one, 2, seed)["returns"] for seed in (5, one.set_seed(5))]
+    together = comadice_rollout.evaluate(policy, workers, 4, 5)
+    apart = [comadice_rollout.evaluate(policy, one, 2, seed)["returns"] for seed in (5, one.set_seed(5))]
     assert len({round(r, 3) for r in together["returns"]}) > 1
     np.testing.assert_allclose(together["returns"], apart[0] + apart[1], rtol=1e-6)
     workers.close()

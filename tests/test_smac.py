@@ -16,7 +16,7 @@ import starcraft
 import comadice_smac
 from comadice_collect import EpisodeSplitter
 from comadice_data import BadInput, NoSimulator
-from comadice_eval import evaluate
+from comadice_rollout import evaluate
 from comadice_smac import SMACV2_TASKS, StarCraftEnv
 
 # Table 3: agents, state, observation, actions.
