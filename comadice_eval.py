@@ -1,12 +1,14 @@
-"""Rolls out saved policies in the real simulator.
+"""Rolls out saved policies in the real simulator, or collects finished runs into tables and figures.
 
     python comadice_eval.py --run runs/mamujoco/hopper/medium-replay/comadice/seed0 --episodes 100
+    python comadice_eval.py report runs/                                                              # see comadice_report.py
 
-plays the mean action (continuous) or the most likely available one (discrete) and prints return mean and standard
+The first plays the mean action (continuous) or the most likely available one (discrete) and prints return mean and standard
 deviation over episodes, the share of battles won, and mean and standard deviation over seeds where several runs are given.
 """
 
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+import comadice_report
 from baselines import bcq
 from comadice_data import BadInput, run_script
 from comadice_mixer import make_policy
@@ -87,4 +90,7 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    run_script(main, tyro.cli(Args))
+    if sys.argv[1:2] == ["report"]:
+        run_script(comadice_report.main, tyro.cli(comadice_report.Args, args=sys.argv[2:], prog="comadice_eval.py report"))
+    else:
+        run_script(main, tyro.cli(Args))

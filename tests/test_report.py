@@ -1,0 +1,205 @@
+"""The report: means over known numbers, what it leaves out and says so, and the paper's tables against each other."""
+
+import csv
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+import comadice_bc
+import comadice_report
+from comadice_data import BadInput
+
+INSTANCE = {"env": "mamujoco", "task": "hopper", "quality": "medium-replay"}
+
+
+def make_run(root, algo="comadice", seed=0, returns=(1.0,), winrates=None, engine="MuJoCo", data_return=234.5, steps=100, **config) -> Path:
+    """A finished run directory with these evaluations."""
+    name = INSTANCE | {k: config.pop(k) for k in tuple(config) if k in INSTANCE}
+    run = Path(root, *name.values(), algo, f"seed{seed}")
+    run.mkdir(parents=True)
+    arguments = name | {"algo": algo, "seed": seed, "steps": steps, "out": str(root), "seeds": [seed], "data": None} | config
+    (run / "config.json").write_text(json.dumps(arguments))
+    with open(run / "metrics.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["stage", "step", "return", "winrate"])
+        writer.writeheader()
+        writer.writerow({"stage": "critics", "step": 1})
+        for i, value in enumerate(returns):
+            won = "" if winrates is None else winrates[i]
+            writer.writerow({"stage": "policy", "step": steps * (i + 1) // len(returns), "return": value, "winrate": won})
+    summary = {"return": {"mean": returns[-1], "std": 0.0}, "winrate": winrates and winrates[-1], "engine": engine, "dataset_return": data_return}
+    (run / "summary.json").write_text(json.dumps(summary))
+    return run
+
+
+def report(root, **flags) -> tuple[str, list[dict]]:
+    """report.md, and the rows of report.csv."""
+    comadice_report.main(comadice_report.Args(runs=str(root), **flags))
+    with open(root / "report/report.csv", newline="") as file:
+        return (root / "report/report.md").read_text(), list(csv.DictReader(file))
+
+
+def test_means_and_deviations_over_seeds(tmp_path):
+    """A seed's score is its mean over the last share of evaluations; 30, 50 and 100: mean 60, standard deviation sqrt(2600 / 3)."""
+    for seed, last in enumerate((30.0, 50.0, 100.0)):
+        make_run(tmp_path, "comadice", seed, [-1000.0] * 8 + [last - 10, last + 10], alpha=1.0)
+        make_run(tmp_path, "bc", seed, [40.0] * 10)
+    text, rows = report(tmp_path, last=0.2)
+    row = next(row for row in rows if row["method"] == "comadice")
+    assert float(row["mean"]) == pytest.approx(60) and float(row["std"]) == pytest.approx(math.sqrt(2600 / 3))
+    assert row["seeds"] == "0 1 2" and (row["paper_mean"], row["paper_std"]) == ("906.3", "242.1")  # Table 2
+    assert "| hopper medium-replay | 234.5 | 40.0 ± 0.0 | **60.0 ± 29.4** |" in text
+    assert "| the paper's | 746.4 | 133.3 ± 53.5 | 906.3 ± 242.1 |" in text  # Tables 3 and 7
+    assert text.endswith("## Missing and left out\n\n- nothing\n")
+    _, rows = report(tmp_path)  # the last of ten evaluations
+    assert float(next(row for row in rows if row["method"] == "comadice")["mean"]) == pytest.approx(70)
+
+
+def test_winrates_have_a_table_of_their_own(tmp_path):
+    for seed, won in enumerate((0.25, 0.75)):
+        make_run(tmp_path, seed=seed, returns=[10.0], winrates=[won], env="smacv2", task="zerg_5_vs_5", quality="medium", engine="StarCraft II")
+        make_run(tmp_path, seed=seed, returns=[1.0], winrates=[won], env="smax", task="zerg_5_vs_5", quality="medium", engine="SMAX")
+    text, rows = report(tmp_path)
+    parts = text.split("## ")
+    assert [part.splitlines()[0] for part in parts[1:5]] == [f"{env}: {m}" for env in ("smacv2", "smax") for m in ("return", "winrate (% of battles won)")]
+    assert "**50.0 ± 25.0**" in parts[2] and "31.2 ± 7.7" in parts[2]  # Table 9
+    assert "**50.0 ± 25.0**" in parts[4] and "the paper's" not in parts[3] + parts[4]  # another engine than the paper's
+    assert {row["paper_mean"] for row in rows if row["env"] == "smax"} == {""}
+    assert {path.name for path in (tmp_path / "report").glob("*.png")} == {f"curves_{e}_{m}.png" for e in ("smacv2", "smax") for m in ("return", "winrate")}
+
+
+def test_other_arguments_are_never_averaged(tmp_path):
+    """alpha 0.1 and 10 stand in columns of their own beside the paper's ablation (Table 12) and are drawn; the place of the run makes no difference."""
+    for alpha in (0.1, 10.0):
+        for seed in (0, 1):
+            make_run(tmp_path / f"alpha{alpha:g}", seed=seed, returns=[alpha * 10 + seed], alpha=alpha, f="soft_chi2")
+    text, rows = report(tmp_path)
+    assert [(row["setting"], float(row["mean"]), row["paper_mean"]) for row in rows] == [("alpha=0.1", 1.5, "109.6"), ("alpha=10", 100.5, "906.3")]
+    assert "| comadice alpha=0.1 | comadice alpha=10 |" in text
+    assert (tmp_path / "report/ablation_alpha_mamujoco_return.png").stat().st_size > 5000
+    assert not (tmp_path / "report/ablation_f_mamujoco_return.png").exists()
+
+
+def test_other_data_and_engines_are_never_averaged(tmp_path):
+    make_run(tmp_path / "a", returns=[1.0])
+    make_run(tmp_path / "b", returns=[2.0], data_return=746.4)
+    make_run(tmp_path / "c", returns=[3.0], engine="another")
+    _, rows = report(tmp_path)
+    assert sorted(float(row["mean"]) for row in rows) == [1, 2, 3]
+
+
+def test_missing_seeds_are_said(tmp_path):
+    for seed in (0, 1, 2):
+        make_run(tmp_path, "comadice", seed, [1.0])
+        if seed != 1:
+            make_run(tmp_path, "bc", seed, [1.0])
+    text, _ = report(tmp_path)
+    assert "- mamujoco hopper medium-replay, bc: no seed 1; its mean is over 2\n" in text and "(2 of 3 seeds)" in text
+
+
+def damage(run: Path, how: str):
+    metrics = run / "metrics.csv"
+    if how == "no summary":
+        (run / "summary.json").unlink()
+    elif how == "only config":
+        (run / "summary.json").unlink()
+        metrics.unlink()
+    elif how == "no rollouts":
+        (run / "summary.json").write_text(json.dumps(json.loads((run / "summary.json").read_text()) | {"return": None}))
+    elif how == "not json":
+        (run / "config.json").write_text("{")
+    elif how == "foreign config":
+        (run / "config.json").write_text('{"learning_rate": 1}')
+    elif how == "no config":
+        (run / "config.json").unlink()
+    elif how == "cut":
+        metrics.write_text(metrics.read_text().rsplit("policy", 1)[0])
+    elif how == "nan":
+        metrics.write_text(metrics.read_text().replace("7.0", "nan"))
+    elif how == "text":
+        metrics.write_text(metrics.read_text().replace("7.0", "seven"))
+    elif how == "other table":
+        metrics.write_text("a,b\n1,2\n")
+
+
+@pytest.mark.parametrize(
+    "how, why",
+    [
+        ("no summary", "not finished: 100 of 100 steps"), ("only config", "not finished: no metrics.csv"), ("no rollouts", "not rolled out"),
+        ("not json", "config.json"), ("foreign config", "not that of a run of this project"), ("no config", "not a run directory"),
+        ("cut", "ends at step 50, not at 100"), ("nan", "not finite"), ("text", "damaged"), ("other table", "damaged"),
+    ],
+)
+def test_a_run_that_is_left_out_is_named(how, why, tmp_path, capsys):
+    for seed in (0, 1):
+        make_run(tmp_path, seed=seed, returns=[5.0, 7.0] if seed else [5.0, 6.0])
+    damage(tmp_path / "mamujoco/hopper/medium-replay/comadice/seed1", how)
+    text, rows = report(tmp_path)
+    assert float(rows[0]["mean"]) == 6 and rows[0]["seeds"] == "0"
+    line = next(line for line in text.splitlines() if line.startswith("- left out"))
+    assert "comadice/seed1: " in line and why in line and line in capsys.readouterr().out
+
+
+def test_foreign_folders_and_copies(tmp_path):
+    run = make_run(tmp_path, returns=[5.0])
+    (run.parent.parent / "learning_curve.png").write_bytes(b"")  # lies above runs, and is ours
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/a.txt").write_text("")
+    make_run(tmp_path / "copy", returns=[9.0])
+    text, rows = report(tmp_path)
+    assert len(rows) == 1 and rows[0]["seeds"] == "0"
+    assert f"- left out {tmp_path}/notes: not a run directory of this project" in text and text.count("- left out") == 2 and "the same run as" in text
+    again, _ = report(tmp_path)  # the report of the first time is no run
+    assert again == text
+
+
+@pytest.mark.parametrize("flags, match", [({"runs": "nowhere"}, "no folder at nowhere"), ({"last": 0.0}, "--last"), ({}, "no finished run below")])
+def test_bad_input(flags, match, tmp_path):
+    with pytest.raises(BadInput, match=match):
+        comadice_report.main(comadice_report.Args(**{"runs": str(tmp_path)} | flags))
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_of_a_training_script(hopper_data, tmp_path):
+    """What comadice_bc.py writes is read: the report's score is the last evaluation of metrics.csv."""
+    args = comadice_bc.Args(data=str(hopper_data), out=str(tmp_path), steps=4, evals=2, eval_episodes=2, hidden=16, batch_size=8, seeds=[0, 1], device="cpu")
+    comadice_bc.main(args)
+    _, rows = report(tmp_path)
+    returns = [json.loads((tmp_path / f"mamujoco/hopper/random/bc/seed{seed}/summary.json").read_text())["return"]["mean"] for seed in (0, 1)]
+    assert [row["method"] for row in rows] == ["bc"] and float(rows[0]["mean"]) == pytest.approx(sum(returns) / 2, rel=1e-6)
+
+
+# ---------------------------------------------------------------- the paper's numbers
+
+
+def paper() -> dict[int, dict]:
+    """table -> {(env, task, quality, metric, method, setting): (mean, std)}."""
+    tables = defaultdict(dict)
+    with open(comadice_report.PAPER, newline="") as file:
+        for row in csv.DictReader(file):
+            tables[int(row["table"])][tuple(row[k] for k in ("env", "task", "quality", "metric", "method", "setting"))] = (row["mean"], row["std"])
+    return tables
+
+
+def test_paper_tables_agree_with_each_other():
+    """The paper prints ComaDICE's numbers up to four times; Table 1 again as 9, and Table 2 within 7."""
+    tables = paper()
+    assert tables[1] == tables[9] and tables[2].items() <= tables[7].items()
+    for main, *ablations in ((5, 10, 15, 20), (6, 11, 16, 21), (7, 12, 22), (8, 13, 18, 23), (9, 14, 19, 24)):
+        for ablation in ablations:
+            own = {k for k in tables[ablation] if k[-1] in ("alpha=10", "f=soft_chi2", "mixer_layers=1")}
+            assert len(own) >= 11
+            for key in own:
+                assert tables[ablation][key] == tables[main][(*key[:-1], "")], key
+
+
+def test_paper_tables_cover_the_39_instances():
+    """Two tables lost cells on their way into text: 17 all of them, and 10 three of 2c_vs_64zg."""
+    tables = paper()
+    for number in (5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 18, 19, 20, 21, 22, 23, 24):
+        methods = 7 if number < 10 else 5 if number < 15 else 3 if number < 20 else 2
+        instances = {key[:3] for key in tables[number]}
+        assert len(instances) == (15 if ("smacv2", "zerg_5_vs_5", "medium") in instances else 12) and len(tables[number]) == methods * len(instances), number
+    assert 17 not in tables and len(tables[10]) == 57
