@@ -379,7 +379,9 @@ def initial_rows(rows: TensorDict) -> TensorDict:
 if __name__ == "__main__":
     # This file runs as "__main__", and comadice_formats imports it as comadice_data: the BadInput to catch is that module's.
     import comadice_data
-    from comadice_formats import convert, download, info, plot
+    from comadice_download import download
+    from comadice_formats import convert
+    from comadice_published import info, plot
 
     commands = {"info": info, "plot": plot, "download": download, "convert": convert}
     comadice_data.run_script(tyro.extras.subcommand_cli_from_dict, commands)

@@ -1,13 +1,10 @@
-"""The public datasets: download, conversion of five formats into the native one, and a check against the published statistics.
+"""Conversion of the five formats in which public datasets come into the native one.
 
-    python comadice_data.py download --env mamujoco --task hopper --quality medium-replay
     python comadice_data.py convert hopper.vlt/Medium --format vault --env mamujoco --task hopper --quality medium
     python comadice_data.py convert half.hdf5 --format omiga --env mamujoco --task halfcheetah --quality expert
     python comadice_data.py convert corridor.npz --format npz --env smacv1 --task corridor --quality good
     python comadice_data.py convert episodes/ --format pymarl --env smacv2 --task zerg_5_vs_5 --quality mixed
     python comadice_data.py convert mujoco/ant/expert-v0 --format minari --env mamujoco --task ant_4x2 --quality expert
-    python comadice_data.py info data/mamujoco/hopper/medium-replay      # its row of Table 3 beside the published ones
-    python comadice_data.py plot data/mamujoco/hopper/medium-replay      # histogram of episode returns
 
 What the formats leave unsaid is decided here once, and each card says under "made" what was done:
 
@@ -33,24 +30,19 @@ Memory is bounded by BLOCK whatever the size of a source. Formats: Flashbax' fla
 og_marl/wrapped_environments and dataset cards, OMIGA's datasets/offline_dataset.py, Minari's minari/dataset/_storages/hdf5_storage.py.
 """
 
-import errno
-import http.client
 import importlib
 import json
 import math
 import re
 import resource
 import shutil
-import stat
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -59,81 +51,18 @@ import tyro
 from tensordict import TensorDict
 from tqdm import tqdm
 
-from comadice_data import INTERFACE, BadInput, DatasetWriter, dataset_path, episode_returns, open_dataset, read_json, run_script, table_row
+from comadice_data import INTERFACE, BadInput, DatasetWriter, dataset_path, read_json, run_script
 from comadice_envs import benchmark_observation, mamujoco_team
+from comadice_published import info
 
 DATA_ROOT = Path(__file__).parent / "data"
-BASE_URL = "https://huggingface.co/datasets/InstaDeepAI/og-marl/resolve/main"
 BLOCK = 32 * 2**20  # bytes of a source that are read together
 EPISODE = 2**28  # bytes of one episode, or of a chunk of HDF5; more is a damaged header
 CHILD_MEMORY = 8 * 2**30  # bytes that a conversion may take: a damaged header may ask for terabytes
 STALL = 300  # seconds without progress after which a conversion counts as hanging
-TRIES, WAIT = 5, 2  # connections of one download, seconds between them
 
 # Steps after which an episode is cut. SMAC: smac_maps.py of smac and smacv2; MuJoCo: gymnasium's registration and OMIGA's episode_limit.
 LIMITS = {"mamujoco": 1000, "smacv2": 200, "2c_vs_64zg": 400, "5m_vs_6m": 70, "6h_vs_8z": 150, "corridor": 400}
-# OG-MARL's names of the benchmark's MuJoCo tasks.
-VAULTS = {"hopper": "3hopper", "ant": "2ant", "halfcheetah": "6halfcheetah"}
-
-# The paper's Table 3, beside the statistics on OG-MARL's dataset cards (docs/dataset_cards: omiga.md, og_marl.md).
-#  env     task        quality     | agents, state, obs, action | thousands of trajectories and samples, return ± | return ± min max rows trajectories
-PUBLISHED = """
-smacv1   2c_vs_64zg   poor          |  2 675 478 70 | 0.3   21.7  8.9 1.0 |  8.91 1.01  2.53 10.00  10830  348
-smacv1   2c_vs_64zg   medium        |  2 675 478 70 | 1.0   75.9 13.0 1.4 | 13.00 1.39 10.01 15.00  37940 1001
-smacv1   2c_vs_64zg   good          |  2 675 478 70 | 1.0  118.4 19.9 1.3 | 19.94 1.26 15.18 21.61  59215 1001
-smacv1   5m_vs_6m     poor          |  5 156 124 12 | 1.0  113.7  8.5 1.2 |  8.50 1.19  1.81  9.89  22747 1001
-smacv1   5m_vs_6m     medium        |  5 156 124 12 | 1.0  138.6 11.0 0.6 | 11.03 0.58 10.08 11.96  27717 1001
-smacv1   5m_vs_6m     good          |  5 156 124 12 | 1.0  138.7 20.0 0.0 | 20.00 0.00 20.00 20.00  27734 1001
-smacv1   6h_vs_8z     poor          |  6 213 172 14 | 1.0  145.5  9.1 0.8 |  9.12 0.81  4.80  9.99  24255 1001
-smacv1   6h_vs_8z     medium        |  6 213 172 14 | 1.0  177.1 12.0 1.3 | 11.97 1.26 10.00 14.99  29511 1001
-smacv1   6h_vs_8z     good          |  6 213 172 14 | 1.0  228.2 17.8 2.1 | 17.84 2.15 15.01 20.02  38040 1001
-smacv1   corridor     poor          |  6 435 346 30 | 1.0  307.6  4.9 1.7 |  4.93 1.71  0.00  9.99  51268 1001
-smacv1   corridor     medium        |  6 435 346 30 | 1.0  756.1 13.1 1.3 | 13.07 1.27 10.02 14.99 126012 1001
-smacv1   corridor     good          |  6 435 346 30 | 1.0  601.0 19.9 1.0 | 19.88 1.01 15.01 20.49 100170 1001
-smacv2   protoss_5_vs_5   medium    |  5 130  92 11 | 1.0   60.8 16.8 6.3 |
-smacv2   protoss_10_vs_10 medium    | 10 310 182 16 | 1.0   68.3 15.7 5.2 |
-smacv2   protoss_10_vs_11 medium    | 10 327 191 17 | 1.0   62.9 15.3 5.7 |
-smacv2   protoss_20_vs_20 medium    | 20 820 362 26 | 1.0   76.7 16.2 4.7 |
-smacv2   protoss_20_vs_23 medium    | 20 901 389 29 | 1.0   65.0 14.0 4.5 |
-smacv2   terran_5_vs_5    medium    |  5 120  82 11 | 1.0   47.6 15.2 7.2 |
-smacv2   terran_10_vs_10  medium    | 10 290 162 16 | 1.0   56.4 14.7 6.2 |
-smacv2   terran_10_vs_11  medium    | 10 306 170 17 | 1.0   52.5 12.1 5.7 |
-smacv2   terran_20_vs_20  medium    | 20 780 322 26 | 1.0   63.0 14.0 6.0 |
-smacv2   terran_20_vs_23  medium    | 20 858 346 29 | 1.0   51.3 11.7 5.7 |
-smacv2   zerg_5_vs_5      medium    |  5 120  82 11 | 1.0   27.5 10.4 5.0 |
-smacv2   zerg_10_vs_10    medium    | 10 290 162 16 | 1.0   31.9 14.7 6.0 |
-smacv2   zerg_10_vs_11    medium    | 10 306 170 17 | 1.0   30.9 12.0 5.1 |
-smacv2   zerg_20_vs_20    medium    | 20 780 322 26 | 1.0   35.4 12.3 4.2 |
-smacv2   zerg_20_vs_23    medium    | 20 858 346 29 | 1.0   32.8 10.8 4.0 |
-smacv2   terran_5_vs_5    replay    |  5 120  82 11 |                     | 10.05 5.84 0.00 36.34  898164 17958
-smacv2   terran_5_vs_5    random    |  5 120  82 11 |                     |  2.43 1.73 0.00 16.18 1500000 37874
-smacv2   terran_10_vs_10  replay    | 10 290 162 16 |                     |  6.32 3.62 0.00 23.01  749850 13588
-smacv2   zerg_5_vs_5      replay    |  5 120  82 11 |                     |  7.34 3.60 0.00 24.00  863281 23294
-mamujoco hopper       expert        | 3  42  14 1 | 1.5  999 2452.0 1097.9 | 2452.02 1097.86  95.27 3762.69 1000391 1481
-mamujoco hopper       medium        | 3  42  14 1 | 4.0  915  723.6  211.7 |  723.57  211.66 128.38 2776.49  919391 4000
-mamujoco hopper       medium-replay | 3  42  14 1 | 4.2 1311  746.4  671.9 |  746.42  671.89  70.76 2801.15 1314826 4160
-mamujoco hopper       medium-expert | 3  42  14 1 | 5.5 1914 1190.6  973.4 | 1190.61  973.40  95.27 3762.69 1919782 5481
-mamujoco ant          expert        | 2 226 113 4 | 1.0 1000 2055.1   22.1 | 2055.07   22.07 1994.03 2124.15 1001000 1000
-mamujoco ant          medium        | 2 226 113 4 | 1.0 1000 1418.7   37.0 | 1418.70   37.04  840.77 1473.86 1001000 1000
-mamujoco ant          medium-replay | 2 226 113 4 | 1.8 1750 1029.5  141.3 | 1029.51  141.27  895.37 1517.06 1751750 1750
-mamujoco ant          medium-expert | 2 226 113 4 | 2.0 2000 1736.9  319.6 | 1736.88  319.64  840.77 2124.15 2002000 2000
-mamujoco halfcheetah  expert        | 6 138  23 1 | 1.0 1000 2785.1 1053.1 | 2785.10 1053.14  317.94 3866.09 1001000 1000
-mamujoco halfcheetah  medium        | 6 138  23 1 | 1.0 1000 1425.7  520.1 | 1425.66  520.12  251.94 2113.52 1001000 1000
-mamujoco halfcheetah  medium-replay | 6 138  23 1 | 1.0 1000  655.8  590.4 |  655.76  590.40 -198.77 2132.60 1001000 1000
-mamujoco halfcheetah  medium-expert | 6 138  23 1 | 2.0 2000 2105.4 1073.2 | 2105.38 1073.24  251.94 3866.09 2002000 2000
-"""
-
-
-def published() -> dict[tuple[str, str, str], list[list[str]]]:
-    """(env, task, quality) -> the numbers of PUBLISHED as they are printed: [sizes, Table 3's, OG-MARL's]; a missing part is empty."""
-    lines = [[part.split() for part in line.split("|")] for line in PUBLISHED.strip().splitlines()]
-    return {tuple(name): parts for name, *parts in lines}
-
-
-def downloadable() -> set[tuple[str, str, str]]:
-    """(env, task, quality) of the datasets that `download` finds."""
-    return {name for name, parts in published().items() if parts[2]}
-
 
 # ---------------------------------------------------------------- what all readers share
 
@@ -618,84 +547,6 @@ def convert_here(source: str, format: str, env: str, task: str, quality: str, ou
 
 
 # ---------------------------------------------------------------- what is known of a dataset
-
-
-def differences(card: dict) -> tuple[list[str], list[str]]:
-    """(the published rows of the dataset's instance, what differs from them), as lines; both empty for one that nobody published."""
-    found = published().get((card["env"], card["task"], card["quality"]))
-    if found is None:
-        return [], []
-    sizes, paper, vault = found
-    rows, lines, made = [], [], card.get("made") if isinstance(card.get("made"), dict) else {}
-    for name, value, key in zip(("agents", "state", "obs", "action"), sizes, ("n_agents", "state_dim", "obs_dim", "action_dim")):
-        if card[key] != int(value):
-            lines.append(f"{name}: {card[key]}, published {value}")
-
-    def compare(who: str, name: str, value: float, printed: str, slack: float = 0.0):
-        digits = len(printed.partition(".")[2])
-        if not abs(value - float(printed)) <= 0.51 * 10**-digits + slack:
-            lines.append(f"{name}: {value:,.{digits}f}, {who} {printed}")
-
-    # Table 3 counts samples of every agent in SMACv1, of the team elsewhere.
-    samples = card["samples"] * (card["n_agents"] if card["env"] == "smacv1" else 1)
-    if paper:
-        trajectories, thousands, mean, std = paper
-        rows.append(f"| Table 3 | {card['quality']} | {trajectories}K | {thousands}K | {' | '.join(sizes)} | {mean} ± {std} |")
-        compare("Table 3", "trajectories (thousands)", card["trajectories"] / 1000, trajectories)
-        compare("Table 3", f"samples (thousands{', of every agent' if card['env'] == 'smacv1' else ''})", samples / 1000, thousands)
-        compare("Table 3", "mean return", card["return_mean"], mean)
-        compare("Table 3", "deviation of returns", card["return_std"], std)
-    if vault:
-        mean, std, low, high, count, trajectories = vault
-        rows.append(f"| OG-MARL | {card['quality']} | {trajectories} | {count} rows | {' | '.join(sizes)} | {mean} ± {std}, {low} to {high} |")
-        compare("OG-MARL", "trajectories", card["trajectories"], trajectories)
-        # Its transitions are rows: last observations count in MuJoCo, and so do rows after the last end of an episode.
-        seen = made.get("rows", card["samples"] + (card["trajectories"] if card["env"] == "mamujoco" else 0))
-        compare("OG-MARL", "rows", seen if isinstance(seen, int) else 0, count)
-        for name, printed in (("mean", mean), ("std", std), ("min", low), ("max", high)):
-            value = card[f"return_{name}"]
-            compare("OG-MARL", f"return's {name}", value, printed, 2e-5 * abs(value))  # OG-MARL adds up in float32
-    return rows, lines
-
-
-def info(path: tyro.conf.Positional[str]):
-    """Validate a dataset, print its row of Table 3 beside the published ones and flag every difference."""
-    _, card = open_dataset(path)
-    rows, lines = differences(card)
-    print("\n".join([table_row(card), *rows]))
-    print(f"engine: {card.get('engine')}\ninterface: {card.get('interface')}\nmade: {json.dumps(card.get('made'))}")
-    made = card.get("made")
-    if rows and isinstance(made, dict) and str(made.get("reward")).startswith("return-to-go"):
-        print("published: its rewards are returns-to-go, so its returns are not those that were published")
-    elif rows:
-        print("\n".join(f"published: DIFFERS in {line}" for line in lines) or "published: agrees with every number")
-
-
-def plot(path: tyro.conf.Positional[str], out: str = "returns.png"):
-    """Draw the histogram of a dataset's episode returns.
-
-    Args:
-        path: dataset directory
-        out: the image to write
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows, card = open_dataset(path)
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    axes.hist(episode_returns(rows).numpy(), bins=50)
-    axes.set(title=f"{card['task']} {card['quality']}: {card['trajectories']} episodes, {card['return_mean']:.1f} ± {card['return_std']:.1f}",
-             xlabel="return of the episode", ylabel="episodes")
-    try:
-        figure.savefig(out, dpi=150)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"can't write {out}: {error}") from None
-    plt.close(figure)
-    print(f"wrote {out}")
-
-
 def check_free(path: Path, overwrite: bool):
     """Raises BadInput where something is at `path` that is no dataset, or that the user did not say to replace."""
     if path.exists() and not overwrite:
@@ -761,162 +612,6 @@ def convert(source: tyro.conf.Positional[str], format: Literal["vault", "omiga",
         raise BadInput(f"{source} can't be read as {format}: the reader crashed (exit code {child.returncode}; {said[-1][:200]}); the file is damaged")
     info(str(path))
     return path
-
-
-# ---------------------------------------------------------------- download
-
-
-def uid(quality: str) -> str:
-    """OG-MARL's name of a quality: medium-replay -> Medium-Replay."""
-    return "-".join(word.capitalize() for word in quality.split("-"))
-
-
-def vault_url(env: str, task: str, quality: str, base_url: str = BASE_URL) -> str:
-    """Where OG-MARL's copy of a published dataset lies. Raises BadInput for one that nobody published, with how to make it."""
-    qualities = [q for (e, t, q), parts in published().items() if (e, t) == (env, task) and parts[2]]
-    if not qualities:
-        tasks = sorted({f"{e} {t}" for (e, t, _), parts in published().items() if parts[2]})
-        how = f"make it with `python comadice_collect.py --env {env} --task {task}`" if env in ("smacv2", "smax", "mamujoco") else "there is no public copy"
-        raise BadInput(f"nobody published data of {env} {task}: {how}; published are {', '.join(tasks)}")
-    if quality not in qualities:
-        how = f"; the paper's own were not published, make them with `python comadice_collect.py --env smacv2 --task {task}`" if env == "smacv2" else ""
-        raise BadInput(f"{env} {task} was published as {', '.join(qualities)}, not as '{quality}'{how}")
-    folder = {"mamujoco": "prior_work/omiga/mamujoco", "smacv1": "prior_work/omiga/smac_v1", "smacv2": "core/smac_v2"}[env]
-    return f"{base_url.rstrip('/')}/{folder}/{VAULTS.get(task, task)}.zip"
-
-
-def room(folder: Path, wanted: int):
-    """Raises BadInput where the disk has less than `wanted` bytes left."""
-    free = shutil.disk_usage(folder).free
-    if wanted > free:
-        raise BadInput(f"no space in {folder}: {wanted / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; make room and run the command again")
-
-
-def fetch(url: str, path: Path):
-    """Downloads a zip to `path`, which is there only when every byte of it was checked; until then it is PATH.partial.
-
-    A broken transfer goes on where it stopped, in this call or in the next. Raises BadInput.
-    """
-    partial = path.with_name(path.name + ".partial")
-    if not url.startswith(("http://", "https://")):
-        raise BadInput(f"{url} is not an http address: check --base-url")
-    total, why = None, ""
-    for attempt in range(TRIES):
-        time.sleep(WAIT if attempt else 0)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            have = partial.stat().st_size if partial.exists() else 0
-            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-            with urllib.request.urlopen(request, timeout=60) as response:
-                if response.status != 206 or not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-                    have = 0  # the server sends the whole file
-                length = response.headers.get("Content-Length")
-                total = have + int(length) if length and length.isdigit() else None
-                room(path.parent, (total or 0) - have)
-                bar = tqdm(desc=path.name, initial=have, total=total, unit="B", unit_scale=True, mininterval=1)
-                with open(partial, "ab" if have else "wb") as file, bar:
-                    while data := response.read(2**20):
-                        file.write(data)
-                        bar.update(len(data))
-        except urllib.error.HTTPError as error:
-            if error.code != 416:
-                raise BadInput(f"{url}: the server answered {error.code} {error.reason}") from None
-            # Nothing is left to send: PATH.partial is complete, or of another file.
-            total = have if error.headers.get("Content-Range") == f"bytes */{have}" else -1
-            if total < 0:
-                partial.unlink()
-        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
-            why, total = f" ({getattr(error, 'reason', error)})", total or -1
-        except OSError as error:
-            hint = "no space left, make room and run the command again" if error.errno == errno.ENOSPC else error
-            raise BadInput(f"can't download {url} to {partial}: {hint}") from error
-        size = partial.stat().st_size if partial.exists() else 0
-        if total is None or size == total:
-            break
-    else:
-        of = f"{total:,}" if total and total > 0 else "?"
-        raise BadInput(f"{url} broke off{why}: {size:,} of {of} bytes are here; run the command again to go on from there")
-    try:
-        with zipfile.ZipFile(partial) as archive:
-            broken = archive.testzip()
-            if broken:
-                raise zipfile.BadZipFile(f"{broken} is damaged")
-    except Exception as error:  # zipfile and zlib raise many types for a damaged archive
-        start = partial.read_bytes()[:20] if size < 2**20 else b""
-        partial.unlink()
-        what = f"{error}, it starts with {start!r}" if start else error
-        raise BadInput(f"{url} did not give a sound zip ({what}): what came was deleted, run the command again") from None
-    partial.rename(path)
-
-
-def extract(archive_path: Path, name: str, folder: Path) -> Path:
-    """Unpacks the vault called `name` from a zip into `folder` and returns the vault's path. Raises BadInput.
-
-    Nothing is written outside of `folder`: absolute paths, "..", links and special files are refused wherever they lie in the zip, and
-    so is one that would unpack to more than 100 times its size.
-    """
-    with zipfile.ZipFile(archive_path) as archive:
-        members = archive.infolist()
-        for member in members:
-            path = PurePosixPath(member.filename)
-            kind = stat.S_IFMT(member.external_attr >> 16)
-            if path.is_absolute() or ".." in path.parts or set(":\\") & set(member.filename) or kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-                raise BadInput(f"{archive_path} has an unsafe member {member.filename!r}: it is not a dataset, delete it")
-        if len({member.filename for member in members}) < len(members):
-            raise BadInput(f"{archive_path} has two members of one name: it is not a dataset, delete it")
-        size = sum(member.file_size for member in members)
-        if size > max(100 * archive_path.stat().st_size, 2**20):
-            raise BadInput(f"{archive_path} would unpack to {size:,} bytes: it is not a dataset, delete it")
-        roots = {PurePosixPath(m.filename).parent for m in members if PurePosixPath(m.filename).name == "metadata.json" and "__MACOSX" not in m.filename}
-        chosen = [root for root in roots if root.name == name]
-        if len(chosen) != 1:
-            raise BadInput(f"{archive_path} has no vault '{name}': it has {', '.join(sorted(root.name for root in roots)) or 'none'}")
-        wanted = [member for member in members if PurePosixPath(member.filename).is_relative_to(chosen[0]) and not member.is_dir()]
-        folder.mkdir(parents=True)
-        room(folder, sum(member.file_size for member in wanted))
-        for member in wanted:
-            target = folder / member.filename
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with archive.open(member) as source, open(target, "xb") as file:
-                shutil.copyfileobj(source, file, 2**20)
-    return folder / chosen[0]
-
-
-def download(env: str, task: str, quality: str, out: str | None = None, base_url: str = BASE_URL, downloads: str = str(DATA_ROOT / "downloads"),
-             return_to_go: bool = False, overwrite: bool = False) -> Path:
-    """Download a published dataset (OG-MARL's vaults), check it and convert it into the native format.
-
-    The zip holds all qualities of a task; it stays in --downloads, where the next quality finds it. Delete it when you have them.
-
-    Args:
-        env: mamujoco, smacv1 or smacv2
-        task: hopper, ant, halfcheetah; 2c_vs_64zg, 5m_vs_6m, 6h_vs_8z, corridor; terran_5_vs_5, terran_10_vs_10, zerg_5_vs_5
-        quality: expert, medium, medium-replay, medium-expert; good, medium, poor; replay, random
-        out: directory to write, instead of data/ENV/TASK/QUALITY
-        base_url: where the zips lie
-        downloads: directory of the zips
-        return_to_go: put the return-to-go in the reward's place, as the released code does in SMAC
-        overwrite: replace a dataset that is already there
-    """
-    url = vault_url(env, task, quality, base_url)
-    path = dataset_path(out, env, task, quality, str(DATA_ROOT))
-    check_free(path, overwrite)
-    need("tensorstore")  # before hours of download
-    archive = Path(downloads, env, url.rsplit("/", 1)[1])
-    if not archive.exists():
-        fetch(url, archive)
-    unpacked = path.with_name(path.name + ".vault.partial")
-    shutil.rmtree(unpacked, ignore_errors=True)
-    try:
-        vault = extract(archive, uid(quality), unpacked)
-        last_row = "observation" if env == "mamujoco" else "transition"  # see the module's docstring
-        return convert(str(vault), "vault", env, task, quality, str(path), last_row=last_row, return_to_go=return_to_go, overwrite=overwrite)
-    except OSError as error:
-        raise BadInput(f"can't unpack {archive} to {unpacked}: {error.strerror or error}") from error
-    except (zipfile.BadZipFile, EOFError, RuntimeError) as error:
-        raise BadInput(f"{archive} is damaged ({error}): delete it and run the command again") from error
-    finally:
-        shutil.rmtree(unpacked, ignore_errors=True)
 
 
 if __name__ == "__main__":  # the process that `convert` starts

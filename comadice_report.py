@@ -18,7 +18,7 @@ from typing import NamedTuple
 import tyro
 
 from comadice_data import BadInput, read_json
-from comadice_formats import published
+from comadice_published import published
 from comadice_runs import FREE
 
 METHODS = ["bc", "bcq", "cql", "icq", "omar", "omiga", "comadice"]  # the paper's order

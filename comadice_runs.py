@@ -19,7 +19,7 @@ from tensordict import TensorDict
 
 from comadice_data import BadInput, dataset_path, open_dataset, read_json
 from comadice_envs import check_task
-from comadice_formats import downloadable
+from comadice_published import downloadable
 
 DATA_ROOT = Path(__file__).parent / "data"
 FREE = ("seeds", "data", "out", "resume", "overwrite", "device", "workers")  # arguments that make no difference to a run's result

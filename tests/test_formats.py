@@ -17,7 +17,9 @@ import pytest
 import torch
 from conftest import ROOT, files_hash
 
+import comadice_download
 import comadice_formats as formats
+import comadice_published
 from comadice_data import BadInput, episodes, open_dataset
 
 h5py = pytest.importorskip("h5py")
@@ -506,10 +508,10 @@ def test_command_line(tmp_path):
 
 def test_plot(tmp_path, capsys):
     path = convert(write_omiga(tmp_path / "a.hdf5", robots()), "omiga", tmp_path / "out")
-    formats.plot(str(path), str(tmp_path / "returns.png"))
+    comadice_published.plot(str(path), str(tmp_path / "returns.png"))
     assert (tmp_path / "returns.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(BadInput, match="can't write"):
-        formats.plot(str(path), str(tmp_path / "no" / "returns.png"))
+        comadice_published.plot(str(path), str(tmp_path / "no" / "returns.png"))
 
 
 @pytest.mark.parametrize("body, message", [
@@ -527,7 +529,7 @@ def test_a_reader_that_crashes_or_hangs(body, message, tmp_path, monkeypatch):
 
 def test_published_numbers_agree_with_each_other():
     """Table 3 is what one gets by rounding OG-MARL's statistics, once rows are read as comadice_formats says."""
-    for (env, task, quality), (sizes, paper, vault) in formats.published().items():
+    for (env, task, quality), (sizes, paper, vault) in comadice_published.published().items():
         if not paper or not vault:
             continue
         mean, std, low, high, rows, trajectories = map(float, vault)
@@ -535,10 +537,10 @@ def test_published_numbers_agree_with_each_other():
         card = {"env": env, "task": task, "quality": quality, "samples": int(samples), "trajectories": int(trajectories)}
         card |= {"return_mean": mean, "return_std": std, "return_min": low, "return_max": high}
         card |= dict(zip(("n_agents", "state_dim", "obs_dim", "action_dim"), map(int, sizes)))
-        shown, wrong = formats.differences(card)
+        shown, wrong = comadice_published.differences(card)
         assert len(shown) == 2 and not wrong, (env, task, quality, wrong)
-        assert formats.differences(card | {"return_mean": mean + 1})[1] and formats.differences(card | {"obs_dim": 1})[1]
-    assert len(formats.published()) == 39 + 4
+        assert comadice_published.differences(card | {"return_mean": mean + 1})[1] and comadice_published.differences(card | {"obs_dim": 1})[1]
+    assert len(comadice_published.published()) == 39 + 4
 
 
 # ---------------------------------------------------------------- damaged files
@@ -735,14 +737,14 @@ def server(tmp_path):
 def download(server, tmp_path, monkeypatch):
     """download() of hopper from the server; conversion stays in this process, and --limit is the made-up recording's."""
     pytest.importorskip("tensorstore")
-    monkeypatch.setattr(formats, "WAIT", 0)
+    monkeypatch.setattr(comadice_download, "WAIT", 0)
     monkeypatch.setitem(formats.LIMITS, "mamujoco", LIMIT)
 
     def here(*args, overwrite, **kwargs):
         return formats.convert_here(*args, **kwargs)
 
-    monkeypatch.setattr(formats, "convert", here)
-    return lambda quality="medium", **kwargs: formats.download(
+    monkeypatch.setattr(comadice_download, "convert", here)
+    return lambda quality="medium", **kwargs: comadice_download.download(
         "mamujoco", "hopper", quality, out=str(tmp_path / "out" / quality), downloads=str(tmp_path / "zips"), **{"base_url": server[0]} | kwargs)
 
 
@@ -784,7 +786,7 @@ def test_download_that_breaks_off_is_resumed(vault_zip, server, download, tmp_pa
 
 
 def test_download_that_stays_broken_is_resumed_by_the_next_call(vault_zip, server, download, tmp_path):
-    server[2][:] = [1000] + [0] * (formats.TRIES - 1)
+    server[2][:] = [1000] + [0] * (comadice_download.TRIES - 1)
     with pytest.raises(BadInput, match=r"broke off: 1,000 of [\d,]+ bytes are here; run the command again"):
         download()
     assert left(tmp_path) == ["zips/mamujoco/3hopper.zip.partial"]
@@ -859,7 +861,7 @@ def test_download_of_a_zip_that_expands_absurdly_or_repeats_itself(vault_zip, do
 def test_download_without_disk_space(vault_zip, server, download, tmp_path, monkeypatch):
     full = lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 100, 100)
     with monkeypatch.context() as patch:
-        patch.setattr(formats.shutil, "disk_usage", full)
+        patch.setattr(comadice_download.shutil, "disk_usage", full)
         with pytest.raises(BadInput, match=r"no space in .*zips.* make room"):
             download()
     assert left(tmp_path) == []
@@ -868,11 +870,11 @@ def test_download_without_disk_space(vault_zip, server, download, tmp_path, monk
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(formats, "tqdm", no_space)  # stands for a write that fails
+        patch.setattr(comadice_download, "tqdm", no_space)  # stands for a write that fails
         with pytest.raises(BadInput, match="no space left, make room"):
             download()
     with monkeypatch.context() as patch:
-        patch.setattr(formats.shutil, "copyfileobj", no_space)
+        patch.setattr(comadice_download.shutil, "copyfileobj", no_space)
         with pytest.raises(BadInput, match=r"can't unpack .*No space left"):
             download()
     assert left(tmp_path) == ["zips/mamujoco/3hopper.zip"]
@@ -893,7 +895,8 @@ def test_what_nobody_published():
         ("mamujoco", "hopper", "good", "was published as expert, medium, medium-replay, medium-expert"),
     ):
         with pytest.raises(BadInput, match=message):
-            formats.vault_url(env, task, quality)
-    urls = {formats.vault_url(*name) for name, parts in formats.published().items() if parts[2]}
-    assert len(urls) == 10 and f"{formats.BASE_URL}/core/smac_v2/terran_10_vs_10.zip" in urls
-    assert f"{formats.BASE_URL}/prior_work/omiga/mamujoco/6halfcheetah.zip" in urls and f"{formats.BASE_URL}/prior_work/omiga/smac_v1/corridor.zip" in urls
+            comadice_download.vault_url(env, task, quality)
+    urls = {comadice_download.vault_url(*name) for name, parts in comadice_published.published().items() if parts[2]}
+    assert len(urls) == 10
+    for part in ("core/smac_v2/terran_10_vs_10.zip", "prior_work/omiga/mamujoco/6halfcheetah.zip", "prior_work/omiga/smac_v1/corridor.zip"):
+        assert f"{comadice_download.BASE_URL}/{part}" in urls
