@@ -25,6 +25,7 @@ import torch
 import tyro
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.nn.functional import smooth_l1_loss
 from torchrl.envs import EnvBase
 
 from comadice_bc import report, training
@@ -61,9 +62,19 @@ class Args(RunArgs):
 # ---------------------------------------------------------------- the losses; reward, terminated and *_tot are [B]
 
 
-def q_loss(q_tot: Tensor, reward: Tensor, terminated: Tensor, q_tot_next: Tensor, gamma: float) -> Tensor:
-    """E_D[(r + gamma q_tot(s', a') - q_tot(s, a))^2], a' the best candidate, q_tot(s', a') from target networks; summed over leading q_tot [J, B]."""
-    return (reward + gamma * q_tot_next.masked_fill(terminated, 0) - q_tot).square().mean(-1).sum()
+def q_target(reward: Tensor, terminated: Tensor, q_tot_next: Tensor, gamma: float) -> Tensor:
+    """r + gamma q_tot(s', a') [B], a' the best candidate, q_tot(s', a') from target networks."""
+    return reward + gamma * q_tot_next.masked_fill(terminated, 0)  # Fujimoto et al. 2019a, Eq. 13, with soft_clipped
+
+
+def q_loss(q_tot_j: Tensor, target: Tensor) -> Tensor:
+    """E_D[(target - q_tot)^2], summed over the twins [2, B]."""
+    return (target - q_tot_j).square().mean(-1).sum()
+
+
+def huber_q_loss(q_tot: Tensor, target: Tensor) -> Tensor:
+    """E_D[l(target - q_tot)], Huber's l: half the square up to 1, linear beyond. q_tot and target [B]."""
+    return smooth_l1_loss(q_tot, target)  # Fujimoto et al. 2019b, the loss of discrete BCQ
 
 
 def soft_clipped(q_j: Tensor, clip_lambda: float) -> Tensor:
@@ -72,7 +83,10 @@ def soft_clipped(q_j: Tensor, clip_lambda: float) -> Tensor:
 
 
 def vae_loss(reconstruction: Tensor, action: Tensor, mean: Tensor, log_std: Tensor, kl_weight: float) -> Tensor:
-    """Squared error of the reconstructed action, and the KL divergence of Normal(mean, std) from Normal(0, 1), as means over entries."""
+    """Squared error of the reconstructed action, and the KL divergence of Normal(mean, std) from Normal(0, 1).
+
+    Both are means over entries and weighted as in the authors' code; Algorithm 1 has their sums, equally weighted.
+    """
     kl = 0.5 * (mean.square() + (2 * log_std).exp() - 1) - log_std
     return (reconstruction - action).square().mean() + kl_weight * kl.mean()  # Fujimoto et al. 2019a, Algorithm 1
 
@@ -133,7 +147,7 @@ class ContinuousBCQ(nn.Module):
             q_tot_next = target.mixer(q_next, batch["next", "state"])
             proposal = self.decode(obs, latent)
         q_tot = self.mixer(self.q_j(obs, action), batch["state"])  # [2, B]
-        L_q = q_loss(q_tot, batch["reward"][:, 0], batch["terminated"][:, 0], q_tot_next, args.gamma)
+        L_q = q_loss(q_tot, q_target(batch["reward"][:, 0], batch["terminated"][:, 0], q_tot_next, args.gamma))
         L_xi = -self.q[0](obs, self.perturb(obs, proposal)).sum(-1).mean()  # Fujimoto et al. 2019a, Eq. 12
         L_vae = vae_loss(reconstruction, action, mean, log_std, args.kl_weight)
         return [("q_loss", L_q, (self.q, self.mixer)), ("policy_loss", L_xi, (self.perturbation,)), ("vae_loss", L_vae, (self.encoder, self.decoder))]
@@ -160,7 +174,7 @@ class DiscreteBCQ(nn.Module):
             next_action = self.act(next_obs, batch["next", "agents", "action_mask"])
             q_tot_next = target.mixer(target.q(next_obs, next_action), batch["next", "state"])
         q_tot = self.mixer(self.q(obs, action), batch["state"])
-        L_q = q_loss(q_tot, batch["reward"][:, 0], batch["terminated"][:, 0], q_tot_next, args.gamma)
+        L_q = huber_q_loss(q_tot, q_target(batch["reward"][:, 0], batch["terminated"][:, 0], q_tot_next, args.gamma))
         L_bc = -self.behaviour.log_prob(obs, action, batch["agents", "action_mask"]).sum(-1).mean()
         return [("q_loss", L_q, (self.q, self.mixer)), ("policy_loss", L_bc, (self.behaviour,))]
 

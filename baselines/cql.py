@@ -40,7 +40,7 @@ BOX = 1.0  # the simulator clips continuous actions to [-1, 1]; recorded ones be
 @dataclass
 class Args(RunArgs):
     cql_alpha: float = 1.0
-    """weight of the conservative term (OMIGA's experiments; Kumar et al. use 0.5 to 5)"""
+    """weight of the conservative term beside the squared Bellman error (OMIGA's experiments); Eq. 4 has half of that error, so 1 is its alpha = 0.5"""
     cql_samples: int = 10
     """continuous actions: samples of each kind in the log-sum-exp (Kumar et al., Appendix F)"""
     gamma: float = 0.99

@@ -11,6 +11,8 @@ discrete actions: pi_i's exponent is the advantage over sum_a pi_i(a) q_i(a) of 
     value of the observation alone cancels against Z where Z is exact, and makes different observations comparable where it is a sum over the batch.
 continuous actions: the exponent is w_i q_i itself, as in OMIGA's experiments.
 
+w_i stands within the exponent, where the derivation puts it; ICQ-MA's code on StarCraft multiplies the weight exp(A_i / alpha) / Z by it.
+
 The paper's TD(lambda) needs trajectories; on single transitions it is lambda = 0.
 """
 

@@ -228,7 +228,10 @@ def bcq_losses(net, target, batch, args, calls) -> dict:
             totals = [mix(net.mixer, [q_value(q, i, o[i], a[i].clip(-1, 1)) for i in range(n)], s) for q in net.q]
             proposal = [np.tanh(local(net.decoder, i, o[i], latent[b, i])) for i in range(n)]
             policy_loss.append(-sum(q_value(net.q[0], i, o[i], perturbed(net, i, o[i], proposal[i])) for i in range(n)))
-        q_loss.append(sum((r + (0 if terminated else GAMMA * mix(target.mixer, q_next, s2)) - x) ** 2 for x in totals))
+        errors = [r + (0 if terminated else GAMMA * mix(target.mixer, q_next, s2)) - x for x in totals]
+        if m[0] is not None:  # Huber's loss
+            errors = [math.sqrt(e**2 / 2 if abs(e) < 1 else abs(e) - 0.5) for e in errors]
+        q_loss.append(sum(e**2 for e in errors))
     return {"q_loss": np.mean(q_loss), "policy_loss": np.mean(policy_loss)} | ({"vae_loss": np.mean(vae)} if vae else {})
 
 
