@@ -169,7 +169,7 @@ def plot_curves(curves: dict[str, list[list[dict]]], dataset_return: float, titl
 
 def report(curves: dict[str, list[list[dict]]], card: dict, args: RunArgs, picture: str):
     """Prints the last evaluations' returns beside the data's, and draws the learning curves into the folder of the runs."""
-    rolled_out = all("return" in metrics[-1] for seeds in curves.values() for metrics in seeds)
+    rolled_out = all("return" in row for seeds in curves.values() for metrics in seeds for row in metrics if row["stage"] == "policy")
     print(f"\n{args.env} {args.task} {args.quality}, {args.steps:,} steps, seeds {args.seeds}, {card.get('engine')}")
     print(f"{'':<24}{'return':>12}")
     print(f"{'behaviour data':<24}{card['return_mean']:>12.2f} ± {card['return_std']:.2f} (over episodes)")

@@ -79,7 +79,7 @@ def main(args: Args):
         winrate = "" if row["winrate"] is None else f"{100 * row['winrate']:>8.1f}%"
         replayed = f"   {row['replayed']} battles played again: the game died" if row["replayed"] else ""
         print(f"{row['run']:<70}{row['return_mean']:>10.2f} ± {row['return_std']:<7.2f}{row['length']:>9.1f}{winrate}{replayed}")
-    if len(rows) > 1:
+    if len(rows) > 1 and all((state["algo"], state["card"]) == (loaded[0][1]["algo"], loaded[0][1]["card"]) for _, state in loaded):  # seeds of one cell
         means = torch.tensor([row["return_mean"] for row in rows])
         print(f"{'mean ± std over runs':<70}{means.mean():>10.2f} ± {means.std(correction=0):<7.2f}")
         if all(row["winrate"] is not None for row in rows):

@@ -2,24 +2,28 @@
 
     python comadice_eval.py report runs/        # -> runs/report/report.md, report.csv and PNGs
 
-Every folder below RUNS that holds a finished run is a seed of a cell: an instance (simulator, task, quality), a method, and the
-arguments with which it ran. Runs of other arguments are never averaged: where a method ran with several, as in an ablation
+Every folder below RUNS that holds a finished run is a seed of a cell: an instance (simulator, task, quality, data), a method, and
+the arguments with which it ran. Runs of other arguments are never averaged: where a method ran with several, as in an ablation
 (--out runs/alpha0.1 and so on), each has a column, named by what differs. What is left out is listed with its reason.
 """
 
 import csv
 import json
 import math
+import os
+import re
+import shutil
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import tyro
 
 from comadice_data import BadInput, read_json
 from comadice_published import published
-from comadice_runs import FREE
+from comadice_runs import FREE, eval_steps
 
 METHODS = ["bc", "bcq", "cql", "icq", "omar", "omiga", "comadice"]  # the paper's order
 ABLATIONS = {"alpha": "alpha", "f": "f-divergence", "mixer_layers": "layers of the mixer"}  # Sections B.4, B.5, B.6
@@ -43,7 +47,7 @@ class Run(NamedTuple):
     path: Path
     instance: tuple  # env, task, quality, engine, the dataset's mean return
     method: str
-    config: tuple  # the arguments that make a difference, as sorted (name, value)
+    config: tuple  # the arguments that make a difference, as sorted (name, text)
     seed: int
     steps: list[int]
     curves: dict[str, list[float]]  # metric -> a value an evaluation
@@ -54,16 +58,27 @@ class Cell(NamedTuple):
 
     instance: tuple
     method: str
-    setting: tuple  # (name, value) of each argument that varies among this method's runs of an instance
+    setting: tuple  # (name, text) of each argument that varies among this method's runs of some instance
     runs: list[Run]
 
     @property
     def column(self) -> str:
-        return " ".join([self.method, *(f"{k}={show(v)}" for k, v in self.setting)])
+        return " ".join([self.method, *(f"{k}={v}" for k, v in self.setting)])
 
 
 def show(value) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    """An argument as text: different values differ, and 10.0 is 10."""
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def numeric(text: str) -> tuple:
+    """Sorts numbers by value, before other text."""
+    try:
+        return (0, float(text), "")
+    except ValueError:
+        return (1, 0.0, text)
 
 
 def mean_std(values: list[float]) -> tuple[float, float]:
@@ -79,81 +94,92 @@ def read_run(path: Path) -> Run:
     if not (path / "config.json").is_file():
         raise BadInput("no config.json: not a run directory of this project")
     config = read_json(path / "config.json")
-    needed = {"algo", "seed", "steps", "env", "task", "quality"}
-    if not isinstance(config, dict) or not needed <= config.keys():
+    kinds = {"algo": str, "env": str, "task": str, "quality": str, "seed": int, "steps": int, "evals": int}
+    if not isinstance(config, dict) or any(type(config.get(k)) is not kind for k, kind in kinds.items()):
         raise BadInput("config.json is not that of a run of this project")
+    for key in ("algo", "env", "task", "quality"):
+        if not re.fullmatch(r"[\w-]+", config[key]):
+            raise BadInput(f"config.json: {key} is {config[key]!r}, which is no name")
+    if min(config["steps"], config["evals"]) < 1:
+        raise BadInput("config.json: steps and evals must be positive")
     if not (path / "metrics.csv").is_file():
         raise BadInput("not finished: no metrics.csv yet")
     try:
         with open(path / "metrics.csv", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["stage"] == "policy"]
         steps = [int(row["step"]) for row in rows]
-        last = steps[-1] if steps else 0
         if not (path / "summary.json").is_file():
-            raise BadInput(f"not finished: {last:,} of {config['steps']:,} steps of the policy; go on with --resume")
-        if last != config["steps"]:
-            raise BadInput(f"metrics.csv ends at step {last:,}, not at {config['steps']:,}")
+            raise BadInput(f"not finished: {steps[-1] if steps else 0:,} of {config['steps']:,} steps of the policy; go on with --resume")
+        if steps != sorted(eval_steps(SimpleNamespace(**config))):
+            raise BadInput(f"metrics.csv has {len(steps)} evaluations up to step {steps[-1] if steps else 0:,}, "
+                           f"config.json asks for {config['evals']} up to step {config['steps']:,}")
         summary = read_json(path / "summary.json")
         if summary["return"] is None:
             raise BadInput("its policy was not rolled out")
         curves = {"return": [float(row["return"]) for row in rows]}
         if summary["winrate"] is not None:
             curves["winrate"] = [100 * float(row["winrate"]) for row in rows]
-        instance = (config["env"], config["task"], config["quality"], summary["engine"], float(summary["dataset_return"]))
+        instance = (config["env"], config["task"], config["quality"], str(summary["engine"]), float(summary["dataset_return"]))
     except BadInput:
         raise
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, OverflowError, OSError, csv.Error) as error:
         raise BadInput(f"metrics.csv or summary.json is damaged ({type(error).__name__}: {error})") from None
-    if not all(math.isfinite(v) for values in curves.values() for v in values):
-        raise BadInput("metrics.csv holds a value that is not finite")
-    settings = {k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in config.items() if k not in (*FREE, *needed - {"steps"})}
+    if not all(abs(v) < 1e12 for v in (*instance[4:], *curves["return"])) or not all(0 <= v <= 100 for v in curves.get("winrate", [])):
+        raise BadInput("metrics.csv or summary.json holds a number that is no return or winrate")
+    settings = {k: show(v) for k, v in config.items() if k == "steps" or k not in (*FREE, *kinds)}
+    if "checkpoint" in settings:  # weighted BC: each seed has the ratio of a run of its own
+        settings["checkpoint"] = re.sub(r"seed\d+$", "seed*", settings["checkpoint"])
     return Run(path, instance, config["algo"], tuple(sorted(settings.items())), config["seed"], steps, curves)
 
 
 def find_runs(root: Path, out: Path) -> tuple[list[Run], list[tuple[Path, str]]]:
     """(finished runs below root, what was left out and why)."""
-    folders = [p for p in (root, *sorted(root.rglob("*"))) if p.is_dir() and p != out and out not in p.parents]
-    holds = {p: {file.name for file in p.iterdir() if file.is_file()} for p in folders}
-    runs, left_out, seen = [], [], {}
-    for folder in folders:
-        if not holds[folder]:
-            continue
+    left_out, holds = [], {}
+    for folder, folders, files in os.walk(root, onerror=lambda error: left_out.append((Path(error.filename), f"can't be read: {error.strerror}"))):
+        left_out += [(Path(folder, name), "a link, which is not followed") for name in folders if Path(folder, name).is_symlink()]
+        if files and Path(folder) != out:
+            holds[Path(folder)] = set(files)
+        folders.sort()
+    above = {parent for folder in holds if holds[folder] & RUN_FILES for parent in folder.parents}
+    runs, seen = [], {}
+    for folder in holds:
         if not holds[folder] & RUN_FILES:
-            if not any(folder in other.parents and holds[other] & RUN_FILES for other in folders):  # learning curves lie above runs
+            if folder not in above:  # learning curves lie above runs
                 left_out.append((folder, "not a run directory of this project"))
             continue
         try:
             run = read_run(folder)
+            like = seen.setdefault((run.instance, run.method, run.config), [])
+            same = next((other for other in like if other.seed == run.seed), None)
+            if same:
+                raise BadInput(f"the same run as {same.path}")
+            if like and like[0].curves.keys() != run.curves.keys():
+                raise BadInput(f"one of it and {like[0].path} has a winrate and the other has none")
         except BadInput as error:
             left_out.append((folder, str(error)))
             continue
-        name = (run.instance, run.method, run.config, run.seed)
-        if name in seen:
-            left_out.append((folder, f"the same run as {seen[name]}"))
-            continue
-        seen[name] = folder
+        like.append(run)
         runs.append(run)
     return runs, left_out
 
 
 def make_cells(runs: list[Run]) -> list[Cell]:
     """Groups seeds; a setting names the arguments that vary within some instance, so that columns mean the same in every row."""
-    by_method = defaultdict(lambda: defaultdict(set))
+    by_method = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for run in runs:
-        by_method[run.method][run.instance].add(run.config)
+        by_method[run.method][run.instance][run.config].append(run)
     cells = []
     for method, by_instance in by_method.items():
         varying = set()
         for configs in by_instance.values():
             names = {name for config in configs for name, _ in config}
-            varying |= {name for name in names if len({dict(config).get(name) for config in configs}) > 1}
+            varying |= {name for name in names if len({dict(config).get(name, "(none)") for config in configs}) > 1}
         for instance, configs in by_instance.items():
-            for config in configs:
-                setting = tuple((k, v) for k, v in config if k in varying)
-                seeds = [run for run in runs if (run.instance, run.method, run.config) == (instance, method, config)]
+            for config, seeds in configs.items():
+                setting = tuple((k, dict(config).get(k, "(none)")) for k in sorted(varying))
                 cells.append(Cell(instance, method, setting, sorted(seeds, key=lambda run: run.seed)))
     rank = {method: i for i, method in enumerate(METHODS)}
-    return sorted(cells, key=lambda c: (rank.get(c.method, -1), c.method, [(k, isinstance(v, str), v if v is not None else -1) for k, v in c.setting]))
+    return sorted(cells, key=lambda c: (rank.get(c.method, -1), c.method, [(k, *numeric(v)) for k, v in c.setting]))
 
 
 def missing_seeds(cells: list[Cell]) -> list[str]:
@@ -182,9 +208,9 @@ def paper_numbers() -> dict[tuple, tuple[str, str]]:
 
 
 def of_paper(paper: dict, cell: Cell, metric: str) -> tuple[str, str] | None:
-    """The paper's number of a cell: that of the ablation where exactly one of its arguments varies, else the main tables'."""
-    ablated = [f"{k}={show(v)}" for k, v in cell.setting if k in ABLATIONS]
-    return paper.get((*cell.instance[:3], metric, cell.method, ablated[0] if len(ablated) == 1 else ""))
+    """The paper's number of a cell: the main tables' where nothing varies, the ablation's where one of its arguments does, else none."""
+    setting = " ".join(f"{k}={v}" for k, v in cell.setting)
+    return paper.get((*cell.instance[:3], metric, cell.method, setting))
 
 
 # ---------------------------------------------------------------- writing
@@ -193,44 +219,49 @@ def of_paper(paper: dict, cell: Cell, metric: str) -> tuple[str, str] | None:
 def table(cells: list[Cell], metric: str, last: float, paper: dict) -> list[str]:
     """Lines of Markdown: a row an instance, a column a method and setting, the best mean in bold, the paper's numbers below ours."""
     columns = list(dict.fromkeys(cell.column for cell in cells))
-    found = {(cell.instance, cell.column): cell for cell in cells}
+    instances = sorted({cell.instance for cell in cells})
     most = max(abs(score(cell, metric, last)[0]) for cell in cells)
     digits = 1 if metric == "winrate" or most >= 10 else 3
-    lines = [f"| instance | {'data | ' if metric == 'return' else ''}{' | '.join(columns)} |", "| --- " * (len(columns) + 1 + (metric == "return")) + "|"]
-    for instance in sorted({cell.instance for cell in cells}, key=str):
-        row = [cell for cell in cells if cell.instance == instance]
-        best = max(score(cell, metric, last)[0] for cell in row)
-        most_seeds = max(len(cell.runs) for cell in row)
-        ours, theirs = [f"{instance[1]} {instance[2]}"], ["the paper's"]
-        if metric == "return":
-            statistics = published().get(instance[:3], ["", "", ""])[1]
-            ours.append(f"{instance[4]:.{digits}f}")
-            theirs.append(statistics[2] if statistics else "")
+    lines = [f"| instance | data | {' | '.join(columns)} |", "| --- " * (len(columns) + 2) + "|"]
+    for instance in instances:
+        row = {cell.column: cell for cell in cells if cell.instance == instance}
+        best = max(score(cell, metric, last)[0] for cell in row.values())
+        most_seeds = max(len(cell.runs) for cell in row.values())
+        statistics = published().get(instance[:3], ["", "", ""])[1]
+        ours, theirs = [title(instance, instances), f"{instance[4]:.{digits}f}"], ["the paper's", statistics[2] if statistics else ""]
+        if metric == "winrate":
+            ours[1] = theirs[1] = ""
         for column in columns:
-            cell = found.get((instance, column))
-            if cell is None:
-                ours.append("")
-                theirs.append("")
-                continue
-            mean, std = score(cell, metric, last)
-            text = f"{mean:.{digits}f} ± {std:.{digits}f}"
-            text = f"**{text}**" if mean == best else text
-            ours.append(text if len(cell.runs) == most_seeds else f"{text} ({len(cell.runs)} of {most_seeds} seeds)")
-            number = of_paper(paper, cell, metric)
+            cell, text, number = row.get(column), "", None
+            if cell is not None:
+                mean, std = score(cell, metric, last)
+                text = f"{mean:.{digits}f} ± {std:.{digits}f}" if len(cell.runs) > 1 else f"{mean:.{digits}f} (1 seed)"
+                text = f"**{text}**" if mean == best else text
+                if 1 < len(cell.runs) < most_seeds:
+                    text += f" ({len(cell.runs)} of {most_seeds} seeds)"
+                number = of_paper(paper, cell, metric)
+            ours.append(text)
             theirs.append(" ± ".join(number) if number else "")
         lines.append(f"| {' | '.join(ours)} |")
-        if any(theirs[1 + (metric == "return") :]):
+        if any(theirs[2:]):
             lines.append(f"| {' | '.join(theirs)} |")
     return lines
+
+
+def title(instance: tuple, instances: list[tuple]) -> str:
+    """An instance's name, with engine and data where the name alone is not enough."""
+    name = f"{instance[1]} {instance[2]}"
+    alike = [other for other in instances if other[:3] == instance[:3]]
+    return name if len(alike) == 1 else f"{name} ({instance[3]}, data {instance[4]:g})"
 
 
 def write_csv(cells: list[Cell], last: float, paper: dict, path: Path):
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["env", "task", "quality", "engine", "data_return", "metric", "method", "setting", "mean", "std", "seeds", "paper_mean", "paper_std"])
-        for cell in sorted(cells, key=lambda c: str(c.instance)):
+        for cell in sorted(cells, key=lambda c: c.instance):
             for metric in cell.runs[0].curves:
-                setting = " ".join(f"{k}={show(v)}" for k, v in cell.setting)
+                setting = " ".join(f"{k}={v}" for k, v in cell.setting)
                 seeds = " ".join(str(run.seed) for run in cell.runs)
                 numbers = (*score(cell, metric, last), seeds, *(of_paper(paper, cell, metric) or ("", "")))
                 writer.writerow([*cell.instance, metric, cell.method, setting, *numbers])
@@ -251,18 +282,18 @@ def panels(count: int, width: float = 4.2, height: float = 3.1):
 
 def draw_curves(cells: list[Cell], metric: str, path: Path):
     """Figures 1 and 4 to 8: mean and standard deviation over seeds at every evaluation, a panel an instance."""
-    instances = sorted({cell.instance for cell in cells}, key=str)
+    instances = sorted({cell.instance for cell in cells})
     figure, axes = panels(len(instances))
     color = {column: f"C{i % 10}" for i, column in enumerate(dict.fromkeys(cell.column for cell in cells))}
     for axis, instance in zip(axes, instances):
         for cell in (cell for cell in cells if cell.instance == instance):
             points = [mean_std(list(values)) for values in zip(*(run.curves[metric] for run in cell.runs))]
             mean, low, high = zip(*((m, m - s, m + s) for m, s in points))
-            axis.plot(cell.runs[0].steps, mean, label=cell.column, color=color[cell.column])
+            axis.plot(cell.runs[0].steps, mean, label=cell.column.replace("$", r"\$"), color=color[cell.column])
             axis.fill_between(cell.runs[0].steps, low, high, alpha=0.15, color=color[cell.column], linewidth=0)
         if metric == "return":
             axis.axhline(instance[4], color="grey", linestyle="--", linewidth=1, label="behaviour data")
-        axis.set(title=f"{instance[1]} {instance[2]}", xlabel="gradient steps of the policy", ylabel=metric + (" (%)" if metric == "winrate" else ""))
+        axis.set(title=title(instance, instances), xlabel="gradient steps of the policy", ylabel=metric + (" (%)" if metric == "winrate" else ""))
         axis.legend(fontsize=6)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
@@ -279,13 +310,14 @@ def series(cells: list[Cell], key: str) -> list[list[Cell]]:
 
 def draw_ablation(cells: list[Cell], key: str, metric: str, last: float, paper: dict, path: Path) -> bool:
     """Figures 2, 9 and 10: the score at each value of `key`, a panel an instance; False where nothing was ablated."""
-    charts = [(instance, group) for instance in sorted({cell.instance for cell in cells}, key=str)
+    instances = sorted({cell.instance for cell in cells})
+    charts = [(instance, group) for instance in instances
               for group in series([cell for cell in cells if cell.instance == instance], key)]
     if not charts:
         return False
     figure, axes = panels(len(charts))
     for axis, (instance, group) in zip(axes, charts):
-        names = [show(dict(cell.setting)[key]) for cell in group]
+        names = [dict(cell.setting)[key] for cell in group]
         mean, std = zip(*(score(cell, metric, last) for cell in group))
         axis.bar(names, mean, yerr=std, color="C0", capsize=3, label="here")
         numbers = [(name, of_paper(paper, cell, metric)) for name, cell in zip(names, group)]
@@ -293,8 +325,9 @@ def draw_ablation(cells: list[Cell], key: str, metric: str, last: float, paper: 
         if numbers:
             x, m, s = zip(*numbers)
             axis.errorbar(x, m, yerr=s, fmt="o", color="C1", capsize=3, label="the paper, on its data")
-        others = " ".join(f"{k}={show(v)}" for k, v in group[0].setting if k != key)
-        axis.set(title=f"{instance[1]} {instance[2]} {others}".strip(), xlabel=ABLATIONS[key], ylabel=metric + (" (%)" if metric == "winrate" else ""))
+        others = " ".join(f"{k}={v}" for k, v in group[0].setting if k != key)
+        name = f"{title(instance, instances)} {others}".strip().replace("$", r"\$")
+        axis.set(title=name, xlabel=ABLATIONS[key], ylabel=metric + (" (%)" if metric == "winrate" else ""))
         axis.legend(fontsize=6)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
@@ -308,35 +341,50 @@ def main(args: Args):
     if not 0 < args.last <= 1:
         raise BadInput(f"--last is {args.last}: give a share of the evaluations, above 0 and at most 1")
     out = Path(args.out) if args.out else root / "report"
+    if root.resolve().is_relative_to(out.resolve()):
+        raise BadInput(f"--out {out} holds the runs: give another folder")
+    if out.exists() and not (out / "report.md").is_file():
+        raise BadInput(f"{out} is there and is no report: give another --out")
     runs, left_out = find_runs(root, out)
     if not runs:
         reasons = "".join(f"; {path}: {why}" for path, why in left_out[:3])
         raise BadInput(f"no finished run below {root}{reasons}")
+    partial = out.with_name(out.name + ".partial")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"can't write to {out}: {error.strerror}") from None
-    cells, paper = make_cells(runs), paper_numbers()
-    lines, figures = [], []
+        partial.mkdir(parents=True)
+        names = write_report(make_cells(runs), left_out, args.last, partial)
+        if out.exists():
+            shutil.rmtree(out)
+        partial.rename(out)
+    except (OSError, UnicodeEncodeError) as error:
+        raise BadInput(f"can't write the report to {out}: {error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print((out / "report.md").read_text())
+    print(f"written: {', '.join(str(out / name) for name in names)}")
+
+
+def write_report(cells: list[Cell], left_out: list[tuple[Path, str]], last: float, out: Path) -> list[str]:
+    """Writes all files into `out` and returns their names."""
+    paper, lines, names = paper_numbers(), [], ["report.md", "report.csv"]
     for env in dict.fromkeys(cell.instance[0] for cell in cells):
         family = [cell for cell in cells if cell.instance[0] == env]
-        engines = sorted({str(cell.instance[3]) for cell in family})
+        engines = sorted({cell.instance[3] for cell in family})
         for metric in ("return", "winrate"):
             measured = [cell for cell in family if metric in cell.runs[0].curves]
             if not measured:
                 continue
             unit = " (% of battles won)" if metric == "winrate" else ""
             lines += [f"## {env}: {metric}{unit}", "", f"Mean ± standard deviation over seeds, engine {', '.join(engines)}.", ""]
-            lines += [*table(measured, metric, args.last, paper), ""]
-            figures.append(out / f"curves_{env}_{metric}.png")
-            draw_curves(measured, metric, figures[-1])
+            lines += [*table(measured, metric, last, paper), ""]
+            names.append(f"curves_{env}_{metric}.png")
+            draw_curves(measured, metric, out / names[-1])
             for key in ABLATIONS:
-                path = out / f"ablation_{key}_{env}_{metric}.png"
-                if draw_ablation(measured, key, metric, args.last, paper, path):
-                    figures.append(path)
+                name = f"ablation_{key}_{env}_{metric}.png"
+                if draw_ablation(measured, key, metric, last, paper, out / name):
+                    names.append(name)
     notes = missing_seeds(cells) + [f"left out {path}: {why}" for path, why in left_out]
     lines += ["## Missing and left out", "", *(f"- {note}" for note in notes or ["nothing"])]
     (out / "report.md").write_text("\n".join(lines) + "\n")
-    write_csv(cells, args.last, paper, out / "report.csv")
-    print("\n".join(lines))
-    print(f"\nwritten: {', '.join(str(path) for path in (out / 'report.md', out / 'report.csv', *figures))}")
+    write_csv(cells, last, paper, out / "report.csv")
+    return names

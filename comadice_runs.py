@@ -22,7 +22,7 @@ from comadice_envs import check_task
 from comadice_published import downloadable
 
 DATA_ROOT = Path(__file__).parent / "data"
-FREE = ("seeds", "data", "out", "resume", "overwrite", "device", "workers")  # arguments that make no difference to a run's result
+FREE = ("seeds", "data", "out", "resume", "overwrite", "device", "workers")  # arguments that may differ when a run is resumed
 
 
 @dataclass

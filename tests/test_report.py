@@ -20,7 +20,7 @@ def make_run(root, algo="comadice", seed=0, returns=(1.0,), winrates=None, engin
     name = INSTANCE | {k: config.pop(k) for k in tuple(config) if k in INSTANCE}
     run = Path(root, *name.values(), algo, f"seed{seed}")
     run.mkdir(parents=True)
-    arguments = name | {"algo": algo, "seed": seed, "steps": steps, "out": str(root), "seeds": [seed], "data": None} | config
+    arguments = name | {"algo": algo, "seed": seed, "steps": steps, "evals": len(returns), "out": str(root), "seeds": [seed], "data": None} | config
     (run / "config.json").write_text(json.dumps(arguments))
     with open(run / "metrics.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, ["stage", "step", "return", "winrate"])
@@ -129,7 +129,7 @@ def damage(run: Path, how: str):
     [
         ("no summary", "not finished: 100 of 100 steps"), ("only config", "not finished: no metrics.csv"), ("no rollouts", "not rolled out"),
         ("not json", "config.json"), ("foreign config", "not that of a run of this project"), ("no config", "not a run directory"),
-        ("cut", "ends at step 50, not at 100"), ("nan", "not finite"), ("text", "damaged"), ("other table", "damaged"),
+        ("cut", "has 1 evaluations up to step 50"), ("nan", "no return or winrate"), ("text", "damaged"), ("other table", "damaged"),
     ],
 )
 def test_a_run_that_is_left_out_is_named(how, why, tmp_path, capsys):
@@ -153,6 +153,50 @@ def test_foreign_folders_and_copies(tmp_path):
     assert f"- left out {tmp_path}/notes: not a run directory of this project" in text and text.count("- left out") == 2 and "the same run as" in text
     again, _ = report(tmp_path)  # the report of the first time is no run
     assert again == text
+
+
+@pytest.mark.parametrize("change", [
+    {"seed": "1"}, {"seed": True}, {"seed": None}, {"env": ["a"]}, {"algo": {}}, {"task": "../../x"}, {"task": "a|b"}, {"quality": ""}, {"steps": 0},
+    {"steps": "100"}, {"evals": 7}, {"evals": None}])
+def test_odd_arguments_leave_a_run_out(change, tmp_path):
+    make_run(tmp_path, seed=0)
+    run = make_run(tmp_path, seed=1)
+    (run / "config.json").write_text(json.dumps(json.loads((run / "config.json").read_text()) | change))
+    text, rows = report(tmp_path)
+    assert [row["seeds"] for row in rows] == ["0"] and f"left out {run}" in text
+
+
+def test_arguments_that_are_new_or_null_are_told_apart(tmp_path):
+    """Runs from before an argument existed, with null, and with close numbers are four cells, whatever their columns are called."""
+    make_run(tmp_path / "a", returns=[1.0])
+    for i, mass in enumerate((None, 0.5, 0.5 + 1e-12)):
+        make_run(tmp_path / f"b{i}", returns=[2.0 + i], mass=mass)
+    text, rows = report(tmp_path)
+    assert sorted(float(row["mean"]) for row in rows) == [1, 2, 3, 4] and all(f"{x}.000 (1 seed)" in text for x in (1, 2, 3, 4))
+    assert {row["paper_mean"] for row in rows} == {""}  # which of them would be the paper's?
+
+
+def test_a_winrate_that_only_one_seed_has(tmp_path):
+    make_run(tmp_path, seed=0, returns=[1.0], winrates=[0.5])
+    make_run(tmp_path, seed=1, returns=[1.0])
+    text, rows = report(tmp_path)
+    assert {row["seeds"] for row in rows} == {"0"} and "has a winrate and the other has none" in text
+
+
+def test_the_report_replaces_only_a_report(tmp_path):
+    make_run(tmp_path / "runs", returns=[1.0])
+    old = tmp_path / "notes"
+    old.mkdir()
+    (old / "mine.txt").write_text("x")
+    for out, match in ((old, "is no report"), (tmp_path, "holds the runs"), (tmp_path / "runs", "holds the runs")):
+        with pytest.raises(BadInput, match=match):
+            comadice_report.main(comadice_report.Args(runs=str(tmp_path / "runs"), out=str(out)))
+    assert [p.name for p in old.iterdir()] == ["mine.txt"]
+    report(tmp_path / "runs")
+    stale = tmp_path / "runs/report/ablation_alpha_mamujoco_return.png"
+    stale.write_bytes(b"")
+    report(tmp_path / "runs")
+    assert not stale.exists()
 
 
 @pytest.mark.parametrize("flags, match", [({"runs": "nowhere"}, "no folder at nowhere"), ({"last": 0.0}, "--last"), ({}, "no finished run below")])
