@@ -51,8 +51,8 @@ class Args(RunArgs):
     """what w* is extracted from: r + gamma nu_tot(s') - nu_tot(s), or the paper's M[q - nu]"""
     critic_lr: float = 1e-4
     """Adam's learning rate for nu, q and the mixer (Table 4 gives q's); --lr is the policies'"""
-    alpha: float = 1.0
-    """weight of the divergence from the data, in units of the reward (Eq. 1)"""
+    alpha: float | None = None
+    """weight of the divergence from the data, in units of the reward (Eq. 1; default: half the data's mean absolute reward)"""
     f: Literal["soft_chi2", "chi2", "kl"] = "soft_chi2"
     """f-divergence (Section B.5)"""
     mixer_layers: Literal[1, 2] = 1
@@ -79,9 +79,13 @@ QUICK = Args(quality="demo", seeds=[0, 1, 2], steps=3000, evals=6, eval_episodes
 
 
 def fill_in(args: Args, rows: TensorDict) -> Args:
-    """The defaults that depend on the data's rewards: with them nu is of the order of 10 on robots and in battles alike."""
-    size = rows["reward"].abs().mean().item() or 1.0
-    return replace(args, reward_scale=0.2 / size) if args.reward_scale is None else args
+    """The defaults that depend on the data: with them alpha means the same, and nu is of the order of 10, on robots and in battles.
+
+    They are rounded to four digits, so that they do not depend on the order in which a machine adds up.
+    """
+    size = rows["reward"].double().abs().mean().item() or 1.0
+    defaults = {"alpha": 0.5 * size, "reward_scale": 0.2 / size}
+    return replace(args, **{name: float(f"{value:.4g}") for name, value in defaults.items() if getattr(args, name) is None})
 
 
 def values(critics, *where: TensorDict) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
@@ -268,9 +272,8 @@ def train_seed(args: Args, seed: int, rows: TensorDict, card: dict, env) -> list
 def main(args: Args):
     quick = args is QUICK
     check_args(args)
-    check_positive(args, "critic_lr", "alpha", "mixer_hidden", "init_batch_size")
-    if args.reward_scale is not None:
-        check_positive(args, "reward_scale")
+    check_positive(args, "critic_lr", "mixer_hidden", "init_batch_size")
+    check_positive(args, *(name for name in ("alpha", "reward_scale") if getattr(args, name) is not None))
     if not 0 <= args.gamma < 1 or not 0 < args.tau <= 1 or not 0 <= args.lambda_scale < math.inf:
         raise BadInput("--gamma must be in [0, 1), --tau in (0, 1] and --lambda-scale at least 0")
     if args.objective == "semi" and args.lambda_scale:

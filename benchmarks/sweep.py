@@ -195,22 +195,24 @@ def train_policies(members: list[tuple[dict, torch.Tensor]], rows: TensorDict, c
     table = []
     for m, (name, w) in enumerate(tqdm(members, desc="evaluations", mininterval=2)):
         # A ratio that is zero or not finite trains nothing; comadice_train.py refuses it.
-        returns = torch.tensor([job[m].result() if finite[m] else math.nan for job in jobs])
-        table.append(name | {"return": returns.mean().item(), "std_over_evaluations": returns.std(correction=0).item(), **ratio_stats(w)})
+        played = torch.tensor([job[m].result() if finite[m] else (math.nan, math.nan) for job in jobs])
+        (score, winrate), spread = played.mean(0).tolist(), played[:, 0].std(correction=0).item()
+        table.append(name | {"return": score, "winrate": winrate, "std_over_evaluations": spread, **ratio_stats(w)})
     return table
 
 
 ENVS = {}
 
 
-def play(card: dict, parameters: dict, hidden: int, episodes: int, seed: int) -> float:
-    """A policy's mean return; runs in a worker process."""
+def play(card: dict, parameters: dict, hidden: int, episodes: int, seed: int) -> tuple[float, float]:
+    """A policy's mean return and its winrate in percent (nan where there are no battles); runs in a worker process."""
     torch.set_num_threads(1)
     if not ENVS:
         ENVS["env"] = eval_env(card, episodes)
     policy = make_policy(card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], hidden)
     TensorDict(parameters).to_module(policy)
-    return evaluate(policy, ENVS["env"], episodes, seed)["return_mean"]
+    result = evaluate(policy, ENVS["env"], episodes, seed)
+    return result["return_mean"], math.nan if result["winrate"] is None else 100 * result["winrate"]
 
 
 def main(args: Args):
@@ -231,16 +233,19 @@ def main(args: Args):
         writer = csv.DictWriter(file, list(table[0]))
         writer.writeheader()
         writer.writerows(table)
-    print(f"\n{card['env']} {card['task']} {card['quality']}: behaviour {card['return_mean']:.1f}, {args.steps} steps a stage, "
+    print(f"\n{card['env']} {card['task']} {card['quality']}: behaviour {card['return_mean']:.4g}, {args.steps} steps a stage, "
           f"{time.time() - began:.0f} s on {torch.cuda.get_device_name(device) if device.type == 'cuda' else device}")
-    print("| objective | w* from | alpha | lr | return | E[w] | w = 0 | ess | nu_tot(s0) |\n|---|---|---|---|---|---|---|---|---|")
+    battles = not math.isnan(table[0]["winrate"])
+    print(f"| objective | w* from | alpha | lr | return |{' won % |' * battles} E[w] | w = 0 | ess | nu_tot(s0) |\n|{'---|' * (9 + battles)}")
     cells = {}
     for row in table:
         cells.setdefault((row["objective"], row["advantage"], row["alpha"], row["lr"]), []).append(row)
     for key, runs in cells.items():
-        returns = torch.tensor([r["return"] for r in runs])
+        score = lambda key, runs=runs: torch.tensor([r[key] for r in runs])
+        won = f" {score('winrate').mean():.1f} ± {score('winrate').std(correction=0):.1f} |" * battles
         w, zero, ess, nu = (sum(r[k] for r in runs) / len(runs) for k in ("mean_w", "w_zero", "ess", "nu_init"))
-        print(f"| {' | '.join(map(str, key))} | {returns.mean():.4g} ± {returns.std(correction=0):.3g} | {w:.3g} | {zero:.2f} | {ess:.3f} | {nu:.3g} |")
+        returns = f"{score('return').mean():.4g} ± {score('return').std(correction=0):.3g}"
+        print(f"| {' | '.join(map(str, key))} | {returns} |{won} {w:.3g} | {zero:.2f} | {ess:.3f} | {nu:.3g} |")
 
 
 if __name__ == "__main__":

@@ -312,8 +312,16 @@ def test_eval_script_gives_the_return_of_the_run(run, bc_run, tmp_path, capsys):
         assert (result["run"], result["episodes"]) == (str(path), 2)
         assert (result["return_mean"], result["return_std"]) == (summary["return"]["mean"], summary["return"]["std"])
         assert f"{result['return_mean']:.2f} ± {result['return_std']:.2f}" in printed
-    means = np.array([r["return_mean"] for r in results])
-    assert f"{means.mean():.2f} ± {means.std():.2f}" in printed.splitlines()[-1]
+    assert "over runs" not in printed  # ComaDICE and BC have no common mean
+
+
+def test_eval_script_averages_over_seeds(bc_run, tmp_path, capsys):
+    state = torch.load(bc_run / "checkpoint.pt", weights_only=True)
+    state["policy"] = {name: 1.5 * value for name, value in state["policy"].items()}
+    torch.save(state, tmp_path / "checkpoint.pt")
+    comadice_eval.main(comadice_eval.Args(run=[str(bc_run), str(tmp_path)], episodes=2, device="cpu", out=str(tmp_path / "result.json")))
+    means = np.array([r["return_mean"] for r in json.loads((tmp_path / "result.json").read_text())])
+    assert means.std() > 0 and f"{means.mean():.2f} ± {means.std():.2f}" in capsys.readouterr().out.splitlines()[-1]
 
 
 # ---------------------------------------------------------------- killed runs
@@ -854,8 +862,10 @@ def test_files_that_need_torch_alone(name, tmp_path):
     assert done.stdout.split() == [str(tmp_path / f"{name}.py"), name]
 
 
-def test_reward_scale_follows_the_data(hopper_data):
+def test_reward_scale_and_alpha_follow_the_data(hopper_data):
     rows, _ = open_dataset(hopper_data)
     size = rows["reward"][~last_rows(rows)[:, None]].abs().sum() / len(rows)
-    assert comadice_train.fill_in(comadice_train.Args(), rows).reward_scale == pytest.approx(0.2 / size.item())
-    assert comadice_train.fill_in(comadice_train.Args(reward_scale=3.0), rows).reward_scale == 3.0
+    assert comadice_train.fill_in(comadice_train.Args(), rows).reward_scale == pytest.approx(0.2 / size.item(), rel=1e-3)
+    assert comadice_train.fill_in(comadice_train.Args(), rows).alpha == pytest.approx(0.5 * size.item(), rel=1e-3)
+    given = comadice_train.fill_in(comadice_train.Args(reward_scale=3.0, alpha=7.0), rows)
+    assert (given.reward_scale, given.alpha) == (3.0, 7.0)

@@ -42,7 +42,7 @@ def rows(n: int, discrete: bool) -> TensorDict:
 
 def critic_step(n: int, discrete: bool, **flags) -> list[str]:
     torch.manual_seed(0)
-    args = comadice_train.Args(hidden=8, batch_size=16, reward_scale=0.1, **flags)
+    args = comadice_train.Args(hidden=8, batch_size=16, reward_scale=0.1, alpha=1.0, **flags)
     card = {"n_agents": n, "obs_dim": 5, "state_dim": 7, "action_dim": 4, "discrete": discrete}
     data = rows(n, discrete)
     critics = comadice_train.make_critics(card, args)
@@ -95,7 +95,7 @@ def test_policy_step_waits_for_nothing_and_has_no_agent_loop(discrete):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("objective", ["exact", "printed", "released", "semi"])
 def test_critic_step_on_a_gpu_does_not_synchronise(objective):
-    args = comadice_train.Args(hidden=8, batch_size=16, reward_scale=0.1, objective=objective)
+    args = comadice_train.Args(hidden=8, batch_size=16, reward_scale=0.1, alpha=1.0, objective=objective)
     card = {"n_agents": 3, "obs_dim": 5, "state_dim": 7, "action_dim": 4, "discrete": False}
     data = rows(3, False).to("cuda")
     critics = comadice_train.make_critics(card, args).to("cuda")
