@@ -83,6 +83,12 @@ def check_positive(args, *names: str):
             raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a positive number")
 
 
+def check_discount(args):
+    """Raises BadInput for a discount or a target's step out of its range."""
+    if not 0 <= args.gamma < 1 or not 0 < args.tau <= 1:
+        raise BadInput(f"--gamma must be in [0, 1) and --tau in (0, 1], they are {args.gamma} and {args.tau}")
+
+
 def eval_steps(args: RunArgs) -> set[int]:
     """The steps after which a stage is evaluated: args.evals of them, evenly spread, the last step among them."""
     return {max(round(i * args.steps / args.evals), 1) for i in range(1, args.evals + 1)}

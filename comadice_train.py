@@ -28,6 +28,7 @@ from comadice_rollout import try_eval_env
 from comadice_runs import (
     RunArgs,
     check_args,
+    check_discount,
     check_positive,
     eval_steps,
     finish_run,
@@ -274,8 +275,9 @@ def main(args: Args):
     check_args(args)
     check_positive(args, "critic_lr", "mixer_hidden", "init_batch_size")
     check_positive(args, *(name for name in ("alpha", "reward_scale") if getattr(args, name) is not None))
-    if not 0 <= args.gamma < 1 or not 0 < args.tau <= 1 or not 0 <= args.lambda_scale < math.inf:
-        raise BadInput("--gamma must be in [0, 1), --tau in (0, 1] and --lambda-scale at least 0")
+    check_discount(args)
+    if not 0 <= args.lambda_scale < math.inf:
+        raise BadInput("--lambda-scale must be a finite number, at least 0")
     if args.objective == "semi" and args.lambda_scale:
         raise BadInput("--objective semi has E[w | s] = 1 in every state and no multiplier: use --lambda-scale 0")
     if args.objective == "released" and args.mixer_layers == 2:

@@ -32,7 +32,7 @@ from comadice_bc import report, training
 from comadice_data import BadInput, make_replay, run_script
 from comadice_mixer import LinearMixer, LocalMLP, Q, make_policy
 from comadice_rollout import try_eval_env
-from comadice_runs import RunArgs, check_args, check_positive, load_dataset, pick_device
+from comadice_runs import RunArgs, check_args, check_discount, check_positive, load_dataset, pick_device
 from comadice_train import update_target
 
 KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
@@ -214,8 +214,9 @@ def train_seed(args: Args, seed: int, rows: TensorDict, card: dict, env: EnvBase
 def main(args: Args):
     check_args(args)
     check_positive(args, "phi", "candidates", "kl_weight", "mixer_hidden")
-    if not 0 <= args.gamma < 1 or not 0 < args.tau <= 1 or not 0 <= args.clip_lambda <= 1 or not 0 <= args.threshold < 1:
-        raise BadInput("--gamma and --threshold must be in [0, 1), --tau in (0, 1] and --clip-lambda in [0, 1]")
+    check_discount(args)
+    if not 0 <= args.clip_lambda <= 1 or not 0 <= args.threshold < 1:
+        raise BadInput("--clip-lambda must be in [0, 1] and --threshold in [0, 1)")
     device = pick_device(args.device)
     rows, card = load_dataset(args, device)
     env = try_eval_env(card, args.eval_episodes, args.workers)

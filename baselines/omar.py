@@ -33,7 +33,7 @@ from comadice_bc import report, training
 from comadice_data import BadInput, make_replay, run_script
 from comadice_mixer import Q, make_policy
 from comadice_rollout import try_eval_env
-from comadice_runs import RunArgs, check_args, check_positive, load_dataset, pick_device
+from comadice_runs import RunArgs, check_args, check_discount, check_positive, load_dataset, pick_device
 from comadice_train import update_target
 
 KEYS = [("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
@@ -177,8 +177,9 @@ def train_seed(args: Args, seed: int, rows: TensorDict, card: dict, env: EnvBase
 def main(args: Args):
     check_args(args)
     check_positive(args, "search_steps", "search_samples", "search_std", "cql_alpha", "cql_samples", "cql_std")
-    if not 0 <= args.gamma < 1 or not 0 < args.tau <= 1 or not 0 <= args.rectification <= 1:
-        raise BadInput("--gamma must be in [0, 1), --tau in (0, 1] and --rectification in [0, 1]")
+    check_discount(args)
+    if not 0 <= args.rectification <= 1:
+        raise BadInput("--rectification must be in [0, 1]")
     device = pick_device(args.device)
     rows, card = load_dataset(args, device)
     env = try_eval_env(card, args.eval_episodes, args.workers)
