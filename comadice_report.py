@@ -27,6 +27,7 @@ from comadice_runs import FREE, eval_steps
 
 METHODS = ["bc", "bcq", "cql", "icq", "omar", "omiga", "comadice"]  # the paper's order
 ABLATIONS = {"alpha": "alpha", "f": "f-divergence", "mixer_layers": "layers of the mixer"}  # Sections B.4, B.5, B.6
+AXIS = {"return": "return", "winrate": "winrate (%)"}
 RUN_FILES = {"config.json", "metrics.csv", "summary.json", "checkpoint.pt"}
 PAPER = Path(__file__).parent / "paper_tables.csv"
 
@@ -62,8 +63,13 @@ class Cell(NamedTuple):
     runs: list[Run]
 
     @property
+    def label(self) -> str:
+        """The setting as text, which is how paper_tables.csv names an ablation's."""
+        return " ".join(f"{k}={v}" for k, v in self.setting)
+
+    @property
     def column(self) -> str:
-        return " ".join([self.method, *(f"{k}={v}" for k, v in self.setting)])
+        return f"{self.method} {self.label}".strip()
 
 
 def show(value) -> str:
@@ -209,8 +215,7 @@ def paper_numbers() -> dict[tuple, tuple[str, str]]:
 
 def of_paper(paper: dict, cell: Cell, metric: str) -> tuple[str, str] | None:
     """The paper's number of a cell: the main tables' where nothing varies, the ablation's where one of its arguments does, else none."""
-    setting = " ".join(f"{k}={v}" for k, v in cell.setting)
-    return paper.get((*cell.instance[:3], metric, cell.method, setting))
+    return paper.get((*cell.instance[:3], metric, cell.method, cell.label))
 
 
 # ---------------------------------------------------------------- writing
@@ -261,10 +266,9 @@ def write_csv(cells: list[Cell], last: float, paper: dict, path: Path):
         writer.writerow(["env", "task", "quality", "engine", "data_return", "metric", "method", "setting", "mean", "std", "seeds", "paper_mean", "paper_std"])
         for cell in sorted(cells, key=lambda c: c.instance):
             for metric in cell.runs[0].curves:
-                setting = " ".join(f"{k}={v}" for k, v in cell.setting)
                 seeds = " ".join(str(run.seed) for run in cell.runs)
                 numbers = (*score(cell, metric, last), seeds, *(of_paper(paper, cell, metric) or ("", "")))
-                writer.writerow([*cell.instance, metric, cell.method, setting, *numbers])
+                writer.writerow([*cell.instance, metric, cell.method, cell.label, *numbers])
 
 
 def panels(count: int, width: float = 4.2, height: float = 3.1):
@@ -293,7 +297,7 @@ def draw_curves(cells: list[Cell], metric: str, path: Path):
             axis.fill_between(cell.runs[0].steps, low, high, alpha=0.15, color=color[cell.column], linewidth=0)
         if metric == "return":
             axis.axhline(instance[4], color="grey", linestyle="--", linewidth=1, label="behaviour data")
-        axis.set(title=title(instance, instances), xlabel="gradient steps of the policy", ylabel=metric + (" (%)" if metric == "winrate" else ""))
+        axis.set(title=title(instance, instances), xlabel="gradient steps of the policy", ylabel=AXIS[metric])
         axis.legend(fontsize=6)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
@@ -320,14 +324,13 @@ def draw_ablation(cells: list[Cell], key: str, metric: str, last: float, paper: 
         names = [dict(cell.setting)[key] for cell in group]
         mean, std = zip(*(score(cell, metric, last) for cell in group))
         axis.bar(names, mean, yerr=std, color="C0", capsize=3, label="here")
-        numbers = [(name, of_paper(paper, cell, metric)) for name, cell in zip(names, group)]
-        numbers = [(name, float(m), float(s)) for name, (m, s) in ((name, number) for name, number in numbers if number)]
+        numbers = [(name, *map(float, number)) for name, cell in zip(names, group) if (number := of_paper(paper, cell, metric))]
         if numbers:
             x, m, s = zip(*numbers)
             axis.errorbar(x, m, yerr=s, fmt="o", color="C1", capsize=3, label="the paper, on its data")
         others = " ".join(f"{k}={v}" for k, v in group[0].setting if k != key)
         name = f"{title(instance, instances)} {others}".strip().replace("$", r"\$")
-        axis.set(title=name, xlabel=ABLATIONS[key], ylabel=metric + (" (%)" if metric == "winrate" else ""))
+        axis.set(title=name, xlabel=ABLATIONS[key], ylabel=AXIS[metric])
         axis.legend(fontsize=6)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
@@ -350,6 +353,7 @@ def main(args: Args):
         reasons = "".join(f"; {path}: {why}" for path, why in left_out[:3])
         raise BadInput(f"no finished run below {root}{reasons}")
     partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # what a report that was killed left
     try:
         partial.mkdir(parents=True)
         names = write_report(make_cells(runs), left_out, args.last, partial)
