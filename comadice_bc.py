@@ -6,7 +6,8 @@
 """
 
 import time
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from comadice_runs import (
     RunArgs,
     check_args,
     check_checkpoint,
+    equally_far,
     eval_steps,
     finish_run,
     load_checkpoint,
@@ -31,9 +33,11 @@ from comadice_runs import (
     pick_device,
     random_state,
     save_checkpoint,
+    save_checkpoints,
     set_random_state,
-    start_run,
+    start_runs,
 )
+from comadice_seeds import Graph, adam, load_seeds, make_generators, name_seeds, per_seed, seed_states, set_gradients, stack
 
 # What Eq. 11 needs of a transition.
 POLICY_KEYS = [("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "w"]
@@ -45,19 +49,22 @@ class Args(RunArgs):
     """a ComaDICE run whose saved ratio w* weights the data; plain BC without it"""
 
 
-def with_ratio(rows: TensorDict, w: torch.Tensor | None) -> TensorDict:
-    """The dataset with a row key "w" [N]: each transition's ratio over the mean ratio (1 where w is None), 0 on last rows.
+def with_ratios(rows: TensorDict, ratios: list[torch.Tensor | None]) -> TensorDict:
+    """The dataset with a row key "w": each transition's ratio over the mean ratio (1 where it is None), 0 on last rows.
 
-    Eq. 11's optimum does not depend on the ratio's scale; with mean 1 the size of a gradient step does not either.
-    Raises BadInput for a ratio that is zero everywhere or not finite.
+    w is [N, S] for S seeds' ratios, [N] for one. Eq. 11's optimum does not depend on the ratio's scale; with mean 1 the size
+    of a gradient step does not either. Raises BadInput for a ratio that is zero everywhere or not finite.
     """
+    first = (~last_rows(rows)).to(rows["reward"].dtype)
+    columns = []
+    for w in ratios:
+        columns.append(first.clone())
+        if w is not None:
+            if not (torch.isfinite(w).all() and w.mean() > 0):
+                raise BadInput(f"the ratio w* is of no use (its mean is {w.mean():.3g}), the critics diverged: use a larger --alpha or another --objective")
+            columns[-1][first > 0] = w / w.mean()
     rows = rows.clone(recurse=False).unlock_()
-    ratio = (~last_rows(rows)).float()
-    if w is not None:
-        if not (torch.isfinite(w).all() and w.mean() > 0):
-            raise BadInput(f"the ratio w* is of no use (its mean is {w.mean():.3g}), the critics diverged: use a larger --alpha or another --objective")
-        ratio[ratio > 0] = w / w.mean()
-    rows["w"] = ratio
+    rows["w"] = torch.stack(columns, -1) if len(columns) > 1 else columns[0]
     return rows.lock_()
 
 
@@ -74,42 +81,74 @@ def evaluation(policy: torch.nn.Module, env: EnvBase | None, args, seed: int) ->
     return {"return": result["return_mean"], "return_std": result["return_std"], "winrate": result["winrate"], "replayed": result["replayed"]}
 
 
-def train_policy(rows: TensorDict, card: dict, w: torch.Tensor | None, args, seed: int, env: EnvBase | None, label: str, state: dict | None = None):
-    """Lines 9-12 of Algorithm 1: args.steps gradient steps on Eq. 11, evaluated args.evals times on the way.
-
-    w [T] are the transitions' ratios, None for plain BC; `state` is the checkpoint of a stopped run. A generator: at every
-    evaluation it yields (what a checkpoint needs to go on from here, row of metrics.csv).
-    """
-    device = rows["state"].device
-    policy = make_policy(card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], args.hidden).to(device)
-    optimizer = torch.optim.Adam(policy.parameters(), args.lr)
-    start, seconds = 0, 0.0
-    if state is not None:
-        policy.load_state_dict(state["policy"])
-        optimizer.load_state_dict(state["policy_optimizer"])
-        set_random_state(state["random"])  # after the initialisations above have drawn from it
-        start, seconds = state["step"], state["seconds"]
-    replay = make_replay(with_ratio(rows, w), POLICY_KEYS, pairs=False)
-    at = eval_steps(args)
-    clock = time.perf_counter()
-    for step, batch in tqdm(minibatches(start, at, (replay, args.batch_size)), initial=start, total=args.steps, desc=label, mininterval=1):
-        loss = policy_update(policy, optimizer, batch)
-        if step in at:
-            row = {"stage": "policy", "step": step, "policy_loss": loss.item()}
-            seconds += time.perf_counter() - clock
-            row |= evaluation(policy, env, args, seed)
-            yield {"policy": policy.state_dict(), "policy_optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}, row
-            clock = time.perf_counter()
-
-
-def policy_update(policy, optimizer, batch: TensorDict) -> torch.Tensor:
-    """One step on Eq. 11."""
+def policy_losses(policy, batch: TensorDict) -> torch.Tensor:
+    """The loss of line 10 on one batch [B]."""
     agents = batch["agents"]
-    loss = policy_loss(batch["w"], policy.log_prob(agents["observation"], agents["action"], agents.get("action_mask", None)))
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()  # line 11
-    return loss.detach()
+    return policy_loss(batch["w"], policy.log_prob(agents["observation"], agents["action"], agents.get("action_mask", None)))  # Eq. 11
+
+
+def make_policy_update(policy, optimizer):
+    """One Adam step on Eq. 11 as a function of a batch [B]; for policies of S seeds, stacked, of [S, B] with w [S, B, S]."""
+    parameters = list(policy.parameters())
+
+    def update(batch: TensorDict) -> torch.Tensor:
+        if batch.ndim == 2:
+            batch = batch.copy()
+            batch["w"] = batch["w"].diagonal(0, 0, 2).T  # each seed's own ratio
+        loss = per_seed(policy_losses, [policy], batch)
+        set_gradients(loss.sum(), parameters)
+        optimizer.step()  # line 11
+        return loss.detach()
+
+    return update
+
+
+def train_policies(rows: TensorDict, card: dict, args, seeds: list[int], states: list[dict], env: EnvBase | None, label: str):
+    """Lines 9-12 of Algorithm 1 for several seeds together: args.steps gradient steps on Eq. 11, evaluated args.evals times on the way.
+
+    `states` are the seeds' checkpoints, equally far; "w" [T] in them are the transitions' ratios, None for plain BC. A
+    generator: after every evaluation, which goes on in a thread beside the updates, it yields for each seed (what a
+    checkpoint needs, row of metrics.csv).
+    """
+    device, start, seconds = pick_device(args.device), states[0]["step"], states[0]["seconds"]
+    sizes = card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], args.hidden
+    policies = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        policies.append(make_policy(*sizes).to(device))
+    policy = stack(policies)
+    optimizer = adam(list(policy.parameters()), args.lr, device)
+    generators = make_generators(seeds, 2, rows)
+    parts = {"policy": policy, "policy_optimizer": optimizer}
+    if start:
+        load_seeds(parts, generators, states)
+    stats = [{} if state["w"] is None else ratio_stats(state["w"]) for state in states]
+    replay = make_replay(with_ratios(rows, [state["w"] for state in states]), POLICY_KEYS, False, generators, device)
+    update = Graph(make_policy_update(policy, optimizer))
+    at, began, played = eval_steps(args), time.perf_counter() - states[0]["wall"], None
+
+    def finish(progress: list[dict], table: list[dict], results) -> list[tuple[dict, dict]]:
+        table = [row | result | stat for row, result, stat in zip(table, results.result(), stats)]
+        return [(state | {"wall": time.perf_counter() - began}, row) for state, row in zip(progress, table)]
+
+    with ThreadPoolExecutor(1) as beside:
+        clock = time.perf_counter()
+        bar = tqdm(minibatches(start, at, (replay, args.batch_size)), initial=start, total=args.steps, desc=f"{label} {name_seeds(seeds)}", mininterval=1)
+        for step, batch in bar:
+            loss = update(batch)
+            if step in at:
+                table = [{"stage": "policy", "step": step, "policy_loss": value} for value in loss.reshape(-1).tolist()]
+                seconds += time.perf_counter() - clock
+                if played is not None:
+                    yield finish(*played)
+                progress = [state | {"step": step, "seconds": seconds} for state in seed_states(parts, generators)]
+                players = [make_policy(*sizes) for _ in seeds]
+                for player, state in zip(players, progress):
+                    player.load_state_dict(state["policy"])
+                played = progress, table, beside.submit(lambda players: [evaluation(p, env, args, s) for p, s in zip(players, seeds)], players)
+                clock = time.perf_counter()
+        if played is not None:
+            yield finish(*played)
 
 
 def training(algo: str, parts: dict, replay: TensorDictReplayBuffer, args: RunArgs, seed: int, card: dict, env: EnvBase | None, metrics: list[dict]):
@@ -119,16 +158,16 @@ def training(algo: str, parts: dict, replay: TensorDictReplayBuffer, args: RunAr
     are the modules and optimisers that a checkpoint holds, "policy" among them is the one that is evaluated. A stopped run
     goes on where it was; a finished one yields nothing. The rows of metrics.csv go to `metrics`.
     """
-    run, state = start_run(args, algo, seed, card)
-    start, seconds = 0, 0.0
-    if state is not None:
-        metrics += state["metrics"]
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        set_random_state(state["random"])  # after the initialisations of the parts have drawn from it
-        start, seconds = state["step"], state["seconds"]
-    if (run / "summary.json").exists():
+    first = {"algo": algo, "card": card, "config": asdict(args), "policy": {}, "step": 0, "seconds": 0.0, "wall": 0.0}
+    run = start_runs(replace(args, seeds=[seed]), algo, card, first)[seed]
+    start, seconds, began = run.state["step"], run.state["seconds"], time.perf_counter() - run.state["wall"]
+    metrics += run.metrics
+    if run.finished:
         return
+    if start:
+        for name, part in parts.items():
+            part.load_state_dict(run.state[name])
+        set_random_state(run.state["random"])  # after the initialisations of the parts have drawn from it
     at = eval_steps(args)
     clock = time.perf_counter()
     for step, batch in tqdm(minibatches(start, at, (replay, args.batch_size)), initial=start, total=args.steps, desc=f"{algo} seed {seed}", mininterval=1):
@@ -139,10 +178,10 @@ def training(algo: str, parts: dict, replay: TensorDictReplayBuffer, args: RunAr
             seconds += time.perf_counter() - clock
             metrics.append(row | evaluation(parts["policy"], env, args, seed))
             state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"algo": algo, "card": card, "config": asdict(args), "step": step, "seconds": seconds, "random": random_state()}
-            save_checkpoint(run, state, metrics)
+            state |= {"step": step, "seconds": seconds, "wall": time.perf_counter() - began, "random": random_state()}
+            save_checkpoint(run, state, metrics[-1])
             clock = time.perf_counter()
-    finish_run(run, args, algo, seed, card, metrics, args.steps / seconds, next(parts["policy"].parameters()).device)
+    finish_run(run, args, card, 1, args.steps, run.state["seconds"], run.state["wall"])
 
 
 def plot_curves(curves: dict[str, list[list[dict]]], dataset_return: float, title: str, path: Path):
@@ -198,28 +237,25 @@ def main(args: Args):
         w, algo = source.get("w"), "weighted-bc"
         if w is None:
             raise BadInput(f"{args.checkpoint} holds no ratio: it is a run of plain BC, or was stopped before its ratio was computed")
-        w = w.to(device)
+        w = w.to(rows["state"].device)
     env = try_eval_env(card, args.eval_episodes, args.workers)
-    curves = {algo: [train_seed(args, seed, algo, rows, card, w, env) for seed in args.seeds]}
+    curves = {algo: train_seeds(args, algo, rows, card, w, env)}
     report(curves, card, args, f"learning_curve_{algo}.png")
 
 
-def train_seed(args: Args, seed: int, algo: str, rows: TensorDict, card: dict, w: torch.Tensor | None, env: EnvBase | None) -> list[dict]:
-    """One run of plain or weighted BC in its own directory; returns the rows of its metrics.csv."""
-    run, state = start_run(args, algo, seed, card)
-    if (run / "summary.json").exists():
-        return state["metrics"]
-    torch.manual_seed(seed)
-    metrics = []
-    if state is not None:
-        metrics = state["metrics"]
-    stats = {} if w is None else ratio_stats(w)
-    for progress, row in train_policy(rows, card, w, args, seed, env, f"{algo} seed {seed}", state):
-        metrics.append(row | stats)
-        state = progress | {"algo": algo, "card": card, "config": asdict(args), "w": w, "random": random_state()}
-        save_checkpoint(run, state, metrics)
-    finish_run(run, args, algo, seed, card, metrics, args.steps / state["seconds"], rows["state"].device)
-    return metrics
+def train_seeds(args: Args, algo: str, rows: TensorDict, card: dict, w: torch.Tensor | None, env: EnvBase | None) -> list[list[dict]]:
+    """Plain or weighted BC for args.seeds, together as far as they are equally far, each in its own run directory.
+
+    Returns the rows of each seed's metrics.csv.
+    """
+    first = {"algo": algo, "card": card, "config": asdict(args), "policy": {}, "w": w, "step": 0, "seconds": 0.0, "wall": 0.0}
+    runs = start_runs(args, algo, card, first)
+    for seeds in equally_far(runs):
+        for progress in train_policies(rows, card, args, seeds, [runs[seed].state | {"w": w} for seed in seeds], env, algo):
+            save_checkpoints(runs, seeds, progress)
+        for seed in seeds:
+            finish_run(runs[seed], args, card, len(seeds), args.steps, runs[seed].state["seconds"], runs[seed].state["wall"])
+    return [run.metrics for run in runs.values()]
 
 
 if __name__ == "__main__":

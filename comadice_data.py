@@ -316,16 +316,18 @@ def table_row(card: dict) -> str:
 # ---------------------------------------------------------------- replay
 
 
-class TransitionSampler(Sampler):
-    """Draws transitions uniformly with replacement, on the device of the data: pairs of rows (t, t + 1) [B, 2], or rows t alone [B]."""
+class RowSampler(Sampler):
+    """Draws rows out of `first` uniformly with replacement, on their device: rows t alone [B], or pairs of rows (t, t + 1) [B, 2].
 
-    def __init__(self, rows: TensorDict, pairs: bool = True):
-        self.pairs = pairs
-        self.first = transition_rows(rows)
+    With S generators it draws for S seeds, each from its own: [S, B] or [S, B, 2]. One generator, or none, has no such dimension.
+    """
+
+    def __init__(self, first: torch.Tensor, pairs: bool = False, generators: list[torch.Generator] | None = None):
+        self.first, self.pairs, self.generators = first, pairs, generators or [None]
 
     def sample(self, storage, batch_size: int) -> tuple[torch.Tensor, dict]:
-        drawn = torch.randint(len(self.first), (batch_size,), device=self.first.device, generator=self._rng)
-        first = self.first[drawn]
+        drawn = [torch.randint(len(self.first), (batch_size,), device=self.first.device, generator=g) for g in self.generators]
+        first = self.first[torch.stack(drawn) if len(drawn) > 1 else drawn[0]]
         return torch.stack([first, first + 1], -1) if self.pairs else first, {}
 
     def _empty(self):
@@ -334,23 +336,37 @@ class TransitionSampler(Sampler):
     dumps = loads = state_dict = load_state_dict = _empty
 
 
+class RowStorage(TensorStorage):
+    """Reads whole rows, which index_select copies several times faster than an index does."""
+
+    def get(self, index: torch.Tensor) -> TensorDict:
+        flat = index.flatten()
+        return self._storage.apply(lambda x: x.index_select(0, flat).unflatten(0, index.shape), batch_size=index.shape)
+
+
 def as_transition(pairs: TensorDict) -> TensorDict:
-    """[B, 2] rows -> [B] transitions in TorchRL's layout: row t, and what is seen at t + 1 under "next"."""
-    batch = pairs[:, 0]
-    batch["next"] = pairs[:, 1].select("state", ("agents", "observation"), ("agents", "action_mask"), strict=False)
+    """[..., 2] rows -> [...] transitions in TorchRL's layout: row t, and what is seen at t + 1 under "next"."""
+    batch, after = pairs.unbind(-1)
+    batch["next"] = after.select("state", ("agents", "observation"), ("agents", "action_mask"), strict=False)
     return batch
 
 
-def make_replay(rows: TensorDict, keys: list | None = None, pairs: bool = True, generator: torch.Generator | None = None) -> TensorDictReplayBuffer:
-    """TorchRL replay of a dataset's transitions, from wherever `rows` lie: the memory map on the CPU or a GPU's memory.
+def make_replay(rows: TensorDict, keys: list | None = None, pairs: bool = True, generators: list[torch.Generator] | None = None,
+                device: torch.device | None = None, first: torch.Tensor | None = None) -> TensorDictReplayBuffer:
+    """TorchRL replay of a dataset's transitions, or of the rows `first`, drawn as RowSampler does and moved to `device`.
 
-    With `keys`, only those entries (where there are any) are read; without `pairs`, nothing of the next row is.
+    Rows are read where they lie, on the CPU from the memory map or in a GPU's memory. With `keys`, only those entries (where
+    there are any) are read; without `pairs`, nothing of the next row is.
     """
-    storage = TensorStorage(rows if keys is None else rows.select(*keys, strict=False))
-    replay = TensorDictReplayBuffer(storage=storage, sampler=TransitionSampler(rows, pairs), transform=as_transition if pairs else None)
-    if generator is not None:
-        replay.set_rng(generator)
-    return replay
+    storage = RowStorage(rows if keys is None else rows.select(*keys, strict=False))
+    sampler = RowSampler(transition_rows(rows) if first is None else first, pairs, generators)
+    elsewhere = device is not None and device.type != rows["is_init"].device.type
+
+    def transform(batch):
+        batch = as_transition(batch) if pairs else batch
+        return batch.to(device) if elsewhere else batch
+
+    return TensorDictReplayBuffer(storage=storage, sampler=sampler, transform=transform)
 
 
 def minibatches(start: int, stops: set[int], *sources: tuple[TensorDictReplayBuffer, int]):
@@ -363,14 +379,14 @@ def minibatches(start: int, stops: set[int], *sources: tuple[TensorDictReplayBuf
     for stop in sorted(s for s in stops if s > start):
         while step < stop:
             count = min(DRAW, stop - step)
-            for batches in zip(*(replay.sample(count * size).split(size) for replay, size in sources)):
+            for batches in zip(*(replay.sample(count * size).split(size, -1) for replay, size in sources)):
                 step += 1
                 yield step, *batches
 
 
-def initial_rows(rows: TensorDict) -> TensorDict:
-    """The rows that begin an episode: samples of p_0."""
-    return rows[rows["is_init"][:, 0]].contiguous()
+def initial_rows(rows: TensorDict) -> torch.Tensor:
+    """[E] int64: the rows that begin an episode, samples of p_0."""
+    return rows["is_init"][:, 0].nonzero()[:, 0]
 
 
 # ---------------------------------------------------------------- command line

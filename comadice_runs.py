@@ -22,6 +22,7 @@ from comadice_envs import check_task
 from comadice_published import downloadable
 
 DATA_ROOT = Path(__file__).parent / "data"
+FITS = 0.7  # of a GPU's free memory may be the dataset's, the rest is for the work on it
 FREE = ("seeds", "data", "out", "resume", "overwrite", "device", "workers")  # arguments that may differ when a run is resumed
 
 
@@ -40,7 +41,7 @@ class RunArgs:
     out: str = "runs"
     """run directories go to OUT/ENV/TASK/QUALITY/ALGO/seedN"""
     seeds: list[int] = field(default_factory=lambda: [0])
-    """one run for each, one after another"""
+    """one run for each; comadice_train.py and comadice_bc.py train them together"""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
     resume: bool = False
@@ -130,40 +131,69 @@ def load_dataset(args: RunArgs, device: torch.device) -> tuple[TensorDict, dict]
         raise BadInput(f"no dataset at {path}: {how}, or name a directory with --data")
     rows, card = open_dataset(path, args.env, args.task)
     args.env, args.task, args.quality = card["env"], card["task"], args.quality or card["quality"]
-    return (rows if device.type == "cpu" else rows.to(device)), card
+    if device.type == "cuda":
+        size, free = sum(card["bytes"].values()), torch.cuda.mem_get_info(device)[0]
+        if size <= FITS * free:
+            return rows.to(device), card
+        print(f"the dataset ({size / 2**30:.1f} GiB) stays in the computer's memory, the GPU has {free / 2**30:.1f} GiB free: batches stream to it")
+    return rows, card
 
 
 # ---------------------------------------------------------------- one run's directory
 
 
-def start_run(args: RunArgs, algo: str, seed: int, card: dict) -> tuple[Path, dict | None]:
-    """Makes or finds a seed's run directory: (directory, checkpoint to go on from or None).
+@dataclass
+class Run:
+    """A seed's run directory on its way."""
 
-    Raises BadInput where a run is in the way (without --resume or --overwrite), where it was made with other arguments,
-    or where OUT can't be written.
+    path: Path
+    state: dict
+    """the latest checkpoint"""
+    metrics: list[dict]
+    """the rows of metrics.csv"""
+    finished: bool
+
+
+def start_runs(args: RunArgs, algo: str, card: dict, first: dict) -> dict[int, Run]:
+    """Makes or finds the run directory of every seed; `first` is what a checkpoint holds before the first step.
+
+    Raises BadInput, before anything is written, where a run is in the way (without --resume or --overwrite) or was made with
+    other arguments; and where OUT can't be written.
     """
-    run = Path(args.out, args.env, args.task, args.quality, algo, f"seed{seed}")
-    config = asdict(args) | {"algo": algo, "seed": seed}
-    checkpoint = None
-    if (run / "config.json").exists() and not args.overwrite:
-        if not args.resume:
-            raise BadInput(f"{run} already holds a run: --resume goes on with it, --overwrite replaces it, --out goes elsewhere")
-        old = read_json(run / "config.json")
-        changed = sorted(k for k in config if k not in FREE and old.get(k) != config[k])
-        if changed:
-            raise BadInput(f"{run} was started with other arguments ({', '.join(f'{k} {old.get(k)}' for k in changed)}): give them again to resume")
-        if (run / "checkpoint.pt").exists():
-            checkpoint = load_checkpoint(run)
-            check_checkpoint(checkpoint, card, run)
+    runs, config = {}, asdict(args) | {"algo": algo}
+    for seed in args.seeds:
+        path = Path(args.out, args.env, args.task, args.quality, algo, f"seed{seed}")
+        runs[seed] = Run(path, dict(first), [], False)
+        if (path / "config.json").exists() and not args.overwrite:
+            if not args.resume:
+                raise BadInput(f"{path} already holds a run: --resume goes on with it, --overwrite replaces it, --out goes elsewhere")
+            old = read_json(path / "config.json")
+            changed = sorted(k for k in config if k not in FREE and old.get(k) != config[k])
+            if changed:
+                raise BadInput(f"{path} was started with other arguments ({', '.join(f'{k} {old.get(k)}' for k in changed)}): give them again to resume")
+            if (path / "checkpoint.pt").exists():
+                state = load_checkpoint(path)
+                check_checkpoint(state, card, path)
+                runs[seed] = Run(path, state, state.pop("metrics"), (path / "summary.json").exists())
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        if checkpoint is None:
-            for name in ("summary.json", "checkpoint.pt", "metrics.csv"):
-                (run / name).unlink(missing_ok=True)
-            write_atomically(run / "config.json", json.dumps(config, indent=2) + "\n")
+        for seed, run in runs.items():
+            run.path.mkdir(parents=True, exist_ok=True)
+            if not run.metrics:
+                for name in ("summary.json", "checkpoint.pt", "metrics.csv"):
+                    (run.path / name).unlink(missing_ok=True)
+                write_atomically(run.path / "config.json", json.dumps(config | {"seed": seed}, indent=2) + "\n")
     except OSError as error:
         raise BadInput(f"can't write to --out {args.out}: {error.strerror}") from None
-    return run, checkpoint
+    return runs
+
+
+def equally_far(runs: dict[int, Run]) -> list[list[int]]:
+    """The seeds that are not finished, those together that are equally far: they can be trained together."""
+    groups = {}
+    for seed, run in runs.items():
+        if not run.finished:
+            groups.setdefault((run.state.get("critic_step"), run.state["step"]), []).append(seed)
+    return list(groups.values())
 
 
 def write_atomically(path: Path, text: str):
@@ -172,20 +202,27 @@ def write_atomically(path: Path, text: str):
     partial.replace(path)
 
 
-def save_checkpoint(run: Path, state: dict, metrics: list[dict]):
-    """metrics.csv and checkpoint.pt, each replaced as a whole.
+def save_checkpoint(run: Run, progress: dict, row: dict):
+    """Adds `progress` to the run's state and `row` to its table, and writes metrics.csv and checkpoint.pt, each replaced as a whole.
 
     The table's rows are in the checkpoint too, and the table comes first, so a run that is killed between the two writes
     its row again when it is resumed.
     """
-    keys = list(dict.fromkeys(key for row in metrics for key in row))
-    with open(run / "metrics.csv.partial", "w", newline="") as file:
+    run.state |= progress
+    run.metrics.append(row)
+    keys = list(dict.fromkeys(key for row in run.metrics for key in row))
+    with open(run.path / "metrics.csv.partial", "w", newline="") as file:
         table = csv.DictWriter(file, keys)
         table.writeheader()
-        table.writerows(metrics)
-    (run / "metrics.csv.partial").replace(run / "metrics.csv")
-    torch.save(state | {"metrics": metrics}, run / "checkpoint.pt.partial")
-    (run / "checkpoint.pt.partial").replace(run / "checkpoint.pt")
+        table.writerows(run.metrics)
+    (run.path / "metrics.csv.partial").replace(run.path / "metrics.csv")
+    torch.save(run.state | {"metrics": run.metrics}, run.path / "checkpoint.pt.partial")
+    (run.path / "checkpoint.pt.partial").replace(run.path / "checkpoint.pt")
+
+
+def save_checkpoints(runs: dict[int, Run], seeds: list[int], progress: list[tuple[dict, dict]]):
+    for seed, (state, row) in zip(seeds, progress):
+        save_checkpoint(runs[seed], state, row)
 
 
 def load_checkpoint(run: str | Path) -> dict:
@@ -197,7 +234,7 @@ def load_checkpoint(run: str | Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no one type for a file that is cut, foreign or unsafe
         raise BadInput(f"{path} is not a checkpoint that can be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(state, dict) or not {"algo", "card", "config", "policy"} <= state.keys():
+    if not isinstance(state, dict) or not {"algo", "card", "config", "policy", "step", "metrics"} <= state.keys():
         raise BadInput(f"{path} is not a checkpoint of this project")
     return state
 
@@ -219,18 +256,23 @@ def set_random_state(state: dict):
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def finish_run(run: Path, args: RunArgs, algo: str, seed: int, card: dict, metrics: list[dict], updates_per_second: float, device: torch.device) -> dict:
-    """Writes and returns summary.json: the last evaluation's return (null where rollouts were off)."""
-    last = metrics[-1]
+def finish_run(run: Run, args: RunArgs, card: dict, together: int, updates: int, seconds: float, wall: float):
+    """Writes summary.json: the last evaluation's return (null where rollouts were off), and the speed of the updates.
+
+    `updates` took `seconds`, `together` seeds at once, out of `wall` seconds with the waiting for evaluations.
+    """
+    last, device = run.metrics[-1], pick_device(args.device)
     summary = {
-        "env": args.env, "task": args.task, "quality": args.quality, "algo": algo, "seed": seed, "steps": args.steps,
+        "env": args.env, "task": args.task, "quality": args.quality, "algo": run.state["algo"], "seed": int(run.path.name[4:]), "steps": args.steps,
         "return": {"mean": last["return"], "std": last["return_std"]} if "return" in last else None,
         "winrate": last.get("winrate"),
         "dataset_return": card["return_mean"],
-        "updates_per_second": updates_per_second,
+        "seeds_together": together,
+        "updates_per_second": updates / seconds,
+        "update_share": seconds / wall,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "engine": card.get("engine"),
     }
-    write_atomically(run / "summary.json", json.dumps(summary, indent=2) + "\n")
-    return summary
+    write_atomically(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+    run.finished = True

@@ -17,7 +17,6 @@ from typing import Literal
 import torch
 import tyro
 from tensordict import TensorDict
-from torchrl.data import TensorDictReplayBuffer, TensorStorage
 from tqdm import tqdm
 
 import comadice_bc
@@ -30,30 +29,31 @@ from comadice_runs import (
     check_args,
     check_discount,
     check_positive,
+    equally_far,
     eval_steps,
     finish_run,
     load_dataset,
     pick_device,
-    random_state,
-    save_checkpoint,
-    set_random_state,
-    start_run,
+    save_checkpoints,
+    start_runs,
 )
+from comadice_seeds import Graph, adam, load_seeds, make_generators, name_seeds, per_seed, seed_states, set_gradients, split_seeds, stack
 
 # What Eq. 9 and Eq. 10 need of a transition.
 CRITIC_KEYS = ["state", ("agents", "observation"), ("agents", "action"), "reward", "terminated"]
+INIT_KEYS = ["state", ("agents", "observation")]
 
 
 @dataclass
 class Args(RunArgs):
-    objective: Literal["exact", "printed", "released", "semi"] = "exact"
-    """how nu and theta are trained, see comadice_losses.py"""
+    objective: Literal["exact", "printed", "released", "semi"] | None = None
+    """how nu and theta are trained, see comadice_losses.py (default: exact for continuous actions, semi for discrete ones)"""
     advantage: Literal["td", "q"] = "td"
     """what w* is extracted from: r + gamma nu_tot(s') - nu_tot(s), or the paper's M[q - nu]"""
     critic_lr: float = 1e-4
     """Adam's learning rate for nu, q and the mixer (Table 4 gives q's); --lr is the policies'"""
     alpha: float | None = None
-    """weight of the divergence from the data, in units of the reward (Eq. 1; default: half the data's mean absolute reward)"""
+    """weight of the divergence from the data, in units of the reward (Eq. 1; default: 5 times the data's mean absolute reward with semi, else half of it)"""
     f: Literal["soft_chi2", "chi2", "kl"] = "soft_chi2"
     """f-divergence (Section B.5)"""
     mixer_layers: Literal[1, 2] = 1
@@ -64,8 +64,8 @@ class Args(RunArgs):
     """discount (Table 4)"""
     init_batch_size: int = 32
     """initial states in a batch"""
-    tau: float = 0.005
-    """step of the target networks towards the networks (Table 4)"""
+    tau: float | None = None
+    """step of the target networks towards the networks (default: 0.05 with semi, else Table 4's 0.005)"""
     lambda_scale: float = 0.0
     """learning rate of the multiplier that holds E[w] = 1, relative to --critic-lr (Table 4's lambda; 0: off)"""
     reward_scale: float | None = None
@@ -79,14 +79,18 @@ class Args(RunArgs):
 QUICK = Args(quality="demo", seeds=[0, 1, 2], steps=3000, evals=6, eval_episodes=10, lr=1e-3, critic_lr=3e-4, alpha=10.0, overwrite=True)
 
 
-def fill_in(args: Args, rows: TensorDict) -> Args:
+def fill_in(args: Args, rows: TensorDict, card: dict) -> Args:
     """The defaults that depend on the data: with them alpha means the same, and nu is of the order of 10, on robots and in battles.
 
-    They are rounded to four digits, so that they do not depend on the order in which a machine adds up.
+    In battles, which end all the time, `exact` favours policies that live longer: the mean over the data in its loss has w = 1
+    for a probability distribution, and what is left of rho^mu when episodes end is less (facts and measurements: README).
+    Numbers are rounded to four digits, so that they do not depend on the order in which a machine adds up.
     """
     size = rows["reward"].double().abs().mean().item() or 1.0
-    defaults = {"alpha": 0.5 * size, "reward_scale": 0.2 / size}
-    return replace(args, **{name: float(f"{value:.4g}") for name, value in defaults.items() if getattr(args, name) is None})
+    objective = args.objective or ("semi" if card["discrete"] else "exact")
+    alpha, tau = (5 * size, 0.05) if objective == "semi" else (0.5 * size, 0.005)
+    defaults = {"objective": objective, "alpha": float(f"{alpha:.4g}"), "tau": tau, "reward_scale": float(f"{0.2 / size:.4g}")}
+    return replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
 
 
 def values(critics, *where: TensorDict) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
@@ -97,11 +101,10 @@ def values(critics, *where: TensorDict) -> tuple[tuple[torch.Tensor, ...], tuple
     return nu.split(sizes), nu_tot.split(sizes)
 
 
-def critic_losses(critics, target, batch: TensorDict, init: TensorDict, alpha, args) -> tuple[torch.Tensor, torch.Tensor, TensorDict]:
-    """The losses of lines 5-7 on one batch: (L_q of Eq. 9, L(nu, theta) of Eq. 10, metrics as tensors).
+def critic_losses(critics, target, batch: TensorDict, init: TensorDict, alpha, args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The losses of lines 5-7 on one batch: (L_q of Eq. 9, L(nu, theta) of Eq. 10, w [B], nu_tot(s) [B]), the last two detached.
 
-    batch [B]: transitions; init: initial states; alpha: in units of the scaled reward, as both losses are. The metrics are
-    of this batch, scalars; mean_nu is in units of the reward as recorded.
+    batch [B]: transitions; init: initial states; alpha: in units of the scaled reward, as both losses and nu_tot are.
     """
     f, gamma = losses.DIVERGENCES[args.f], args.gamma
     obs, state = batch["agents", "observation"], batch["state"]
@@ -137,47 +140,56 @@ def critic_losses(critics, target, batch: TensorDict, init: TensorDict, alpha, a
         # Lines 6-7, Prop. 4.1 or Eq. 10
         L_nu = losses.semi_loss(nu_tot, A, alpha, f) if args.objective == "semi" else losses.dual_loss(nu_tot_init, A, alpha, f, gamma, lam)
         w = losses.occupancy_ratio(A, alpha, f, lam)
-    w = w.detach()
-    metrics = {"q_loss": L_q, "nu_loss": L_nu, "mean_nu": nu_tot.mean() / args.reward_scale, "mean_w": w.mean(),
-               "w_zero": (w == 0).float().mean(), "ess": losses.effective_sample_size(w)}
-    return L_q, L_nu, TensorDict({k: v.detach() for k, v in metrics.items()})
+    return L_q, L_nu, w.detach(), nu_tot.detach()
 
 
-def parameter_groups(critics, objective: str) -> tuple[list, list]:
+def critic_metrics(L_q: torch.Tensor, L_nu: torch.Tensor, w: torch.Tensor, nu_tot: torch.Tensor, args) -> dict[str, float]:
+    """What metrics.csv says of a batch; mean_nu is in units of the reward as recorded."""
+    return {"q_loss": L_q.item(), "nu_loss": L_nu.item(), "mean_nu": nu_tot.mean().item() / args.reward_scale, "mean_w": w.mean().item(),
+            "w_zero": (w == 0).float().mean().item(), "ess": losses.effective_sample_size(w).item()}
+
+
+def parameter_groups(critics, args) -> tuple[list, list]:
     """(what L_q trains, what L(nu, theta) trains): psi_q, and psi_nu with theta; `released` trains theta by L_q instead."""
     psi_q, psi_nu, theta = (list(m.parameters()) for m in (critics.q, critics.nu, critics.mixer))
-    return (psi_q + theta, psi_nu) if objective == "released" else (psi_q, psi_nu + theta)
-
-
-def set_gradients(critics, L_q: torch.Tensor, L_nu: torch.Tensor, args):
-    """Gives each parameter the gradient of the one loss that trains it."""
-    for loss, parameters in zip((L_q, L_nu), parameter_groups(critics, args.objective)):
-        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-        for parameter, gradient in zip(parameters, gradients):
-            parameter.grad = gradient
-    if args.lambda_scale:
-        critics.lam.grad = torch.autograd.grad(L_nu, critics.lam)[0]
+    lam = [critics.lam] if args.lambda_scale else []
+    return (psi_q + theta, psi_nu + lam) if args.objective == "released" else (psi_q, psi_nu + theta + lam)
 
 
 def make_optimizer(critics, args) -> torch.optim.Adam:
     """Adam for psi_q, psi_nu and theta, and for the multiplier with a rate of its own."""
     networks = [parameter for name, parameter in critics.named_parameters() if name != "lam"]
-    return torch.optim.Adam([{"params": networks}, {"params": [critics.lam], "lr": args.critic_lr * args.lambda_scale}], args.critic_lr)
+    return adam([{"params": networks}, {"params": [critics.lam], "lr": args.critic_lr * args.lambda_scale}], args.critic_lr, critics.lam.device)
 
 
 @torch.no_grad()
-def update_target(target, critics, tau: float):
-    """target <- target + tau (critics - target), in every parameter."""
-    torch._foreach_lerp_(list(target.parameters()), list(critics.parameters()), tau)
+def update_target(target: list, networks: list, tau: float):
+    """target <- target + tau (networks - target), for lists of parameters."""
+    torch._foreach_lerp_(target, networks, tau)
 
 
-def critic_update(critics, target, optimizer, batch: TensorDict, init: TensorDict, args) -> TensorDict:
-    """Lines 5-7 of Algorithm 1, with one Adam step for all three, and the target networks' step."""
-    L_q, L_nu, metrics = critic_losses(critics, target, batch, init, args.alpha * args.reward_scale, args)
-    set_gradients(critics, L_q, L_nu, args)
-    optimizer.step()
-    update_target(target, critics, args.tau)
-    return metrics
+def make_critic_update(critics, target, optimizer, args, alpha: torch.Tensor | None = None):
+    """Lines 5-7 of Algorithm 1 as a function of (batch, init), with one Adam step for all three, and the target networks' step.
+
+    It returns what critic_losses does. Critics of S seeds, stacked, take batches [S, B] and give [S] and [S, B]. alpha [S] in
+    units of the scaled reward may be each one's own; it is args.alpha for all otherwise.
+    """
+    alpha = torch.full_like(critics.lam, args.alpha * args.reward_scale) if alpha is None else alpha
+    groups = parameter_groups(critics, args)
+    networks, targets = list(critics.parameters()), list(target.parameters())
+
+    def loss(critics, target, batch, init, alpha):
+        return critic_losses(critics, target, batch, init, alpha, args)
+
+    def update(batch: TensorDict, init: TensorDict):
+        L_q, L_nu, w, nu_tot = per_seed(loss, [critics, target], batch, init, alpha)
+        for loss_sum, parameters in zip((L_q.sum(), L_nu.sum()), groups):  # each parameter has the gradient of the one loss that trains it
+            set_gradients(loss_sum, parameters)
+        optimizer.step()
+        update_target(targets, networks, args.tau)
+        return L_q.detach(), L_nu.detach(), w, nu_tot
+
+    return update
 
 
 @torch.no_grad()
@@ -188,10 +200,10 @@ def dataset_ratio(critics, rows: TensorDict, args) -> torch.Tensor:
     """
     f, alpha = losses.DIVERGENCES[args.f], args.alpha * args.reward_scale
     lam = critics.lam if args.lambda_scale else 0.0
-    first = transition_rows(rows)
+    first, device = transition_rows(rows), critics.lam.device
     w = torch.empty(len(first), dtype=rows["state"].dtype, device=first.device)  # in place: a list of pieces would scatter memory
     for index, out in zip(first.split(CHUNK // 8), w.split(CHUNK // 8)):
-        batch = as_transition(rows[torch.stack([index, index + 1], -1)])
+        batch = as_transition(rows[torch.stack([index, index + 1], -1)].to(device))
         obs, state = batch["agents", "observation"], batch["state"]
         nu = critics.nu(obs)
         if args.objective == "released":
@@ -212,76 +224,64 @@ def make_critics(card: dict, args) -> Critics:
     return Critics(*sizes, args.hidden, args.mixer_hidden, args.mixer_layers, args.layer_norm)
 
 
-def train_critics(rows: TensorDict, card: dict, args, seed: int, state: dict | None = None):
-    """Lines 3-8 of Algorithm 1. A generator: args.evals times on the way it yields (what a checkpoint needs, row of metrics.csv)."""
-    device = rows["state"].device
-    critics = make_critics(card, args).to(device)
-    target = copy.deepcopy(critics)
+def train_critics(rows: TensorDict, card: dict, args, seeds: list[int], states: list[dict]):
+    """Lines 3-8 of Algorithm 1 for several seeds together, from their checkpoints `states` on, which are equally far.
+
+    A generator: args.evals times on the way it yields for each seed (what a checkpoint needs, row of metrics.csv).
+    """
+    device, start, seconds = pick_device(args.device), states[0]["critic_step"], states[0]["critic_seconds"]
+    each, targets = [], []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        each.append(make_critics(card, args).to(device))
+        targets.append(copy.deepcopy(each[-1]))
+    critics, target = stack(each), stack(targets)
     optimizer = make_optimizer(critics, args)
-    start, seconds = 0, 0.0
-    if state is not None:
-        critics.load_state_dict(state["critics"])
-        target.load_state_dict(state["target"])
-        optimizer.load_state_dict(state["critic_optimizer"])
-        set_random_state(state["random"])  # after the initialisations above have drawn from it
-        start, seconds = state["critic_step"], state["critic_seconds"]
-    replay = make_replay(rows, CRITIC_KEYS)
-    initial = TensorDictReplayBuffer(storage=TensorStorage(initial_rows(rows), device=device))
+    generators = make_generators(seeds, 1, rows)
+    parts = {"critics": critics, "target": target, "critic_optimizer": optimizer}
+    if start:
+        load_seeds(parts, generators, states)
+    replay = make_replay(rows, CRITIC_KEYS, True, generators, device)
+    initial = make_replay(rows, INIT_KEYS, False, generators, device, initial_rows(rows))
+    update = Graph(make_critic_update(critics, target, optimizer, args))
     at = eval_steps(args)
     clock = time.perf_counter()
     batches = minibatches(start, at, (replay, args.batch_size), (initial, args.init_batch_size))
-    for step, batch, init in tqdm(batches, initial=start, total=args.steps, desc=f"critics seed {seed}", mininterval=1):
-        metrics = critic_update(critics, target, optimizer, batch, init, args)
+    for step, batch, init in tqdm(batches, initial=start, total=args.steps, desc=f"critics {name_seeds(seeds)}", mininterval=1):
+        results = update(batch, init)
         if step in at:
-            row = {"stage": "critics", "step": step} | {k: v.item() for k, v in metrics.items()}
+            table = [{"stage": "critics", "step": step} | critic_metrics(*result, args) for result in split_seeds(results, seeds)]
             seconds += time.perf_counter() - clock
-            yield {"critics": critics.state_dict(), "target": target.state_dict(), "critic_optimizer": optimizer.state_dict(),
-                   "critic_step": step, "critic_seconds": seconds}, row
+            yield [(state | {"critic_step": step, "critic_seconds": seconds}, row) for state, row in zip(seed_states(parts, generators), table)]
             clock = time.perf_counter()
 
 
-def train_seed(args: Args, seed: int, rows: TensorDict, card: dict, env) -> list[dict]:
-    """Algorithm 1 in one run directory; returns the rows of its metrics.csv."""
-    run, state = start_run(args, "comadice", seed, card)
-    if (run / "summary.json").exists():
-        return state["metrics"]
-    torch.manual_seed(seed)
-    common = {"algo": "comadice", "card": card, "config": asdict(args), "policy": {}, "step": 0}
-    metrics = []
-    if state is not None:
-        metrics = state["metrics"]
-    if state is None or state["critic_step"] < args.steps:
-        for progress, row in train_critics(rows, card, args, seed, state):
-            metrics.append(row)
-            state = common | progress | {"random": random_state()}
-            save_checkpoint(run, state, metrics)
-    critics = make_critics(card, args).to(rows["state"].device)
-    critics.load_state_dict(state["target"])
-    w = dataset_ratio(critics, rows, args)
-    stats = comadice_bc.ratio_stats(w)
-    set_random_state(state["random"])  # the second stage begins alike whether or not the run was stopped before it
-    going_on = state if state["step"] else None
-    for progress, row in comadice_bc.train_policy(rows, card, w, args, seed, env, f"policy seed {seed}", going_on):
-        metrics.append(row | stats)
-        state = state | progress | {"w": w, "random": random_state()}
-        save_checkpoint(run, state, metrics)
-    updates_per_second = 2 * args.steps / (state["critic_seconds"] + state["seconds"])
-    finish_run(run, args, "comadice", seed, card, metrics, updates_per_second, rows["state"].device)
-    return metrics
+def train_seeds(args: Args, rows: TensorDict, card: dict, env) -> list[list[dict]]:
+    """Algorithm 1 for args.seeds, each in its own run directory; returns the rows of each seed's metrics.csv.
+
+    The seeds are trained together; of runs that are resumed, those that are equally far.
+    """
+    first = {"algo": "comadice", "card": card, "config": asdict(args), "policy": {}}
+    runs = start_runs(args, "comadice", card, first | {"critic_step": 0, "critic_seconds": 0.0, "step": 0, "seconds": 0.0, "wall": 0.0})
+    for seeds in equally_far(runs):
+        if runs[seeds[0]].state["critic_step"] < args.steps:
+            for progress in train_critics(rows, card, args, seeds, [runs[seed].state for seed in seeds]):
+                save_checkpoints(runs, seeds, progress)
+        critics = make_critics(card, args).to(pick_device(args.device))
+        for seed in seeds:
+            critics.load_state_dict(runs[seed].state["target"])
+            runs[seed].state["w"] = dataset_ratio(critics, rows, args)
+        for progress in comadice_bc.train_policies(rows, card, args, seeds, [runs[seed].state for seed in seeds], env, "policy"):
+            save_checkpoints(runs, seeds, progress)
+        for seed in seeds:
+            state = runs[seed].state
+            finish_run(runs[seed], args, card, len(seeds), 2 * args.steps, state["critic_seconds"] + state["seconds"], state["critic_seconds"] + state["wall"])
+    return [run.metrics for run in runs.values()]
 
 
 def main(args: Args):
     quick = args is QUICK
     check_args(args)
-    check_positive(args, "critic_lr", "mixer_hidden", "init_batch_size")
-    check_positive(args, *(name for name in ("alpha", "reward_scale") if getattr(args, name) is not None))
-    check_discount(args)
-    if not 0 <= args.lambda_scale < math.inf:
-        raise BadInput("--lambda-scale must be a finite number, at least 0")
-    if args.objective == "semi" and args.lambda_scale:
-        raise BadInput("--objective semi has E[w | s] = 1 in every state and no multiplier: use --lambda-scale 0")
-    if args.objective == "released" and args.mixer_layers == 2:
-        raise BadInput("--objective released needs local weights W_i, which a 2-layer mixer does not have: use --mixer-layers 1")
     device = pick_device(args.device)
     if quick:
         print("No arguments: the demonstration on the small dataset in data/mamujoco/hopper/demo,")
@@ -290,13 +290,21 @@ def main(args: Args):
         print("  python comadice_collect.py --env mamujoco --task hopper")
         print("  python comadice_train.py --env mamujoco --task hopper --quality medium-replay --seeds 0 1 2 3 4\n")
     rows, card = load_dataset(args, device)
-    args = fill_in(args, rows)
+    args = fill_in(args, rows, card)
+    check_positive(args, "critic_lr", "mixer_hidden", "init_batch_size", "alpha", "reward_scale")
+    check_discount(args)
+    if not 0 <= args.lambda_scale < math.inf:
+        raise BadInput("--lambda-scale must be a finite number, at least 0")
+    if args.objective == "semi" and args.lambda_scale:
+        raise BadInput("--objective semi has E[w | s] = 1 in every state and no multiplier: use --lambda-scale 0")
+    if args.objective == "released" and args.mixer_layers == 2:
+        raise BadInput("--objective released needs local weights W_i, which a 2-layer mixer does not have: use --mixer-layers 1")
     env = try_eval_env(card, args.eval_episodes, args.workers)
-    curves = {"ComaDICE": [train_seed(args, seed, rows, card, env) for seed in args.seeds]}
+    curves = {"ComaDICE": train_seeds(args, rows, card, env)}
     if quick:
         shared = {k: v for k, v in asdict(args).items() if k in RunArgs.__dataclass_fields__}
         bc = comadice_bc.Args(**shared)
-        curves["BC"] = [comadice_bc.train_seed(bc, seed, "bc", rows, card, None, env) for seed in args.seeds]
+        curves["BC"] = comadice_bc.train_seeds(bc, "bc", rows, card, None, env)
 
     comadice_bc.report(curves, card, args, "learning_curve.png")
 

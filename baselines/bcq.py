@@ -191,7 +191,7 @@ def update(networks: nn.Module, target: nn.Module, optimizer, batch: TensorDict,
         for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
             parameter.grad = gradient
     optimizer.step()
-    update_target(target, networks, args.tau)
+    update_target(list(target.parameters()), list(networks.parameters()), args.tau)
     return {name: loss.detach() for name, loss, _ in losses}
 
 
@@ -201,12 +201,12 @@ def update(networks: nn.Module, target: nn.Module, optimizer, batch: TensorDict,
 def train_seed(args: Args, seed: int, rows: TensorDict, card: dict, env: EnvBase | None) -> list[dict]:
     """One run directory; returns the rows of its metrics.csv."""
     torch.manual_seed(seed)
-    networks = make_networks(card, args).to(rows["state"].device)
+    networks = make_networks(card, args).to(pick_device(args.device))
     target = copy.deepcopy(networks)
     optimizer = torch.optim.Adam(networks.parameters(), args.lr)
     parts = {"policy": networks, "target": target, "optimizer": optimizer}
     metrics = []
-    for batch, losses in training("bcq", parts, make_replay(rows, KEYS), args, seed, card, env, metrics):
+    for batch, losses in training("bcq", parts, make_replay(rows, KEYS, device=pick_device(args.device)), args, seed, card, env, metrics):
         losses |= update(networks, target, optimizer, batch, args)
     return metrics
 

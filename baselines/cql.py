@@ -147,7 +147,7 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
         for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
             parameter.grad = gradient
     optimizer.step()
-    update_target(target, networks, args.tau)
+    update_target(list(target.parameters()), list(networks.parameters()), args.tau)
     metrics = {"td_loss": L_td, "conservative_loss": L_cql, "mean_q": q.mean()}
     if steps:
         metrics |= {"policy_loss": L_pi, "entropy": -log_prob.mean()}
@@ -160,12 +160,12 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
 def train_seed(args: Args, seed: int, rows: TensorDict, card: dict, env: EnvBase | None) -> list[dict]:
     """One run directory; returns the rows of its metrics.csv."""
     torch.manual_seed(seed)
-    networks = Networks(card, args).to(rows["state"].device)
+    networks = Networks(card, args).to(pick_device(args.device))
     target = copy.deepcopy(networks)
     optimizer = torch.optim.Adam(networks.parameters(), args.lr)
     parts = {"policy": networks.policy, "networks": networks, "target": target, "optimizer": optimizer}
     metrics = []
-    for batch, losses in training("cql", parts, make_replay(rows, KEYS), args, seed, card, env, metrics):
+    for batch, losses in training("cql", parts, make_replay(rows, KEYS, device=pick_device(args.device)), args, seed, card, env, metrics):
         losses |= update(networks, target, optimizer, batch, args)
     return metrics
 

@@ -101,7 +101,7 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
     optimizer.zero_grad()
     (L_q + L_v + L_pi).backward()
     optimizer.step()
-    update_target(target, networks, args.tau)
+    update_target(list(target.parameters()), list(networks.parameters()), args.tau)
     return {"q_loss": L_q.detach(), "v_loss": L_v.detach(), "policy_loss": L_pi.detach(), "mean_q": q.mean(), "mean_v": v.detach().mean()}
 
 
@@ -111,12 +111,12 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
 def train_seed(args: Args, seed: int, rows: TensorDict, card: dict, env: EnvBase | None) -> list[dict]:
     """One run directory; returns the rows of its metrics.csv."""
     torch.manual_seed(seed)
-    networks = Networks(card, args).to(rows["state"].device)
+    networks = Networks(card, args).to(pick_device(args.device))
     target = copy.deepcopy(networks)
     optimizer = torch.optim.Adam(networks.parameters(), args.lr)
     parts = {"policy": networks.policy, "networks": networks, "target": target, "optimizer": optimizer}
     metrics = []
-    for batch, losses in training("omiga", parts, make_replay(rows, KEYS), args, seed, card, env, metrics):
+    for batch, losses in training("omiga", parts, make_replay(rows, KEYS, device=pick_device(args.device)), args, seed, card, env, metrics):
         losses |= update(networks, target, optimizer, batch, args)
     return metrics
 

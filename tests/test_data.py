@@ -186,7 +186,7 @@ def test_samples_are_transitions_and_never_last_rows(recorded):
     # The row's number travels along in a key of its own.
     rows = rows.clone(recurse=False).unlock_()
     rows["number"] = torch.arange(len(rows))
-    replay = make_replay(rows, generator=torch.Generator().manual_seed(0))
+    replay = make_replay(rows, generators=[torch.Generator().manual_seed(0)])
     last = last_rows(rows)
     for _ in range(5):
         batch = replay.sample(4096)
@@ -207,7 +207,7 @@ def test_sampling_is_uniform_over_transitions(discrete_data):
     rows, card = open_dataset(discrete_data)
     rows = rows.clone(recurse=False).unlock_()
     rows["number"] = torch.arange(len(rows))
-    replay = make_replay(rows, generator=torch.Generator().manual_seed(0))
+    replay = make_replay(rows, generators=[torch.Generator().manual_seed(0)])
     counts = torch.zeros(len(rows))
     for _ in range(34):
         counts += torch.bincount(replay.sample(1000)["number"], minlength=len(rows))
@@ -218,7 +218,7 @@ def test_sampling_is_uniform_over_transitions(discrete_data):
 
 def test_a_generator_makes_sampling_repeatable(hopper_data):
     rows, _ = open_dataset(hopper_data)
-    draws = [make_replay(rows, generator=torch.Generator().manual_seed(seed)).sample(64)["state"] for seed in (0, 0, 1)]
+    draws = [make_replay(rows, generators=[torch.Generator().manual_seed(seed)]).sample(64)["state"] for seed in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
@@ -236,7 +236,8 @@ def test_layout_of_a_transition(recorded):
 
 def test_initial_rows(recorded):
     path, written = recorded
-    first = initial_rows(open_dataset(path)[0])
+    rows = open_dataset(path)[0]
+    first = rows[initial_rows(rows)]
     assert len(first) == len(written)
     assert torch.equal(first["state"], torch.stack([e["state"][0] for e in written]))
     assert torch.equal(first["agents", "observation"], torch.stack([e["agents", "observation"][0] for e in written]))
@@ -563,7 +564,7 @@ def test_info_of_a_bad_path(tmp_path):
 def test_replay_of_some_keys_of_row_t_alone(hopper_data):
     rows, _ = open_dataset(hopper_data)
     some = [("agents", "action"), "reward", ("agents", "action_mask")]
-    both = [make_replay(rows, keys, keys is None, torch.Generator().manual_seed(0)).sample(64) for keys in (None, some)]
+    both = [make_replay(rows, keys, keys is None, [torch.Generator().manual_seed(0)]).sample(64) for keys in (None, some)]
     assert {k for k in both[1].keys(True, True) if k != "index"} == {("agents", "action"), "reward"}
     for key in (("agents", "action"), "reward"):
         assert torch.equal(both[0][key], both[1][key])
@@ -576,7 +577,7 @@ def test_minibatches_that_go_on_from_a_stop_are_those_of_a_run_without_one(hoppe
         generator = torch.Generator().manual_seed(0)
         if state is not None:
             generator.set_state(state)
-        replays = make_replay(rows, generator=generator), make_replay(rows, ["reward"], False, generator)
+        replays = make_replay(rows, generators=[generator]), make_replay(rows, ["reward"], False, [generator])
         states = {}
         for step, batch, other in minibatches(start, {5, 40, 41}, (replays[0], 8), (replays[1], 4)):
             assert batch.batch_size == (8,) and other.batch_size == (4,)

@@ -562,18 +562,21 @@ SETTINGS = [(o, lam) for o in ("exact", "printed", "semi", "released") for lam i
 @pytest.mark.parametrize("objective, lambda_scale", SETTINGS)
 def test_critic_losses_and_gradients_by_hand(objective, lambda_scale, name):
     critics, target, batch, init = random_setting()
-    args = comadice_train.Args(objective=objective, f=name, gamma=GAMMA, alpha=ALPHA / SCALE, reward_scale=SCALE, lambda_scale=lambda_scale)
+    args = comadice_train.Args(objective=objective, f=name, gamma=GAMMA, alpha=ALPHA / SCALE, reward_scale=SCALE, lambda_scale=lambda_scale, tau=0.005)
     hand = by_hand(critics, target, batch, init, objective, name, 0.2 if lambda_scale else 0.0)
-    L_q, L_nu, metrics = comadice_train.critic_losses(critics, target, batch, init, ALPHA, args)
-    np.testing.assert_allclose([L_q.item(), L_nu.item(), metrics["mean_w"]], [hand.L_q, hand.L_nu, hand.w.mean()], rtol=1e-9)
+    L_q, L_nu, w, nu_tot = comadice_train.critic_losses(critics, target, batch, init, ALPHA, args)
+    np.testing.assert_allclose([L_q.item(), L_nu.item()], [hand.L_q, hand.L_nu], rtol=1e-9)
+    np.testing.assert_allclose(w, hand.w, rtol=1e-9)
+    metrics = comadice_train.critic_metrics(L_q, L_nu, w, nu_tot, args)
+    np.testing.assert_allclose([metrics["mean_w"], metrics["mean_nu"]], [hand.w.mean(), nu_tot.mean() / SCALE], rtol=1e-9)
     np.testing.assert_allclose([metrics["w_zero"], metrics["ess"]], [(hand.w == 0).mean(), hand.w.sum() ** 2 / (B * (hand.w**2).sum())], rtol=1e-6)
 
     # One update: every parameter gets the gradient of its own loss, then the optimiser and the targets step.
     before, before_target = copy.deepcopy(critics), copy.deepcopy(target)
-    psi_q, nu_theta = comadice_train.parameter_groups(critics, objective)
+    psi_q, nu_theta = comadice_train.parameter_groups(critics, args)
     for p in psi_q + nu_theta:
         p.grad = torch.ones_like(p)  # as the last step may have left it
-    comadice_train.critic_update(critics, target, torch.optim.SGD(critics.parameters(), 0.1), batch, init, args)
+    comadice_train.make_critic_update(critics, target, torch.optim.SGD(critics.parameters(), 0.1), args)(batch, init)
     np.testing.assert_allclose(critics.q.table.grad, hand.psi_q, atol=1e-12)
     np.testing.assert_allclose(critics.nu.table.grad, hand.psi_nu, atol=1e-12)
     np.testing.assert_allclose(critics.mixer.b[2].bias.grad, [hand.theta["b"]], atol=1e-12)
@@ -591,11 +594,11 @@ def test_critic_losses_and_gradients_by_hand(objective, lambda_scale, name):
 def test_parameter_groups(objective):
     """Who is trained by which loss; and q and nu are constants in each other's losses, whoever takes the gradient."""
     critics, target, batch, init = random_setting()
-    groups = [{id(p) for p in group} for group in comadice_train.parameter_groups(critics, objective)]
+    groups = [{id(p) for p in group} for group in comadice_train.parameter_groups(critics, comadice_train.Args(objective=objective))]
     psi_q, psi_nu, theta = ({id(p) for p in module.parameters()} for module in (critics.q, critics.nu, critics.mixer))
     assert groups == ([psi_q | theta, psi_nu] if objective == "released" else [psi_q, psi_nu | theta])
 
-    L_q, L_nu, _ = comadice_train.critic_losses(critics, target, batch, init, ALPHA, comadice_train.Args(objective=objective, reward_scale=0.1))
+    L_q, L_nu, _, _ = comadice_train.critic_losses(critics, target, batch, init, ALPHA, comadice_train.Args(objective=objective, reward_scale=0.1))
     unused = lambda loss, module: all(g is None for g in torch.autograd.grad(loss, list(module.parameters()), retain_graph=True, allow_unused=True))
     assert unused(L_q, critics.nu) and unused(L_nu, critics.q) and unused(L_nu, critics.mixer) == (objective == "released")
     assert not unused(L_q, critics.q) and not unused(L_nu, critics.nu)
@@ -651,6 +654,6 @@ def test_training_assembly_solves_a_dataset(name, alpha):
     args = comadice_train.Args(objective="exact", f=name, alpha=alpha, gamma=m.gamma, reward_scale=0.1)
     critics = tabular_critics(m.n, m.S, m.S)
     loss = lambda: comadice_train.critic_losses(critics, critics, batch, init, alpha * args.reward_scale, args)[1]
-    value = minimise(loss, comadice_train.parameter_groups(critics, "exact")[1])
+    value = minimise(loss, comadice_train.parameter_groups(critics, args)[1])
     assert value == pytest.approx(args.reward_scale * solution.value, abs=1e-5)
     assert abs(comadice_train.dataset_ratio(critics, rows, args).numpy() - solution.w[s, a]).max() <= 1e-3

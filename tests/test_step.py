@@ -6,7 +6,6 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchrl.data import TensorDictReplayBuffer, TensorStorage
 
 import comadice_bc
 import comadice_train
@@ -42,23 +41,25 @@ def rows(n: int, discrete: bool) -> TensorDict:
 
 def critic_step(n: int, discrete: bool, **flags) -> list[str]:
     torch.manual_seed(0)
-    args = comadice_train.Args(hidden=8, batch_size=16, reward_scale=0.1, alpha=1.0, **flags)
+    args = comadice_train.Args(hidden=8, batch_size=16, reward_scale=0.1, alpha=1.0, tau=0.005, **flags)
     card = {"n_agents": n, "obs_dim": 5, "state_dim": 7, "action_dim": 4, "discrete": discrete}
     data = rows(n, discrete)
     critics = comadice_train.make_critics(card, args)
     target, optimizer = deepcopy(critics), comadice_train.make_optimizer(critics, args)
-    replay, initial = make_replay(data, comadice_train.CRITIC_KEYS), TensorDictReplayBuffer(storage=TensorStorage(initial_rows(data)))
+    replay, initial = make_replay(data, comadice_train.CRITIC_KEYS), make_replay(data, comadice_train.INIT_KEYS, False, first=initial_rows(data))
+    update = comadice_train.make_critic_update(critics, target, optimizer, args)
     with Recorder() as recorder:
-        comadice_train.critic_update(critics, target, optimizer, replay.sample(16), initial.sample(4), args)
+        update(replay.sample(16), initial.sample(4))
     return recorder.names
 
 
 def policy_step(n: int, discrete: bool) -> list[str]:
     policy = make_policy(n, 5, 4, discrete, 8)
     optimizer = torch.optim.Adam(policy.parameters())
-    replay = make_replay(comadice_bc.with_ratio(rows(n, discrete), None), comadice_bc.POLICY_KEYS, pairs=False)
+    replay = make_replay(comadice_bc.with_ratios(rows(n, discrete), [None]), comadice_bc.POLICY_KEYS, pairs=False)
+    update = comadice_bc.make_policy_update(policy, optimizer)
     with Recorder() as recorder:
-        comadice_bc.policy_update(policy, optimizer, replay.sample(16))
+        update(replay.sample(16))
     return recorder.names
 
 
@@ -95,15 +96,16 @@ def test_policy_step_waits_for_nothing_and_has_no_agent_loop(discrete):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("objective", ["exact", "printed", "released", "semi"])
 def test_critic_step_on_a_gpu_does_not_synchronise(objective):
-    args = comadice_train.Args(hidden=8, batch_size=16, reward_scale=0.1, alpha=1.0, objective=objective)
+    args = comadice_train.Args(hidden=8, batch_size=16, reward_scale=0.1, alpha=1.0, tau=0.005, objective=objective)
     card = {"n_agents": 3, "obs_dim": 5, "state_dim": 7, "action_dim": 4, "discrete": False}
     data = rows(3, False).to("cuda")
     critics = comadice_train.make_critics(card, args).to("cuda")
     target, optimizer = deepcopy(critics), comadice_train.make_optimizer(critics, args)
-    replay, initial = make_replay(data, comadice_train.CRITIC_KEYS), TensorDictReplayBuffer(storage=TensorStorage(initial_rows(data)))
-    comadice_train.critic_update(critics, target, optimizer, replay.sample(16), initial.sample(4), args)
+    replay, initial = make_replay(data, comadice_train.CRITIC_KEYS), make_replay(data, comadice_train.INIT_KEYS, False, first=initial_rows(data))
+    update = comadice_train.make_critic_update(critics, target, optimizer, args)
+    update(replay.sample(16), initial.sample(4))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        comadice_train.critic_update(critics, target, optimizer, replay.sample(16), initial.sample(4), args)
+        update(replay.sample(16), initial.sample(4))
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,130 @@
+"""Several seeds trained as one computation, and an update as one CUDA graph. The equations know of neither.
+
+    critics = stack([make_critics(card, args) for seed in seeds])     # parameters [S, ...]; a lone seed stays the module that it is
+    loss = per_seed(loss_function, [critics], batch)                  # batch [S, B] -> [S]; for a lone seed [B] -> scalar
+    update = Graph(update)                                            # on a GPU captured once, then replayed
+"""
+
+import copy
+
+import torch
+from tensordict import TensorDict
+from torch import nn
+from torch.func import functional_call
+
+EAGER_CALLS = 3  # before a graph is captured, as torch.cuda.graph asks for
+
+
+def stack(modules: list[nn.Module]) -> nn.Module:
+    """A module whose parameters and buffers are those of the S given ones side by side, [S, ...]: per_seed calls it, no one else can."""
+    if len(modules) == 1:
+        return modules[0]
+    stacked = copy.deepcopy(modules[0])
+    parameters, buffers = torch.func.stack_module_state(modules)
+    for name, tensor in [*stacked.named_parameters(), *stacked.named_buffers()]:
+        tensor.data = (parameters | buffers)[name].detach()
+    return stacked
+
+
+class Call(nn.Module):
+    """function(*modules, *batches) as the forward pass of one module, whose parameters functional_call can exchange."""
+
+    def __init__(self, function, modules: list[nn.Module]):
+        super().__init__()
+        self.function, self.parts = function, nn.ModuleList(modules)
+
+    def forward(self, *batches: TensorDict):
+        return self.function(*self.parts, *batches)
+
+
+def per_seed(function, modules: list[nn.Module], *batches: TensorDict):
+    """function(*modules, *batches) of each of S seeds: modules as stack() makes them, batches [S, B], results [S, ...].
+
+    Batches [B] are a lone seed's, whose modules are no stack: the function is called as it is.
+    """
+    if batches[0].ndim == 1:
+        return function(*modules, *batches)
+    call = Call(function, modules)
+    state = dict([*call.named_parameters(), *call.named_buffers()])
+    return torch.vmap(lambda state, *batches: functional_call(call, state, batches))(state, *batches)
+
+
+def split_seeds(results: tuple, seeds: list[int]) -> list[tuple]:
+    """What per_seed gave, apart for each seed."""
+    return [results] if len(seeds) == 1 else list(zip(*results))
+
+
+def make_generators(seeds: list[int], stage: int, rows: TensorDict) -> list[torch.Generator]:
+    """A generator a seed, where the rows lie: what each seed draws in this stage (1, 2) does not depend on the others."""
+    return [torch.Generator(rows["is_init"].device).manual_seed(2 * seed + stage) for seed in seeds]
+
+
+def name_seeds(seeds: list[int]) -> str:
+    return f"seed{'s' * (len(seeds) > 1)} {' '.join(map(str, seeds))}"
+
+
+def seed_states(parts: dict, generators: list[torch.Generator]) -> list[dict]:
+    """A copy of the state of `parts` (stacked modules and their optimisers) for each seed as it alone would have it, and its generator's."""
+    def pick(value, s: int, name: str = ""):
+        if isinstance(value, dict):
+            return {k: v if k == "param_groups" else pick(v, s, k) for k, v in value.items()}
+        return (value[s] if len(generators) > 1 and name != "step" else value).clone()
+
+    states = {name: part.state_dict() for name, part in parts.items()}
+    return [pick(states, s) | {"generator": generator.get_state()} for s, generator in enumerate(generators)]
+
+
+def load_seeds(parts: dict, generators: list[torch.Generator], states: list[dict]):
+    """The inverse of seed_states, for seeds that are equally far."""
+    def join(values: list, name: str = ""):
+        if isinstance(values[0], dict):
+            return {k: values[0][k] if k == "param_groups" else join([v[k] for v in values], k) for k in values[0]}
+        return torch.stack(values) if len(values) > 1 and name != "step" else values[0]
+
+    for name, part in parts.items():
+        part.load_state_dict(join([state[name] for state in states]))
+    for generator, state in zip(generators, states):
+        generator.set_state(state["generator"])
+
+
+def adam(groups: list, lr: float, device: torch.device) -> torch.optim.Adam:
+    """Adam in one fused kernel, which a CUDA graph can hold."""
+    return torch.optim.Adam(groups, lr, fused=True, capturable=device.type == "cuda")
+
+
+def set_gradients(loss: torch.Tensor, parameters: list[torch.Tensor]):
+    """Gives the parameters this loss's gradients, and no others."""
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True)):
+        # On a CPU fused Adam takes memory as it lies: a gradient with other strides than its parameter's trains it wrongly (PyTorch 2.13).
+        parameter.grad = None if gradient is None else gradient.contiguous()
+
+
+class Graph:
+    """function(*batches) as a CUDA graph where the batches lie on a GPU; elsewhere, and for the first calls, the function itself.
+
+    The function must do its work in place, on tensors that stay where they are, and wait for nothing on the host. What it
+    returns is overwritten by the next call. A capture that fails raises.
+    """
+
+    def __init__(self, function):
+        self.function, self.calls, self.graph = function, 0, None
+
+    def __call__(self, *batches: TensorDict):
+        if batches[0].device is None or batches[0].device.type != "cuda":
+            return self.function(*batches)
+        self.calls += 1
+        if self.calls <= EAGER_CALLS:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                results = self.function(*batches)
+            torch.cuda.current_stream().wait_stream(side)
+            return results
+        if self.graph is None:
+            self.inputs, self.graph = [batch.clone() for batch in batches], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.results = self.function(*self.inputs)
+        for mine, batch in zip(self.inputs, batches):
+            mine.copy_(batch)
+        self.graph.replay()
+        return self.results

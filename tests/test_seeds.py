@@ -1,0 +1,205 @@
+"""Seeds trained together are the seeds trained alone, and on a GPU the graph is the update."""
+
+import dataclasses
+from copy import deepcopy
+
+import pytest
+import torch
+from conftest import ROOT
+from tensordict import TensorDict
+from test_exact import ALPHA, FS, GAMMA, SCALE, by_hand, random_setting
+from test_step import rows as random_rows
+
+import comadice_bc
+import comadice_train
+from comadice_data import initial_rows, make_replay, minibatches, open_dataset
+from comadice_mixer import make_policy
+from comadice_seeds import Graph, adam, load_seeds, make_generators, per_seed, seed_states, split_seeds, stack
+
+SEEDS = [3, 0, 7]
+CARD = {"n_agents": 3, "obs_dim": 5, "state_dim": 7, "action_dim": 4}
+ARGS = comadice_train.Args(objective="exact", hidden=16, batch_size=16, init_batch_size=4, reward_scale=0.2, alpha=1.0, critic_lr=1e-3, lr=1e-3, tau=0.05)
+
+
+@pytest.fixture
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def data(discrete: bool, device: str = "cpu") -> TensorDict:
+    torch.manual_seed(0)
+    rows = random_rows(3, discrete)
+    return rows.to(device) if device != "cpu" else rows
+
+
+def critics_of(seeds: list[int], rows: TensorDict, card: dict, args, device: str = "cpu"):
+    """What train_critics sets up: (parts, generators, update, function that gives the batches of steps)."""
+    each = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        each.append(comadice_train.make_critics(card, args).to(device))
+    critics, target = stack(each), stack(deepcopy(each))
+    parts = {"critics": critics, "target": target, "optimizer": comadice_train.make_optimizer(critics, args)}
+    generators = make_generators(seeds, 1, rows)
+    sources = ((make_replay(rows, comadice_train.CRITIC_KEYS, True, generators), args.batch_size),
+               (make_replay(rows, comadice_train.INIT_KEYS, False, generators, first=initial_rows(rows)), args.init_batch_size))
+    update = comadice_train.make_critic_update(critics, target, parts["optimizer"], args)
+    return parts, generators, update, lambda start, stop: minibatches(start, {stop}, *sources)
+
+
+def same(state: dict, other: dict, **tolerance):
+    """Compares two state_dicts of whatever depth."""
+    assert state.keys() == other.keys()
+    for key, value in state.items():
+        if isinstance(value, dict):
+            same(value, other[key], **tolerance)
+        elif isinstance(value, torch.Tensor):
+            torch.testing.assert_close(value, other[key], **tolerance)
+        else:
+            assert value == other[key], key
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+@pytest.mark.parametrize("changes", [{"objective": "exact"}, {"objective": "semi", "alpha": 5.0}, {"objective": "printed"}, {"objective": "released"},
+                                     {"objective": "exact", "mixer_layers": 2, "lambda_scale": 0.5}], ids=lambda c: " ".join(map(str, c.values())))
+def test_critics_together_are_critics_alone(changes, discrete, double):
+    args, card, rows = dataclasses.replace(ARGS, **changes), CARD | {"discrete": discrete}, data(discrete)
+    parts, generators, update, batches = critics_of(SEEDS, rows, card, args)
+    together = [update(batch, init) for _, batch, init in batches(0, 50)]
+    states = seed_states(parts, generators)
+    for s, seed in enumerate(SEEDS):
+        parts, generators, update, batches = critics_of([seed], rows, card, args)
+        for results, (_, batch, init) in zip(together, batches(0, 50)):
+            assert batch.batch_size == (16,) and init.batch_size == (4,)
+            for ours, alone in zip(split_seeds(results, SEEDS)[s], update(batch, init)):
+                torch.testing.assert_close(ours, alone, rtol=1e-9, atol=1e-9)
+        same(states[s], seed_states(parts, generators)[0], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_policies_together_are_policies_alone(discrete, double):
+    """Each with a ratio of its own."""
+    rows = data(discrete)
+    ratios = [torch.rand(300, generator=torch.Generator().manual_seed(seed)) for seed in SEEDS]
+
+    def train(seeds: list[int], ratios: list) -> list[dict]:
+        each = []
+        for seed in seeds:
+            torch.manual_seed(seed)
+            each.append(make_policy(3, 5, 4, discrete, 16))
+        policy, generators = stack(each), make_generators(seeds, 2, rows)
+        optimizer = adam(list(policy.parameters()), 1e-3, torch.device("cpu"))
+        update = comadice_bc.make_policy_update(policy, optimizer)
+        for _, batch in minibatches(0, {50}, (make_replay(comadice_bc.with_ratios(rows, ratios), comadice_bc.POLICY_KEYS, False, generators), 16)):
+            loss = update(batch)
+            assert loss.shape == ((len(seeds),) if len(seeds) > 1 else ())
+        return seed_states({"policy": policy, "optimizer": optimizer}, generators)
+
+    for seed, ratio, state in zip(SEEDS, ratios, train(SEEDS, ratios)):
+        same(state, train([seed], [ratio])[0], rtol=1e-9, atol=1e-10)
+
+
+def test_states_of_lone_seeds_go_on_together(double):
+    """Three seeds alone for 20 steps, then together for 20, are three seeds alone for 40."""
+    args, card, rows = ARGS, CARD | {"discrete": False}, data(False)
+    states, whole = [], []
+    for seed in SEEDS:
+        parts, generators, update, batches = critics_of([seed], rows, card, args)
+        for start, saved in ((0, states), (20, whole)):
+            for _, batch, init in batches(start, start + 20):
+                update(batch, init)
+            saved.append(deepcopy(seed_states(parts, generators)[0]))
+    parts, generators, update, batches = critics_of(SEEDS, rows, card, args)
+    load_seeds(parts, generators, states)
+    same(seed_states(parts, generators)[1], states[1], rtol=0, atol=0)
+    for _, batch, init in batches(20, 40):
+        update(batch, init)
+    for state, alone in zip(seed_states(parts, generators), whole):
+        same(state, alone, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", FS)
+@pytest.mark.parametrize("objective", ["exact", "semi"])
+def test_stacked_losses_by_hand(objective, name):
+    """The hand-written losses and gradients of test_exact.py, for two different sets of critics in one call."""
+    settings = [random_setting() for _ in range(2)]
+    for parameter in settings[1][0].parameters():
+        parameter.data *= 1.5
+    args = comadice_train.Args(objective=objective, f=name, gamma=GAMMA, alpha=ALPHA / SCALE, reward_scale=SCALE, tau=0.1)
+    hand = [by_hand(*setting, objective, name, 0.0) for setting in settings]
+    critics, target = (stack([deepcopy(setting[i]) for setting in settings]) for i in (0, 1))
+    batch, init = (torch.stack([setting[i] for setting in settings]) for i in (2, 3))
+    L_q, L_nu, w, _ = comadice_train.make_critic_update(critics, target, torch.optim.SGD(critics.parameters(), 0.1), args)(batch, init)
+    for s in range(2):
+        torch.testing.assert_close(torch.stack([L_q[s], L_nu[s]]), torch.tensor([hand[s].L_q, hand[s].L_nu]).double())
+        torch.testing.assert_close(w[s], torch.as_tensor(hand[s].w))
+        torch.testing.assert_close(critics.nu.table.grad[s], torch.as_tensor(hand[s].psi_nu))
+        torch.testing.assert_close(critics.q.table.grad[s], torch.as_tensor(hand[s].psi_q))
+
+
+def test_long_runs_together_stay_within_float32(tmp_path):
+    """500 float32 steps on the dataset in the repository: sums in another order, but the same training."""
+    rows, card = open_dataset(ROOT / "data/mamujoco/hopper/demo")
+    args = comadice_train.fill_in(dataclasses.replace(ARGS, alpha=None, reward_scale=None, hidden=32, batch_size=64), rows, card)
+
+    def late_losses(seeds: list[int]) -> torch.Tensor:
+        _, _, update, batches = critics_of(seeds, rows, card, args)
+        results = [update(batch, init)[1] for _, batch, init in batches(0, 500)]
+        return torch.stack(results[-100:]).mean(0)
+
+    alone = torch.stack([late_losses([seed]) for seed in SEEDS])
+    together = late_losses(SEEDS)
+    assert (together - alone).abs().max() < 0.25 * alone.std(), (together, alone)
+
+
+def test_graph_is_the_function_on_a_cpu():
+    """Nothing is copied or kept there, and per_seed calls a lone seed's function as it is."""
+    calls = []
+    graph = Graph(lambda batch: calls.append(batch))
+    batch = TensorDict({"x": torch.zeros(2)}, [2])
+    for _ in range(5):
+        graph(batch)
+    assert len(calls) == 5 and all(call is batch for call in calls) and graph.graph is None
+    module = torch.nn.Linear(1, 1)
+    assert per_seed(lambda m, b: (m, b), [module], batch) == (module, batch)
+    assert stack([module]) is module
+
+
+# ---------------------------------------------------------------- a GPU
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+
+@pytest.mark.cuda
+@cuda
+@pytest.mark.parametrize("seeds", [[0], SEEDS], ids=len)
+@pytest.mark.parametrize("objective", ["exact", "semi", "printed", "released"])
+def test_graph_trains_as_a_cpu_does(objective, seeds, double):
+    """The same batches in float64: the first steps are eager, the later ones replays."""
+    args, card, rows = dataclasses.replace(ARGS, objective=objective, alpha=5.0), CARD | {"discrete": False}, data(False)
+    here = critics_of(seeds, rows, card, args)
+    there = critics_of(seeds, rows.to("cuda"), card, args, "cuda")
+    graph = Graph(there[2])
+    for _, batch, init in here[3](0, 20):
+        results = graph(batch.to("cuda"), init.to("cuda"))
+        for ours, theirs in zip(here[2](batch, init), results):
+            torch.testing.assert_close(theirs.cpu(), ours, rtol=1e-8, atol=1e-8)
+    assert graph.graph is not None
+    for ours, theirs in zip(here[0]["critics"].parameters(), there[0]["critics"].parameters()):
+        torch.testing.assert_close(theirs.cpu(), ours, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.cuda
+@cuda
+def test_a_step_of_the_graph_does_not_synchronise():
+    args, card, rows = ARGS, CARD | {"discrete": False}, data(False, "cuda")
+    _, _, update, batches = critics_of(SEEDS, rows, card, args, "cuda")
+    graph = Graph(update)
+    for step, batch, init in batches(0, 64):
+        graph(batch, init)
+        if step == 10:
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
