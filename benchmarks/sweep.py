@@ -2,9 +2,8 @@
 
     python benchmarks/sweep.py --data data/mamujoco/hopper/medium-replay --steps 20000 --out sweep.csv
 
-Every member is what `python comadice_train.py` with its flags trains (the same losses, networks and optimiser, through
-torch.vmap), with batches of its own; of the --train flags, alpha, objective, advantage and those of every script but lr,
-hidden and batch_size have no effect here. Plain BC is a member too, once per --bc-lr. A member's score is the mean
+Every member is what `python comadice_train.py` with its flags and seed trains; of the --train flags, alpha, objective, advantage
+and those of every script but lr, hidden and batch_size have no effect here. Plain BC is a member too, once per --bc-lr. A member's score is the mean
 return over its last evaluations, since a policy's return swings from one checkpoint to the next. On a GPU the update is
 one CUDA graph, while the evaluations run in processes beside it.
 """
@@ -27,12 +26,13 @@ from tensordict import TensorDict
 from tqdm import tqdm
 
 import comadice_train
-from comadice_bc import POLICY_KEYS, ratio_stats
-from comadice_data import as_transition, initial_rows, open_dataset, run_script, transition_rows
-from comadice_losses import policy_loss
+from comadice_bc import POLICY_KEYS, make_policy_update, ratio_stats, with_ratios
+from comadice_data import initial_rows, make_replay, minibatches, open_dataset, run_script
 from comadice_mixer import make_policy
 from comadice_rollout import eval_env, evaluate
 from comadice_runs import pick_device
+from comadice_seeds import Graph, adam, make_generators, seed_states, stack
+from comadice_train import fill_in
 
 
 @dataclass
@@ -65,136 +65,57 @@ class Args:
     """the other arguments of comadice_train.py"""
 
 
-def stack(modules: list[torch.nn.Module]) -> TensorDict:
-    """Parameters of M equal modules as leaves [M, ...]."""
-    return torch.stack([TensorDict.from_module(m).data for m in modules]).apply(lambda t: t.clone().requires_grad_())
-
-
-def leaves(params: TensorDict, *names: str) -> list[torch.Tensor]:
-    return [t for name in names for t in ([params[name]] if isinstance(params[name], torch.Tensor) else params[name].values(True, True))]
-
-
-class Draw:
-    """Batches [M, B] of transitions, each member's its own."""
-
-    def __init__(self, rows: TensorDict, M: int, B: int, keys: list):
-        self.rows, self.shape, self.device = rows.select(*keys, strict=False), (M * B,), rows["state"].device
-        self.first, self.initial = transition_rows(rows), initial_rows(rows)
-        self.size = (M, B)
-
-    def transitions(self) -> tuple[TensorDict, torch.Tensor]:
-        """Batches, and each transition's number in the dataset."""
-        number = torch.randint(len(self.first), self.shape, device=self.device)
-        index = self.first[number]
-        return as_transition(self.rows[torch.stack([index, index + 1], -1)]).reshape(self.size), number.reshape(self.size)
-
-    def initials(self, B: int) -> TensorDict:
-        size = (self.size[0], B)
-        return self.initial[torch.randint(len(self.initial), size, device=self.device)]
-
-
-def repeat(step, times: int, label: str, device: torch.device):
-    """Calls step() `times` times, yielding after each; on a GPU it is captured as a CUDA graph after three calls and replayed."""
-    bar = tqdm(total=times, desc=label, mininterval=2)
-    graph = torch.cuda.CUDAGraph() if device.type == "cuda" else None
-    side = torch.cuda.Stream() if graph is not None else None
-    for i in range(times):
-        if graph is None:
-            step()
-        elif i < 3:
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                step()
-            torch.cuda.current_stream().wait_stream(side)
-        else:
-            if i == 3:
-                with torch.cuda.graph(graph):
-                    step()
-            graph.replay()
-        bar.update()
-        yield i + 1
-    bar.close()
-
-
 def train_critics(objective: str, rows: TensorDict, card: dict, args: Args) -> list[tuple[dict, torch.Tensor]]:
     """Lines 3-8 for alphas x seeds at once. Returns (name of the cell and seed, w* of all transitions) of each member and advantage."""
-    train = replace(args.train, objective=objective)
+    train = fill_in(replace(args.train, objective=objective), rows, card)
     members = [(alpha, seed) for alpha in args.alphas for seed in args.seeds]
-    device, critics = rows["state"].device, []
+    device, each = rows["state"].device, []
     for _, seed in members:
         torch.manual_seed(seed)
-        critics.append(comadice_train.make_critics(card, train).to(device))
-    params = stack(critics)
-    average = params.data.clone()
-    model, target = critics[0], deepcopy(critics[0])
-    alpha = torch.tensor([a * train.reward_scale for a, _ in members], device=device)
-    groups = [{"params": leaves(params, "q", "nu", "mixer")}, {"params": leaves(params, "lam"), "lr": train.critic_lr * train.lambda_scale}]
-    optimizer = torch.optim.Adam(groups, train.critic_lr, capturable=device.type == "cuda")
-    draw = Draw(rows, len(members), train.batch_size, comadice_train.CRITIC_KEYS)
-    of_q, of_nu = (["q", "mixer"], ["nu"]) if objective == "released" else (["q"], ["nu", "mixer"])
-    if train.lambda_scale:
-        of_nu.append("lam")
-
-    def one(p, t, batch, init, a):
-        with p.to_module(model), t.to_module(target):
-            return comadice_train.critic_losses(model, target, batch, init, a, train)[:2]
-
-    def step():
-        L_q, L_nu = torch.vmap(one)(params, average, draw.transitions()[0], draw.initials(train.init_batch_size), alpha)
-        for loss, group in ((L_q, leaves(params, *of_q)), (L_nu, leaves(params, *of_nu))):
-            for leaf, gradient in zip(group, torch.autograd.grad(loss.sum(), group, retain_graph=True, allow_unused=True)):
-                leaf.grad = gradient
-        optimizer.step()
-        average.lerp_(params.data, train.tau)
-
-    for _ in repeat(step, args.steps, f"{objective}: {len(members)} critics", device):
-        pass
-    results = []
-    for m, (a, seed) in enumerate(members):
-        average[m].to_module(target)
+        each.append(comadice_train.make_critics(card, train).to(device))
+    critics, target = stack(each), stack(deepcopy(each))
+    alpha = torch.tensor([a * train.reward_scale for a, _ in members], device=device).reshape(critics.lam.shape)
+    update = Graph(comadice_train.make_critic_update(critics, target, comadice_train.make_optimizer(critics, train), train, alpha))
+    generators = make_generators([seed for _, seed in members], 1, rows)
+    replay = make_replay(rows, comadice_train.CRITIC_KEYS, True, generators)
+    initial = make_replay(rows, comadice_train.INIT_KEYS, False, generators, first=initial_rows(rows))
+    batches = minibatches(0, {args.steps}, (replay, train.batch_size), (initial, train.init_batch_size))
+    for _, batch, init in tqdm(batches, total=args.steps, desc=f"{objective}: {len(members)} critics", mininterval=2):
+        update(batch, init)
+    results, model, first = [], each[0], rows[initial_rows(rows)[:1000]]
+    for (a, seed), state in zip(members, seed_states({"target": target}, generators)):
+        model.load_state_dict(state["target"])
         for advantage in args.advantages if objective != "released" else ["q"]:
-            w = comadice_train.dataset_ratio(target, rows, replace(train, alpha=a, advantage=advantage))
+            w = comadice_train.dataset_ratio(model, rows, replace(train, alpha=a, advantage=advantage))
             with torch.no_grad():
-                first = draw.initial[:1000]
-                nu_init = target.mixer(target.nu(first["agents", "observation"]), first["state"]).mean().item() / train.reward_scale
+                nu_init = model.mixer(model.nu(first["agents", "observation"]), first["state"]).mean().item() / train.reward_scale
             results.append(({"objective": objective, "advantage": advantage, "alpha": a, "seed": seed, "lr": args.train.lr, "nu_init": nu_init}, w))
     return results
 
 
 def train_policies(members: list[tuple[dict, torch.Tensor]], rows: TensorDict, card: dict, args: Args, pool) -> list[dict]:
     """Lines 9-12 for members of one learning rate at once. Returns a row each."""
-    device, policies = rows["state"].device, []
+    device, each = rows["state"].device, []
     for name, _ in members:
         torch.manual_seed(name["seed"])
-        policies.append(make_policy(card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], args.train.hidden).to(device))
-    params, model = stack(policies), policies[0]
+        each.append(make_policy(card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], args.train.hidden).to(device))
+    policy = stack(each)
+    # A ratio that is zero or not finite trains nothing, and comadice_train.py refuses it: its member is trained on 1 and not played.
     finite = [bool(torch.isfinite(w).all()) and bool(w.mean() > 0) for _, w in members]
-    ratio = torch.stack([w / w.mean() if ok else torch.zeros_like(w) for ok, (_, w) in zip(finite, members)])
-    draw = Draw(rows, len(members), args.train.batch_size, POLICY_KEYS)
-    member = torch.arange(len(members), device=device)[:, None]
-    optimizer = torch.optim.Adam(params.values(True, True), members[0][0]["lr"], capturable=device.type == "cuda")
-
-    def one(p, batch, w):
-        with p.to_module(model):
-            agents = batch["agents"]
-            return policy_loss(w, model.log_prob(agents["observation"], agents["action"], agents.get("action_mask", None)))
-
-    def step():
-        batch, number = draw.transitions()
-        loss = torch.vmap(one)(params, batch, ratio[member, number])
-        for leaf, gradient in zip(params.values(True, True), torch.autograd.grad(loss.sum(), list(params.values(True, True)))):
-            leaf.grad = gradient
-        optimizer.step()
-
+    weighted = with_ratios(rows, [w if ok else None for ok, (_, w) in zip(finite, members)])
+    generators = make_generators([name["seed"] for name, _ in members], 2, rows)
+    update = Graph(make_policy_update(policy, adam(list(policy.parameters()), members[0][0]["lr"], device)))
     at = {args.steps - round(i * args.steps / 5 / args.last) for i in range(args.last)}
     jobs = []
-    for i in repeat(step, args.steps, f"{len(members)} policies", device):
-        if i in at:
-            now = params.data.cpu()
-            jobs.append([pool.submit(play, card, now[m].clone().to_dict(), args.train.hidden, args.episodes, i) for m in range(len(members))])
+    batches = minibatches(0, {args.steps}, (make_replay(weighted, POLICY_KEYS, False, generators), args.train.batch_size))
+    for step, batch in tqdm(batches, total=args.steps, desc=f"{len(members)} policies", mininterval=2):
+        update(batch)
+        if step in at:
+            states = seed_states({"policy": policy}, generators)
+            parameters = [{k: v.cpu() for k, v in state["policy"].items()} for state in states]
+            jobs.append([pool.submit(play, card, p, args.train.hidden, args.episodes, step) for p in parameters])
     table = []
     for m, (name, w) in enumerate(tqdm(members, desc="evaluations", mininterval=2)):
-        # A ratio that is zero or not finite trains nothing; comadice_train.py refuses it.
         played = torch.tensor([job[m].result() if finite[m] else (math.nan, math.nan) for job in jobs])
         (score, winrate), spread = played.mean(0).tolist(), played[:, 0].std(correction=0).item()
         table.append(name | {"return": score, "winrate": winrate, "std_over_evaluations": spread, **ratio_stats(w)})
@@ -210,7 +131,7 @@ def play(card: dict, parameters: dict, hidden: int, episodes: int, seed: int) ->
     if not ENVS:
         ENVS["env"] = eval_env(card, episodes)
     policy = make_policy(card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], hidden)
-    TensorDict(parameters).to_module(policy)
+    policy.load_state_dict(parameters)
     result = evaluate(policy, ENVS["env"], episodes, seed)
     return result["return_mean"], math.nan if result["winrate"] is None else 100 * result["winrate"]
 
@@ -220,7 +141,6 @@ def main(args: Args):
     rows, card = open_dataset(args.data)
     if device.type == "cuda":
         rows = rows.to(device)
-    args.train = comadice_train.fill_in(args.train, rows)
     table, began = [], time.time()
     with ProcessPoolExecutor(args.processes, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
         members = [({"objective": "bc", "advantage": "", "alpha": "", "seed": seed, "lr": lr, "nu_init": math.nan}, torch.ones(card["samples"], device=device))
