@@ -81,10 +81,10 @@ def evaluation(policy: torch.nn.Module, env: EnvBase | None, args, seed: int) ->
     return {"return": result["return_mean"], "return_std": result["return_std"], "winrate": result["winrate"], "replayed": result["replayed"]}
 
 
-def policy_losses(policy, batch: TensorDict) -> torch.Tensor:
+def policy_losses(policy, batch: TensorDict) -> tuple[torch.Tensor]:
     """The loss of line 10 on one batch [B]."""
     agents = batch["agents"]
-    return policy_loss(batch["w"], policy.log_prob(agents["observation"], agents["action"], agents.get("action_mask", None)))  # Eq. 11
+    return (policy_loss(batch["w"], policy.log_prob(agents["observation"], agents["action"], agents.get("action_mask", None))),)  # Eq. 11
 
 
 def make_policy_update(policy, optimizer):
@@ -95,7 +95,7 @@ def make_policy_update(policy, optimizer):
         if batch.ndim == 2:
             batch = batch.copy()
             batch["w"] = batch["w"].diagonal(0, 0, 2).T  # each seed's own ratio
-        loss = per_seed(policy_losses, [policy], batch)
+        (loss,) = per_seed(policy_losses, [policy], batch)
         set_gradients(loss.sum(), parameters)
         optimizer.step()  # line 11
         return loss.detach()

@@ -28,8 +28,8 @@ class LocalMLP(nn.Module):
         super().__init__()
         norm = lambda: nn.LayerNorm(hidden) if layer_norm else nn.Identity()
         self.layers = nn.Sequential(
-            nn.Linear(in_dim + n_agents, hidden), norm(), nn.ReLU(),
-            nn.Linear(hidden, hidden), norm(), nn.ReLU(),
+            nn.Linear(in_dim + n_agents, hidden), norm(), nn.ReLU(inplace=True),
+            nn.Linear(hidden, hidden), norm(), nn.ReLU(inplace=True),
             nn.Linear(hidden, out_dim),
         )
 
@@ -73,7 +73,10 @@ def hypernet(state_dim: int, out_dim: int, hidden: int) -> nn.Sequential:
 
 
 class LinearMixer(nn.Module):
-    """The 1-layer mixer of Section 5: M_theta^s[x] = x^T W_theta^s + b_theta^s, W >= 0 from hyper-networks of the state."""
+    """The 1-layer mixer of Section 5: M_theta^s[x] = x^T W_theta^s + b_theta^s, W >= 0 from hyper-networks of the state.
+
+    Where several values are mixed at one state, `at` = mixer.at(state) evaluates the hyper-networks once.
+    """
 
     def __init__(self, n_agents: int, state_dim: int, hidden: int = 64):
         super().__init__()
@@ -84,16 +87,21 @@ class LinearMixer(nn.Module):
         """state [..., S] -> W_theta^s [..., n], non-negative."""
         return self.W(state).abs()
 
-    def forward(self, x: Tensor, state: Tensor) -> Tensor:
-        """M[x] of local values x [..., n]: nu_tot = M[nu] -> [...]."""
-        return (x * self.weights(state)).sum(-1) + self.b(state)[..., 0]
+    def at(self, state: Tensor) -> tuple[Tensor, ...]:
+        """state [..., S] -> (W_theta^s [..., n], b_theta^s [..., 1])."""
+        return self.weights(state), self.b(state)
 
-    def advantage(self, x: Tensor, state: Tensor) -> Tensor:
+    def forward(self, x: Tensor, state: Tensor, at: tuple[Tensor, ...] | None = None) -> Tensor:
+        """M[x] of local values x [..., n]: nu_tot = M[nu] -> [...]."""
+        W, b = at or self.at(state)
+        return (x * W).sum(-1) + b[..., 0]
+
+    def advantage(self, x: Tensor, state: Tensor, at: tuple[Tensor, ...] | None = None) -> Tensor:
         """A_tot = M[x] - M[0] of local advantages x = q - nu [..., n] -> [...].
 
         The bias b is no part of A_tot: M[q] - M[nu] = W (q - nu), so Eq. 5 holds for q_tot = M[q] only without it.
         """
-        return (x * self.weights(state)).sum(-1)
+        return (x * (at[0] if at else self.weights(state))).sum(-1)
 
 
 class TwoLayerMixer(nn.Module):
@@ -108,19 +116,25 @@ class TwoLayerMixer(nn.Module):
         self.W1, self.b1 = hypernet(state_dim, n_agents * hidden, hidden), hypernet(state_dim, hidden, hidden)
         self.W2, self.b2 = hypernet(state_dim, hidden, hidden), hypernet(state_dim, 1, hidden)
 
-    def forward(self, x: Tensor, state: Tensor) -> Tensor:
-        """M[x] of local values x [..., n]: nu_tot = M[nu] -> [...]."""
+    def at(self, state: Tensor) -> tuple[Tensor, ...]:
+        """state [..., S] -> (W_1 [..., n, hidden], b_1 [..., hidden], W_2 [..., hidden], b_2 [..., 1])."""
         W1 = self.W1(state).abs().unflatten(-1, (self.n_agents, self.hidden))
-        layer1 = elu((x.unsqueeze(-1) * W1).sum(-2) + self.b1(state))
-        return (layer1 * self.W2(state).abs()).sum(-1) + self.b2(state)[..., 0]
+        return W1, self.b1(state), self.W2(state).abs(), self.b2(state)
 
-    def advantage(self, x: Tensor, state: Tensor) -> Tensor:
+    def forward(self, x: Tensor, state: Tensor, at: tuple[Tensor, ...] | None = None) -> Tensor:
+        """M[x] of local values x [..., n]: nu_tot = M[nu] -> [...]."""
+        W1, b1, W2, b2 = at or self.at(state)
+        layer1 = elu((x.unsqueeze(-1) * W1).sum(-2) + b1)
+        return (layer1 * W2).sum(-1) + b2[..., 0]
+
+    def advantage(self, x: Tensor, state: Tensor, at: tuple[Tensor, ...] | None = None) -> Tensor:
         """A_tot = M[x] - M[0] of local advantages x = q - nu [..., n] -> [...].
 
         With two layers M[q] - M[nu] and M[q - nu] differ. This A_tot keeps what the paper needs of it: it is convex in nu
         (Theorem 4.2; M[0] does not depend on nu), and it is zero where every agent's advantage is.
         """
-        return self(x, state) - self(torch.zeros_like(x), state)
+        at = at or self.at(state)
+        return self(x, state, at) - self(torch.zeros_like(x), state, at)
 
 
 MIXERS = {1: LinearMixer, 2: TwoLayerMixer}

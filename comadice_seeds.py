@@ -12,6 +12,7 @@ from tensordict import TensorDict
 from torch import nn
 from torch.func import functional_call
 
+VMAPPED = ("cuda",)  # devices on which seeds are vmapped, see per_seed
 EAGER_CALLS = 3  # before a graph is captured, as torch.cuda.graph asks for
 
 
@@ -37,16 +38,21 @@ class Call(nn.Module):
         return self.function(*self.parts, *batches)
 
 
-def per_seed(function, modules: list[nn.Module], *batches: TensorDict):
+def per_seed(function, modules: list[nn.Module], *batches) -> tuple:
     """function(*modules, *batches) of each of S seeds: modules as stack() makes them, batches [S, B], results [S, ...].
 
-    Batches [B] are a lone seed's, whose modules are no stack: the function is called as it is.
+    Batches [B] are a lone seed's, whose modules are no stack: the function is called as it is. A GPU does all seeds in one
+    vmapped call. A CPU does one after another: its batched products are slower than single ones (benchmarks/speed.py).
     """
     if batches[0].ndim == 1:
         return function(*modules, *batches)
     call = Call(function, modules)
     state = dict([*call.named_parameters(), *call.named_buffers()])
-    return torch.vmap(lambda state, *batches: functional_call(call, state, batches))(state, *batches)
+    if next(iter(state.values())).device.type in VMAPPED:
+        return torch.vmap(lambda state, *batches: functional_call(call, state, batches))(state, *batches)
+    states = [dict(zip(state, own)) for own in zip(*(tensor.unbind(0) for tensor in state.values()))]
+    results = [functional_call(call, own, batch) for own, batch in zip(states, zip(*(batch.unbind(0) for batch in batches)))]
+    return tuple(torch.stack(values) for values in zip(*results))
 
 
 def split_seeds(results: tuple, seeds: list[int]) -> list[tuple]:

@@ -93,18 +93,19 @@ def fill_in(args: Args, rows: TensorDict, card: dict) -> Args:
     return replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
 
 
-def values(critics, *where: TensorDict) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-    """nu [B, n] and nu_tot [B] at several batches of states, from one call of each network."""
+def values(critics, *where: TensorDict) -> tuple[tuple, tuple, tuple]:
+    """nu [B, n], nu_tot [B] and the mixer's coefficients at several batches of states, from one call of each network."""
     sizes = [len(w["state"]) for w in where]
-    nu = critics.nu(torch.cat([w["agents", "observation"] for w in where]))
-    nu_tot = critics.mixer(nu, torch.cat([w["state"] for w in where]))
-    return nu.split(sizes), nu_tot.split(sizes)
+    state = torch.cat([w["state"] for w in where])
+    nu, at = critics.nu(torch.cat([w["agents", "observation"] for w in where])), critics.mixer.at(state)
+    return nu.split(sizes), critics.mixer(nu, state, at).split(sizes), tuple(zip(*(c.split(sizes) for c in at)))
 
 
 def critic_losses(critics, target, batch: TensorDict, init: TensorDict, alpha, args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The losses of lines 5-7 on one batch: (L_q of Eq. 9, L(nu, theta) of Eq. 10, w [B], nu_tot(s) [B]), the last two detached.
 
     batch [B]: transitions; init: initial states; alpha: in units of the scaled reward, as both losses and nu_tot are.
+    psi_q is a variable of L_q alone, psi_nu and theta of L(nu, theta) alone; with `released` theta is L_q's.
     """
     f, gamma = losses.DIVERGENCES[args.f], args.gamma
     obs, state = batch["agents", "observation"], batch["state"]
@@ -113,30 +114,31 @@ def critic_losses(critics, target, batch: TensorDict, init: TensorDict, alpha, a
     q = critics.q(obs, batch["agents", "action"])
 
     if args.objective == "exact":
-        (nu, _, _), (nu_tot, nu_tot_next, nu_tot_init) = values(critics, batch, batch["next"], init)
+        (nu, _, _), (nu_tot, nu_tot_next, nu_tot_init), (theta, _, _) = values(critics, batch, batch["next"], init)
         A = losses.td_advantage(reward, terminated, nu_tot, nu_tot_next, gamma)  # Eq. 5
         nu_tot_next = nu_tot_next.detach()  # Eq. 9 then regresses on the same nu_tot(s'), which saves the target's evaluation
     else:
         with torch.no_grad():
-            _, (nu_tot_next,) = values(target, batch["next"])
+            _, (nu_tot_next,), _ = values(target, batch["next"])
         if args.objective == "semi":
-            (nu,), (nu_tot,) = values(critics, batch)
+            (nu,), (nu_tot,), (theta,) = values(critics, batch)
             A = losses.td_advantage(reward, terminated, nu_tot, nu_tot_next, gamma)  # Eq. 5
         else:
-            (nu, nu_init), (nu_tot, nu_tot_init) = values(critics, batch, init)
+            (nu, nu_init), (nu_tot, nu_tot_init), (theta, _) = values(critics, batch, init)
             if args.objective == "printed":
-                A = critics.mixer.advantage(q.detach() - nu, state)  # A_tot of Section 5
+                A = critics.mixer.advantage(q.detach() - nu, state, theta)  # A_tot of Section 5
             elif args.objective == "released":
-                A_i = critics.mixer.weights(state).detach() * (q.detach() - nu)  # [B, n]
+                A_i = theta[0].detach() * (q.detach() - nu)  # W_i (q_i - nu_i), [B, n]
 
     if args.objective == "released":
         # q_tot itself is regressed, and theta with it; nu_tot(s) is no part of it.
-        L_q = losses.q_loss(critics.mixer(q, state), reward, terminated, torch.zeros_like(nu_tot), nu_tot_next, gamma)
+        L_q = losses.q_loss(critics.mixer(q, state, theta), reward, terminated, torch.zeros_like(nu_tot), nu_tot_next, gamma)
         L_nu = losses.released_loss(nu_init, A_i, alpha, f, gamma, lam)
         w = losses.released_ratio(A_i, alpha, f, lam)
     else:
         # Line 5, Eq. 9
-        L_q = losses.q_loss(critics.mixer.advantage(q - nu.detach(), state), reward, terminated, nu_tot.detach(), nu_tot_next, gamma)
+        fixed = tuple(c.detach() for c in theta)
+        L_q = losses.q_loss(critics.mixer.advantage(q - nu.detach(), state, fixed), reward, terminated, nu_tot.detach(), nu_tot_next, gamma)
         # Lines 6-7, Prop. 4.1 or Eq. 10
         L_nu = losses.semi_loss(nu_tot, A, alpha, f) if args.objective == "semi" else losses.dual_loss(nu_tot_init, A, alpha, f, gamma, lam)
         w = losses.occupancy_ratio(A, alpha, f, lam)
@@ -147,13 +149,6 @@ def critic_metrics(L_q: torch.Tensor, L_nu: torch.Tensor, w: torch.Tensor, nu_to
     """What metrics.csv says of a batch; mean_nu is in units of the reward as recorded."""
     return {"q_loss": L_q.item(), "nu_loss": L_nu.item(), "mean_nu": nu_tot.mean().item() / args.reward_scale, "mean_w": w.mean().item(),
             "w_zero": (w == 0).float().mean().item(), "ess": losses.effective_sample_size(w).item()}
-
-
-def parameter_groups(critics, args) -> tuple[list, list]:
-    """(what L_q trains, what L(nu, theta) trains): psi_q, and psi_nu with theta; `released` trains theta by L_q instead."""
-    psi_q, psi_nu, theta = (list(m.parameters()) for m in (critics.q, critics.nu, critics.mixer))
-    lam = [critics.lam] if args.lambda_scale else []
-    return (psi_q + theta, psi_nu + lam) if args.objective == "released" else (psi_q, psi_nu + theta + lam)
 
 
 def make_optimizer(critics, args) -> torch.optim.Adam:
@@ -175,7 +170,6 @@ def make_critic_update(critics, target, optimizer, args, alpha: torch.Tensor | N
     units of the scaled reward may be each one's own; it is args.alpha for all otherwise.
     """
     alpha = torch.full_like(critics.lam, args.alpha * args.reward_scale) if alpha is None else alpha
-    groups = parameter_groups(critics, args)
     networks, targets = list(critics.parameters()), list(target.parameters())
 
     def loss(critics, target, batch, init, alpha):
@@ -183,8 +177,7 @@ def make_critic_update(critics, target, optimizer, args, alpha: torch.Tensor | N
 
     def update(batch: TensorDict, init: TensorDict):
         L_q, L_nu, w, nu_tot = per_seed(loss, [critics, target], batch, init, alpha)
-        for loss_sum, parameters in zip((L_q.sum(), L_nu.sum()), groups):  # each parameter has the gradient of the one loss that trains it
-            set_gradients(loss_sum, parameters)
+        set_gradients((L_q + L_nu).sum(), networks)  # no parameter is in both, so each has its own loss's gradient
         optimizer.step()
         update_target(targets, networks, args.tau)
         return L_q.detach(), L_nu.detach(), w, nu_tot

@@ -1,143 +1,253 @@
-"""Time of an update step and the shares of its parts.
+"""How near an update is to the machine's limit: updates/s, the share of each part, and FLOP/s against bare matrix products.
 
-    python benchmarks/speed.py                                   # hopper's shapes, random data
-    python benchmarks/speed.py --n-agents 10 --obs-dim 170 --state-dim 306 --action-dim 17
+    python benchmarks/speed.py                                                     # three shapes, 1 and 5 seeds, this machine's best device
+    python benchmarks/speed.py --shapes hopper --seeds 1 --pair "python other.py"  # beside another implementation, in turn
 
-Compare the shares and the ratios of one run; absolute speeds of a shared CPU mean little.
+The FLOP of an update are those of the fewest network evaluations that the equations need: a layer k -> n on m rows costs
+2mkn forward, 2mkn for its weight's gradient and 2mkn for its input's, which a network's first layer does not need.
+The peak is the same products alone, torch.mm into memory that is there. Steps and products are timed in turn, in one run,
+and medians are compared: a shared machine drifts. The outside command prints "NUMBER updates/s" once a stage, critics and policy.
 """
 
+import re
+import resource
+import subprocess
 import sys
 import time
-from collections import defaultdict
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import tyro
 from tensordict import TensorDict
-from torchrl.data import TensorDictReplayBuffer, TensorStorage
 
+import comadice_bc
 import comadice_train
-from comadice_bc import POLICY_KEYS, with_ratio
-from comadice_data import initial_rows, make_replay, minibatches, run_script
-from comadice_losses import policy_loss
+from comadice_data import BadInput, initial_rows, make_replay, minibatches, run_script
 from comadice_mixer import make_policy
 from comadice_runs import pick_device
+from comadice_seeds import Graph, adam, make_generators, per_seed, set_gradients, stack
+
+SHAPES = {  # Table 3
+    "hopper": {"n_agents": 3, "obs_dim": 14, "state_dim": 42, "action_dim": 1, "discrete": False},
+    "zerg_10_vs_11": {"n_agents": 10, "obs_dim": 170, "state_dim": 306, "action_dim": 17, "discrete": True},
+    "protoss_20_vs_20": {"n_agents": 20, "obs_dim": 362, "state_dim": 820, "action_dim": 26, "discrete": True},
+}
 
 
 @dataclass
 class Args:
-    n_agents: int = 3
-    """agents"""
-    obs_dim: int = 14
-    """entries of an observation"""
-    state_dim: int = 42
-    """entries of the state"""
-    action_dim: int = 1
-    """entries of an action"""
-    rows: int = 200_000
+    shapes: list[str] = field(default_factory=lambda: list(SHAPES))
+    """hopper, zerg_10_vs_11, protoss_20_vs_20"""
+    seeds: list[int] = field(default_factory=lambda: [1, 5])
+    """how many seeds are trained together"""
+    steps: int = 60
+    """steps in a round"""
+    rounds: int = 5
+    """rounds, the first besides as warm-up"""
+    rows: int = 5000
     """rows of the random dataset"""
-    steps: int = 200
-    """timed steps, after a tenth as many to warm up"""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
-    threads: int = 1
+    threads: int = 2
     """CPU threads"""
-    train: comadice_train.Args = field(default_factory=comadice_train.Args)
+    pair: str | None = None
+    """a command to run after every round"""
+    train: comadice_train.Args = field(default_factory=lambda: comadice_train.Args(objective="exact"))
     """the other arguments of comadice_train.py"""
 
 
-def random_rows(args: Args) -> TensorDict:
+def random_rows(card: dict, N: int) -> TensorDict:
     """Episodes of 100 transitions of noise, in the dataset's layout."""
-    N, n = max(args.rows // 101, 1) * 101, args.n_agents
+    N, n, A = max(N // 101, 1) * 101, card["n_agents"], card["action_dim"]
     t = torch.arange(N) % 101
-    agents = TensorDict({"observation": torch.randn(N, n, args.obs_dim), "action": torch.randn(N, n, args.action_dim)}, [N, n])
+    agents = {"observation": torch.randn(N, n, card["obs_dim"]), "action": torch.randint(A, (N, n)) if card["discrete"] else torch.randn(N, n, A)}
+    if card["discrete"]:
+        agents["action_mask"] = torch.ones(N, n, A, dtype=torch.bool)
     done = (t == 99)[:, None]
     flags = {"done": done, "terminated": done, "is_init": (t == 0)[:, None]}
-    return TensorDict({"state": torch.randn(N, args.state_dim), "agents": agents, "reward": torch.randn(N, 1)} | flags, [N])
+    return TensorDict({"state": torch.randn(N, card["state_dim"]), "agents": TensorDict(agents, [N, n]), "reward": torch.randn(N, 1)} | flags, [N])
 
 
-class Clock:
-    """Adds up seconds by part; on a GPU each part is waited for."""
+def products(rows: int, sizes: list[int], trained: bool = True) -> list[tuple[int, int, int]]:
+    """The matrix products (m, k, n) of an MLP on `rows` rows: forward, and where it is trained backward."""
+    out = []
+    for layer, (k, n) in enumerate(pairwise(sizes)):
+        out += [(rows, k, n)] + trained * [(k, rows, n)] + (trained and layer > 0) * [(rows, n, k)]
+    return out
+
+
+def needed(card: dict, args: comadice_train.Args) -> tuple[list, list]:
+    """The matrix products of the critics' update and of the policy's."""
+    n, O, S, A = (card[k] for k in ("n_agents", "obs_dim", "state_dim", "action_dim"))
+    B, H = args.batch_size, args.hidden
+    mixer = lambda rows, trained: [p for out in (n, 1) for p in products(rows, [S, args.mixer_hidden, out], trained)]
+    q = products(B * n, [O + n, H, H, A] if card["discrete"] else [O + n + A, H, H, 1])
+    if args.objective == "exact":  # nu and theta at s, s' and s_0
+        rows = 2 * B + args.init_batch_size
+        critics = q + products(rows * n, [O + n, H, H, 1]) + mixer(rows, True)
+    else:  # semi: at s, and the target networks at s'
+        critics = q + products(B * n, [O + n, H, H, 1]) + products(B * n, [O + n, H, H, 1], False) + mixer(B, True) + mixer(B, False)
+    return critics, products(B * n, [O + n, H, H, A if card["discrete"] else 2 * A])
+
+
+def flop(products: list) -> int:
+    return sum(2 * m * k * n for m, k, n in products)
+
+
+class Timer:
+    """Seconds of a call; a GPU is waited for."""
 
     def __init__(self, device: torch.device):
-        self.device, self.seconds, self.last = device, defaultdict(float), 0.0
+        self.device = device
 
-    def start(self):
-        self.last = self.now()
-
-    def now(self) -> float:
+    def __call__(self, function, times: int = 1) -> float:
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def part(self, name: str):
-        now = self.now()
-        self.seconds[name] += now - self.last
-        self.last = now
-
-    def report(self, title: str, steps: int):
-        total = sum(self.seconds.values())
-        print(f"\n{title}: {1000 * total / steps:.2f} ms a step, {steps / total:.0f} steps/s")
-        for name, seconds in self.seconds.items():
-            print(f"  {name:<12}{1000 * seconds / steps:>8.3f} ms {100 * seconds / total:>6.1f} %")
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(times):
+            function()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - began) / times
 
 
-def time_critics(rows: TensorDict, card: dict, args: Args, device: torch.device):
-    critics = comadice_train.make_critics(card, args.train).to(device)
-    target = deepcopy(critics)
-    optimizer = comadice_train.make_optimizer(critics, args.train)
-    replay = make_replay(rows, comadice_train.CRITIC_KEYS)
-    initial = TensorDictReplayBuffer(storage=TensorStorage(initial_rows(rows), device=device))
-    alpha = args.train.alpha * args.train.reward_scale
-    for count in (args.steps // 10, args.steps):
-        clock = Clock(device)
-        clock.start()
-        for _, batch, init in minibatches(0, {count}, (replay, args.train.batch_size), (initial, args.train.init_batch_size)):
-            clock.part("sample")
-            L_q, L_nu, _ = comadice_train.critic_losses(critics, target, batch, init, alpha, args.train)
-            clock.part("losses")
-            comadice_train.set_gradients(critics, L_q, L_nu, args.train)
-            clock.part("gradients")
-            optimizer.step()
-            clock.part("optimiser")
-            comadice_train.update_target(target, critics, args.train.tau)
-            clock.part("targets")
-    clock.report(f"critics ({args.train.objective})", args.steps)
+def product_pass(shapes: list, seeds: int, device: torch.device):
+    """A function that does the products once for every seed: one by one, or batched over seeds where there are several."""
+    lead = (seeds,) if seeds > 1 else ()
+    tensor = lambda *shape: torch.randn(*lead, *shape, device=device)
+    buffers = [(tensor(m, k), tensor(k, n), tensor(m, n)) for m, k, n in shapes]
+    product = torch.bmm if seeds > 1 else torch.mm
+
+    def run():
+        for a, b, out in buffers:
+            product(a, b, out=out)
+
+    return run
 
 
-def time_policy(rows: TensorDict, card: dict, args: Args, device: torch.device):
-    policy = make_policy(card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], args.train.hidden).to(device)
-    optimizer = torch.optim.Adam(policy.parameters(), args.train.lr)
-    replay = make_replay(with_ratio(rows, None), POLICY_KEYS, pairs=False)
-    for count in (args.steps // 10, args.steps):
-        clock = Clock(device)
-        clock.start()
-        for _, batch in minibatches(0, {count}, (replay, args.train.batch_size)):
-            clock.part("sample")
-            loss = policy_loss(batch["w"], policy.log_prob(batch["agents", "observation"], batch["agents", "action"]))
-            clock.part("loss")
-            optimizer.zero_grad()
-            loss.backward()
-            clock.part("gradient")
-            optimizer.step()
-            clock.part("optimiser")
-    clock.report("policy", args.steps)
+def critics_stage(rows: TensorDict, card: dict, seeds: int, args: Args, device: torch.device):
+    """(steps, parts): a function that makes args.steps updates as training does, and the parts of one by name."""
+    train, each = args.train, [comadice_train.make_critics(card, args.train).to(device) for _ in range(seeds)]
+    critics, target = stack(each), stack(deepcopy(each))
+    optimizer, generators = comadice_train.make_optimizer(critics, train), make_generators(list(range(seeds)), 1, rows)
+    update = Graph(comadice_train.make_critic_update(critics, target, optimizer, train))
+    replay = make_replay(rows, comadice_train.CRITIC_KEYS, True, generators, device)
+    initial = make_replay(rows, comadice_train.INIT_KEYS, False, generators, device, initial_rows(rows))
+    draw = lambda: minibatches(0, {args.steps}, (replay, train.batch_size), (initial, train.init_batch_size))
+
+    def steps():
+        for _, batch, init in draw():
+            update(batch, init)
+
+    _, batch, init = next(draw())
+    alpha, networks, targets = torch.full_like(critics.lam, train.alpha * train.reward_scale), list(critics.parameters()), list(target.parameters())
+    one = lambda c, t, b, i, a: comadice_train.critic_losses(c, t, b, i, a, train)
+    losses = lambda: per_seed(one, [critics, target], batch, init, alpha)
+    parts = {"sample": lambda: [None for _ in draw()], "losses": losses, "q": lambda: set_gradients(losses()[0].sum(), networks),
+             "nu, theta": lambda: set_gradients(losses()[1].sum(), networks), "optimiser": optimizer.step,
+             "targets": lambda: comadice_train.update_target(targets, networks, train.tau)}
+    return steps, parts
+
+
+def policy_stage(rows: TensorDict, card: dict, seeds: int, args: Args, device: torch.device):
+    """The same of the policies' stage."""
+    sizes = card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], args.train.hidden
+    policy = stack([make_policy(*sizes).to(device) for _ in range(seeds)])
+    optimizer, generators = adam(list(policy.parameters()), args.train.lr, device), make_generators(list(range(seeds)), 2, rows)
+    update = Graph(comadice_bc.make_policy_update(policy, optimizer))
+    replay = make_replay(comadice_bc.with_ratios(rows, [None] * seeds), comadice_bc.POLICY_KEYS, False, generators, device)
+    draw = lambda: minibatches(0, {args.steps}, (replay, args.train.batch_size))
+
+    def steps():
+        for _, batch in draw():
+            update(batch)
+
+    return steps, {"sample": lambda: [None for _ in draw()], "optimiser": optimizer.step}
+
+
+def outside(command: str) -> list[float]:
+    """Updates/s of each stage, as another implementation prints them."""
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    found = [float(x) for x in re.findall(r"([\d.]+) (?:updates|steps)/s", done.stdout)]
+    if done.returncode or not found:
+        raise BadInput(f"--pair: the command ended with {done.returncode} and printed {len(found)} times 'NUMBER updates/s'")
+    return found
+
+
+def kernel_share(steps) -> float:
+    """The share of the time in which a GPU's kernels run."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        began = time.perf_counter()
+        steps()
+        torch.cuda.synchronize()
+        wall = time.perf_counter() - began
+    return sum(event.device_time_total for event in profile.key_averages()) * 1e-6 / wall
+
+
+def measure(shape: str, seeds: int, args: Args, device: torch.device):
+    card, timer = SHAPES[shape], Timer(device)
+    torch.manual_seed(0)
+    rows = random_rows(card, args.rows).to(device)
+    args = replace(args, train=comadice_train.fill_in(args.train, rows, card))
+    stages = {"critics": critics_stage, "policy": policy_stage}
+    work = dict(zip(stages, needed(card, args.train)))
+    made = {name: make(rows, card, seeds, args, device) for name, make in stages.items()}
+    passes = {name: {s: product_pass(work[name], s, device) for s in {1, seeds}} for name in stages}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    step, peak, others = {name: [] for name in stages}, {name: {s: [] for s in passes[name]} for name in stages}, []
+    for i in range(args.rounds + 1):
+        for name in stages:
+            seconds = timer(made[name][0]) / args.steps
+            bare = {s: timer(run, args.steps) for s, run in passes[name].items()}
+            if i:
+                step[name].append(seconds)
+                for s, value in bare.items():
+                    peak[name][s].append(value / s)
+        if args.pair and i:
+            others.append(outside(args.pair))
+    print(f"\n{shape}, {seeds} seed{'s' * (seeds > 1)}: {card}, objective {args.train.objective}")
+    for name in stages:
+        seconds, single = median(step[name]) / seeds, median(peak[name][1])
+        G = flop(work[name]) / 1e9
+        print(f"  {name}: {1 / (seconds * seeds):.1f} updates/s, {1 / seconds:.1f} seed-updates/s; {G:.3f} GFLOP a seed, {G / seconds:.1f} GFLOP/s, "
+              f"{100 * single / seconds:.0f}% of the products' {G / single:.1f}"
+              + (f" (batched over seeds these reach {G / median(peak[name][seeds]):.1f})" if seeds > 1 else ""))
+        parts = {part: timer(run, 1 if part == "sample" else args.steps) / (args.steps if part == "sample" else 1) for part, run in made[name][1].items()}
+        if "losses" in parts:  # a gradient needs its losses computed anew, so they are taken off
+            parts |= {f"gradient of {part}": parts.pop(part) - parts["losses"] for part in ("q", "nu, theta")}
+        print("    " + ", ".join(f"{part} {100 * value / (seconds * seeds):.0f}%" for part, value in parts.items()))
+        if device.type == "cuda":
+            print(f"    kernels run {100 * kernel_share(made[name][0]):.0f}% of the time")
+    both, single = sum(median(x) for x in step.values()) / seeds, sum(median(peak[name][1]) for name in stages)
+    print(f"  both stages: {100 * single / both:.0f}% of the products' peak, {1 / both:.1f} seed-updates/s of both")
+    if others:
+        ratios = [sum(1 / x for x in other) * seeds / sum(step[name][i] for name in stages) for i, other in enumerate(others)]
+        print(f"  {min(ratios):.2f}, {median(ratios):.2f}, {max(ratios):.2f} times the updates/s of `{args.pair}` (least, median, most of {len(ratios)})")
+    memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"  peak memory so far {memory:.0f} MiB")
 
 
 def main(args: Args):
+    unknown = set(args.shapes) - set(SHAPES)
+    if unknown or min(args.seeds, default=0) < 1 or args.steps < 1 or args.rounds < 1:
+        raise BadInput(f"--shapes takes {', '.join(SHAPES)}; --seeds, --steps and --rounds positive numbers")
+    if args.train.objective not in ("exact", "semi"):
+        raise BadInput("the FLOP of the objectives exact and semi are counted: use --train.objective exact or semi")
     torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
     device = pick_device(args.device)
-    card = {k: getattr(args, k) for k in ("n_agents", "obs_dim", "state_dim", "action_dim")} | {"discrete": False}
-    rows = random_rows(args).to(device)
-    args.train = comadice_train.fill_in(args.train, rows)
-    print(f"{card}, batch {args.train.batch_size}, {torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{args.threads} CPU threads'}")
-    time_critics(rows, card, args, device)
-    time_policy(rows, card, args, device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{args.threads} CPU threads"
+    print(f"batch {args.train.batch_size}, {where}, torch {torch.__version__}")
+    print("FLOP of a layer k -> n on m rows: 2mkn forward, 2mkn for the weight's gradient, 2mkn for the input's (not of a first layer)")
+    for shape in args.shapes:
+        for seeds in args.seeds:
+            measure(shape, seeds, args, device)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from test_exact import ALPHA, FS, GAMMA, SCALE, by_hand, random_setting
 from test_step import rows as random_rows
 
 import comadice_bc
+import comadice_seeds
 import comadice_train
 from comadice_data import initial_rows, make_replay, minibatches, open_dataset
 from comadice_mixer import make_policy
@@ -26,6 +27,14 @@ def double():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(params=["one after another", "vmapped"])
+def way(request, monkeypatch):
+    """Both ways in which per_seed goes through the seeds, the GPU's on a CPU too."""
+    if request.param == "vmapped":
+        monkeypatch.setattr(comadice_seeds, "VMAPPED", ("cuda", "cpu"))
+    return request.param
 
 
 def data(discrete: bool, device: str = "cpu") -> TensorDict:
@@ -64,7 +73,7 @@ def same(state: dict, other: dict, **tolerance):
 @pytest.mark.parametrize("discrete", [False, True])
 @pytest.mark.parametrize("changes", [{"objective": "exact"}, {"objective": "semi", "alpha": 5.0}, {"objective": "printed"}, {"objective": "released"},
                                      {"objective": "exact", "mixer_layers": 2, "lambda_scale": 0.5}], ids=lambda c: " ".join(map(str, c.values())))
-def test_critics_together_are_critics_alone(changes, discrete, double):
+def test_critics_together_are_critics_alone(changes, discrete, double, way):
     args, card, rows = dataclasses.replace(ARGS, **changes), CARD | {"discrete": discrete}, data(discrete)
     parts, generators, update, batches = critics_of(SEEDS, rows, card, args)
     together = [update(batch, init) for _, batch, init in batches(0, 50)]
@@ -79,7 +88,7 @@ def test_critics_together_are_critics_alone(changes, discrete, double):
 
 
 @pytest.mark.parametrize("discrete", [False, True])
-def test_policies_together_are_policies_alone(discrete, double):
+def test_policies_together_are_policies_alone(discrete, double, way):
     """Each with a ratio of its own."""
     rows = data(discrete)
     ratios = [torch.rand(300, generator=torch.Generator().manual_seed(seed)) for seed in SEEDS]
@@ -122,7 +131,7 @@ def test_states_of_lone_seeds_go_on_together(double):
 
 @pytest.mark.parametrize("name", FS)
 @pytest.mark.parametrize("objective", ["exact", "semi"])
-def test_stacked_losses_by_hand(objective, name):
+def test_stacked_losses_by_hand(objective, name, way):
     """The hand-written losses and gradients of test_exact.py, for two different sets of critics in one call."""
     settings = [random_setting() for _ in range(2)]
     for parameter in settings[1][0].parameters():
@@ -139,7 +148,7 @@ def test_stacked_losses_by_hand(objective, name):
         torch.testing.assert_close(critics.q.table.grad[s], torch.as_tensor(hand[s].psi_q))
 
 
-def test_long_runs_together_stay_within_float32(tmp_path):
+def test_long_runs_together_stay_within_float32(way):
     """500 float32 steps on the dataset in the repository: sums in another order, but the same training."""
     rows, card = open_dataset(ROOT / "data/mamujoco/hopper/demo")
     args = comadice_train.fill_in(dataclasses.replace(ARGS, alpha=None, reward_scale=None, hidden=32, batch_size=64), rows, card)
