@@ -270,12 +270,14 @@ def plot_curve(curve: list[dict], path: Path, title: str):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
 
     quantities = [key for key in ("return", "winrate") if curve[0][key] is not None]
     figure, axes = plt.subplots(1, len(quantities), figsize=(5 * len(quantities), 3.5), squeeze=False)
     for axis, key in zip(axes[0], quantities):
         axis.plot([point["step"] for point in curve], [point[key] for point in curve])
         axis.set(xlabel="environment steps", ylabel=f"{key} (last 100 episodes)", title=title)
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

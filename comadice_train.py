@@ -82,8 +82,7 @@ QUICK = Args(quality="demo", seeds=[0, 1, 2], steps=3000, evals=6, eval_episodes
 def fill_in(args: Args, rows: TensorDict, card: dict) -> Args:
     """The defaults that depend on the data: with them alpha means the same, and nu is of the order of 10, on robots and in battles.
 
-    In battles, which end all the time, `exact` favours policies that live longer: the mean over the data in its loss has w = 1
-    for a probability distribution, and what is left of rho^mu when episodes end is less (facts and measurements: README).
+    Where episodes end, `exact` leans towards policies that live longer, which is a robot's reward and a battle's stalling (README).
     Numbers are rounded to four digits, so that they do not depend on the order in which a machine adds up.
     """
     size = rows["reward"].double().abs().mean().item() or 1.0
