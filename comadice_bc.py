@@ -47,6 +47,8 @@ POLICY_KEYS = [("agents", "observation"), ("agents", "action"), ("agents", "acti
 class Args(RunArgs):
     checkpoint: str | None = None
     """a ComaDICE run whose saved ratio w* weights the data; plain BC without it"""
+    compile: bool = False
+    """torch.compile the loss: for a GPU, on a CPU it is slower"""
 
 
 def with_ratios(rows: TensorDict, ratios: list[torch.Tensor | None]) -> TensorDict:
@@ -87,15 +89,17 @@ def policy_losses(policy, batch: TensorDict) -> tuple[torch.Tensor]:
     return (policy_loss(batch["w"], policy.log_prob(agents["observation"], agents["action"], agents.get("action_mask", None))),)  # Eq. 11
 
 
-def make_policy_update(policy, optimizer):
+def make_policy_update(policy, optimizer, seeds: int = 1, compiled: bool = False):
     """One Adam step on Eq. 11 as a function of a batch [B]; for policies of S seeds, stacked, of [S, B] with w [S, B, S]."""
     parameters = list(policy.parameters())
+    losses_of = per_seed(policy_losses, [policy], seeds)
+    losses_of = torch.compile(losses_of, fullgraph=True) if compiled else losses_of
 
     def update(batch: TensorDict) -> torch.Tensor:
-        if batch.ndim == 2:
+        if seeds > 1:
             batch = batch.copy()
             batch["w"] = batch["w"].diagonal(0, 0, 2).T  # each seed's own ratio
-        (loss,) = per_seed(policy_losses, [policy], batch)
+        (loss,) = losses_of(batch)
         set_gradients(loss.sum(), parameters)
         optimizer.step()  # line 11
         return loss.detach()
@@ -124,7 +128,7 @@ def train_policies(rows: TensorDict, card: dict, args, seeds: list[int], states:
         load_seeds(parts, generators, states)
     stats = [{} if state["w"] is None else ratio_stats(state["w"]) for state in states]
     replay = make_replay(with_ratios(rows, [state["w"] for state in states]), POLICY_KEYS, False, generators, device)
-    update = Graph(make_policy_update(policy, optimizer))
+    update = Graph(make_policy_update(policy, optimizer, len(seeds), args.compile))
     at, began, played = eval_steps(args), time.perf_counter() - states[0]["wall"], None
 
     def finish(progress: list[dict], table: list[dict], results) -> list[tuple[dict, dict]]:
@@ -228,7 +232,7 @@ def report(curves: dict[str, list[list[dict]]], card: dict, args: RunArgs, pictu
 
 def main(args: Args):
     check_args(args)
-    device = pick_device(args.device)
+    device = pick_device(args.device, args.tf32)
     rows, card = load_dataset(args, device)
     w, algo = None, "bc"
     if args.checkpoint is not None:

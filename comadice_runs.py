@@ -44,6 +44,8 @@ class RunArgs:
     """one run for each; comadice_train.py and comadice_bc.py train them together"""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
+    tf32: bool = False
+    """on a GPU: matrix products in TF32, faster and less exact"""
     resume: bool = False
     """go on with runs that were stopped, leave finished ones as they are"""
     overwrite: bool = False
@@ -95,8 +97,10 @@ def eval_steps(args: RunArgs) -> set[int]:
     return {max(round(i * args.steps / args.evals), 1) for i in range(1, args.evals + 1)}
 
 
-def pick_device(name: str) -> torch.device:
-    """Raises BadInput for a device that is not there."""
+def pick_device(name: str, tf32: bool = False) -> torch.device:
+    """Raises BadInput for a device that is not there. With tf32, float32 matrix products use it from now on where they can."""
+    if tf32:
+        torch.set_float32_matmul_precision("high")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -1,7 +1,7 @@
 """Several seeds trained as one computation, and an update as one CUDA graph. The equations know of neither.
 
     critics = stack([make_critics(card, args) for seed in seeds])     # parameters [S, ...]; a lone seed stays the module that it is
-    loss = per_seed(loss_function, [critics], batch)                  # batch [S, B] -> [S]; for a lone seed [B] -> scalar
+    losses = per_seed(losses, [critics], len(seeds))                  # of batches [S, B]; for a lone seed the function of [B] that it is
     update = Graph(update)                                            # on a GPU captured once, then replayed
 """
 
@@ -34,25 +34,31 @@ class Call(nn.Module):
         super().__init__()
         self.function, self.parts = function, nn.ModuleList(modules)
 
-    def forward(self, *batches: TensorDict):
+    def forward(self, *batches):
         return self.function(*self.parts, *batches)
 
 
-def per_seed(function, modules: list[nn.Module], *batches) -> tuple:
-    """function(*modules, *batches) of each of S seeds: modules as stack() makes them, batches [S, B], results [S, ...].
+def per_seed(function, modules: list[nn.Module], seeds: int):
+    """function(*modules, *batches) of each seed, as a function of the batches: modules as stack() makes them of S seeds, batches
+    [S, B], results, which are a tuple, [S, ...]. For one seed it is the function of batches [B] as it is.
 
-    Batches [B] are a lone seed's, whose modules are no stack: the function is called as it is. A GPU does all seeds in one
-    vmapped call. A CPU does one after another: its batched products are slower than single ones (benchmarks/speed.py).
+    A GPU does all seeds in one vmapped call. A CPU does one after another, since its batched products are slower than single
+    ones (benchmarks/speed.py).
     """
-    if batches[0].ndim == 1:
-        return function(*modules, *batches)
     call = Call(function, modules)
     state = dict([*call.named_parameters(), *call.named_buffers()])
-    if next(iter(state.values())).device.type in VMAPPED:
+
+    def vmapped(*batches):
         return torch.vmap(lambda state, *batches: functional_call(call, state, batches))(state, *batches)
-    states = [dict(zip(state, own)) for own in zip(*(tensor.unbind(0) for tensor in state.values()))]
-    results = [functional_call(call, own, batch) for own, batch in zip(states, zip(*(batch.unbind(0) for batch in batches)))]
-    return tuple(torch.stack(values) for values in zip(*results))
+
+    def one_by_one(*batches):
+        states = [dict(zip(state, own)) for own in zip(*(tensor.unbind(0) for tensor in state.values()))]
+        results = [functional_call(call, own, batch) for own, batch in zip(states, zip(*(batch.unbind(0) for batch in batches)))]
+        return tuple(torch.stack(values) for values in zip(*results))
+
+    if seeds == 1:
+        return call
+    return vmapped if next(iter(state.values())).device.type in VMAPPED else one_by_one
 
 
 def split_seeds(results: tuple, seeds: list[int]) -> list[tuple]:

@@ -70,6 +70,8 @@ class Args(RunArgs):
     """learning rate of the multiplier that holds E[w] = 1, relative to --critic-lr (Table 4's lambda; 0: off)"""
     reward_scale: float | None = None
     """nu and q are learned in units of 1 / reward_scale rewards (default: of 5 mean absolute rewards); alpha's meaning and w* do not depend on it"""
+    compile: bool = False
+    """torch.compile the losses (of both stages): for a GPU, on a CPU it is twice as slow"""
     layer_norm: bool = True
     """LayerNorm in nu and q: not in the paper, and what makes the ratio worth its weight (README)"""
 
@@ -170,12 +172,11 @@ def make_critic_update(critics, target, optimizer, args, alpha: torch.Tensor | N
     """
     alpha = torch.full_like(critics.lam, args.alpha * args.reward_scale) if alpha is None else alpha
     networks, targets = list(critics.parameters()), list(target.parameters())
-
-    def loss(critics, target, batch, init, alpha):
-        return critic_losses(critics, target, batch, init, alpha, args)
+    losses_of = per_seed(lambda *inputs: critic_losses(*inputs, args), [critics, target], alpha.numel())
+    losses_of = torch.compile(losses_of, fullgraph=True) if args.compile else losses_of
 
     def update(batch: TensorDict, init: TensorDict):
-        L_q, L_nu, w, nu_tot = per_seed(loss, [critics, target], batch, init, alpha)
+        L_q, L_nu, w, nu_tot = losses_of(batch, init, alpha)
         set_gradients((L_q + L_nu).sum(), networks)  # no parameter is in both, so each has its own loss's gradient
         optimizer.step()
         update_target(targets, networks, args.tau)
@@ -274,7 +275,7 @@ def train_seeds(args: Args, rows: TensorDict, card: dict, env) -> list[list[dict
 def main(args: Args):
     quick = args is QUICK
     check_args(args)
-    device = pick_device(args.device)
+    device = pick_device(args.device, args.tf32)
     if quick:
         print("No arguments: the demonstration on the small dataset in data/mamujoco/hopper/demo,")
         print(f"{args.steps:,} steps a stage, {args.evals} evaluations of {args.eval_episodes} episodes, {len(args.seeds)} seeds, alpha {args.alpha:g}.")

@@ -217,7 +217,7 @@ def main(args: Args):
     check_discount(args)
     if not 0 <= args.clip_lambda <= 1 or not 0 <= args.threshold < 1:
         raise BadInput("--clip-lambda must be in [0, 1] and --threshold in [0, 1)")
-    device = pick_device(args.device)
+    device = pick_device(args.device, args.tf32)
     rows, card = load_dataset(args, device)
     env = try_eval_env(card, args.eval_episodes, args.workers)
     report({"BCQ": [train_seed(args, seed, rows, card, env) for seed in args.seeds]}, card, args, "learning_curve_bcq.png")

@@ -174,7 +174,7 @@ def main(args: Args):
     check_args(args)
     check_positive(args, "cql_alpha", "cql_samples", "mixer_hidden")
     check_discount(args)
-    device = pick_device(args.device)
+    device = pick_device(args.device, args.tf32)
     rows, card = load_dataset(args, device)
     env = try_eval_env(card, args.eval_episodes, args.workers)
     report({"CQL": [train_seed(args, seed, rows, card, env) for seed in args.seeds]}, card, args, "learning_curve_cql.png")

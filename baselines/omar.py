@@ -180,7 +180,7 @@ def main(args: Args):
     check_discount(args)
     if not 0 <= args.rectification <= 1:
         raise BadInput("--rectification must be in [0, 1]")
-    device = pick_device(args.device)
+    device = pick_device(args.device, args.tf32)
     rows, card = load_dataset(args, device)
     env = try_eval_env(card, args.eval_episodes, args.workers)
     report({"OMAR": [train_seed(args, seed, rows, card, env) for seed in args.seeds]}, card, args, "learning_curve_omar.png")

@@ -147,8 +147,8 @@ def critics_stage(rows: TensorDict, card: dict, seeds: int, args: Args, device: 
 
     _, batch, init = next(draw())
     alpha, networks, targets = torch.full_like(critics.lam, train.alpha * train.reward_scale), list(critics.parameters()), list(target.parameters())
-    one = lambda c, t, b, i, a: comadice_train.critic_losses(c, t, b, i, a, train)
-    losses = lambda: per_seed(one, [critics, target], batch, init, alpha)
+    losses_of = per_seed(lambda *inputs: comadice_train.critic_losses(*inputs, train), [critics, target], seeds)
+    losses = lambda: losses_of(batch, init, alpha)
     parts = {"sample": lambda: [None for _ in draw()], "losses": losses, "q": lambda: set_gradients(losses()[0].sum(), networks),
              "nu, theta": lambda: set_gradients(losses()[1].sum(), networks), "optimiser": optimizer.step,
              "targets": lambda: comadice_train.update_target(targets, networks, train.tau)}
@@ -160,7 +160,7 @@ def policy_stage(rows: TensorDict, card: dict, seeds: int, args: Args, device: t
     sizes = card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], args.train.hidden
     policy = stack([make_policy(*sizes).to(device) for _ in range(seeds)])
     optimizer, generators = adam(list(policy.parameters()), args.train.lr, device), make_generators(list(range(seeds)), 2, rows)
-    update = Graph(comadice_bc.make_policy_update(policy, optimizer))
+    update = Graph(comadice_bc.make_policy_update(policy, optimizer, seeds, args.train.compile))
     replay = make_replay(comadice_bc.with_ratios(rows, [None] * seeds), comadice_bc.POLICY_KEYS, False, generators, device)
     draw = lambda: minibatches(0, {args.steps}, (replay, args.train.batch_size))
 

@@ -104,7 +104,7 @@ def train_policies(members: list[tuple[dict, torch.Tensor]], rows: TensorDict, c
     finite = [bool(torch.isfinite(w).all()) and bool(w.mean() > 0) for _, w in members]
     weighted = with_ratios(rows, [w if ok else None for ok, (_, w) in zip(finite, members)])
     generators = make_generators([name["seed"] for name, _ in members], 2, rows)
-    update = Graph(make_policy_update(policy, adam(list(policy.parameters()), members[0][0]["lr"], device)))
+    update = Graph(make_policy_update(policy, adam(list(policy.parameters()), members[0][0]["lr"], device), len(members)))
     at = {args.steps - round(i * args.steps / 5 / args.last) for i in range(args.last)}
     jobs = []
     batches = minibatches(0, {args.steps}, (make_replay(weighted, POLICY_KEYS, False, generators), args.train.batch_size))

@@ -1,6 +1,7 @@
 """Seeds trained together are the seeds trained alone, and on a GPU the graph is the update."""
 
 import dataclasses
+import shutil
 from copy import deepcopy
 
 import pytest
@@ -100,7 +101,7 @@ def test_policies_together_are_policies_alone(discrete, double, way):
             each.append(make_policy(3, 5, 4, discrete, 16))
         policy, generators = stack(each), make_generators(seeds, 2, rows)
         optimizer = adam(list(policy.parameters()), 1e-3, torch.device("cpu"))
-        update = comadice_bc.make_policy_update(policy, optimizer)
+        update = comadice_bc.make_policy_update(policy, optimizer, len(seeds))
         for _, batch in minibatches(0, {50}, (make_replay(comadice_bc.with_ratios(rows, ratios), comadice_bc.POLICY_KEYS, False, generators), 16)):
             loss = update(batch)
             assert loss.shape == ((len(seeds),) if len(seeds) > 1 else ())
@@ -163,6 +164,21 @@ def test_long_runs_together_stay_within_float32(way):
     assert (together - alone).abs().max() < 0.25 * alone.std(), (together, alone)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("seeds", [[0], SEEDS], ids=len)
+def test_compiled_losses_are_the_losses(seeds, double, monkeypatch):
+    """With --compile, as on a GPU: in one graph, without a break."""
+    monkeypatch.setattr(comadice_seeds, "VMAPPED", ("cuda", "cpu"))
+    rows, states = data(False), []
+    for compiled in (False, True):
+        parts, generators, update, batches = critics_of(seeds, rows, CARD | {"discrete": False}, dataclasses.replace(ARGS, compile=compiled))
+        for _, batch, init in batches(0, 5):
+            update(batch, init)
+        states.append(seed_states(parts, generators))
+    for eager, compiled in zip(*states):
+        same(eager, compiled, rtol=1e-9, atol=1e-10)
+
+
 def test_graph_is_the_function_on_a_cpu():
     """Nothing is copied or kept there, and per_seed calls a lone seed's function as it is."""
     calls = []
@@ -172,7 +188,7 @@ def test_graph_is_the_function_on_a_cpu():
         graph(batch)
     assert len(calls) == 5 and all(call is batch for call in calls) and graph.graph is None
     module = torch.nn.Linear(1, 1)
-    assert per_seed(lambda m, b: (m, b), [module], batch) == (module, batch)
+    assert per_seed(lambda m, b: (m, b), [module], 1)(batch) == (module, batch)
     assert stack([module]) is module
 
 
