@@ -47,6 +47,8 @@ POLICY_KEYS = [("agents", "observation"), ("agents", "action"), ("agents", "acti
 class Args(RunArgs):
     checkpoint: str | None = None
     """a ComaDICE run whose saved ratio w* weights the data; plain BC without it"""
+    graph: bool = True
+    """on a GPU: replay the update as a CUDA graph"""
     compile: bool = False
     """torch.compile the loss: for a GPU, on a CPU it is slower"""
 
@@ -128,7 +130,7 @@ def train_policies(rows: TensorDict, card: dict, args, seeds: list[int], states:
         load_seeds(parts, generators, states)
     stats = [{} if state["w"] is None else ratio_stats(state["w"]) for state in states]
     replay = make_replay(with_ratios(rows, [state["w"] for state in states]), POLICY_KEYS, False, generators, device)
-    update = Graph(make_policy_update(policy, optimizer, len(seeds), args.compile))
+    update = Graph(make_policy_update(policy, optimizer, len(seeds), args.compile), args.graph)
     at, began, played = eval_steps(args), time.perf_counter() - states[0]["wall"], None
 
     def finish(progress: list[dict], table: list[dict], results) -> list[tuple[dict, dict]]:

@@ -118,11 +118,11 @@ class Graph:
     returns is overwritten by the next call. A capture that fails raises.
     """
 
-    def __init__(self, function):
-        self.function, self.calls, self.graph = function, 0, None
+    def __init__(self, function, enabled: bool = True):
+        self.function, self.enabled, self.calls, self.graph = function, enabled, 0, None
 
     def __call__(self, *batches: TensorDict):
-        if batches[0].device is None or batches[0].device.type != "cuda":
+        if not self.enabled or batches[0].device is None or batches[0].device.type != "cuda":
             return self.function(*batches)
         self.calls += 1
         if self.calls <= EAGER_CALLS:

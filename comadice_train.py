@@ -70,6 +70,8 @@ class Args(RunArgs):
     """learning rate of the multiplier that holds E[w] = 1, relative to --critic-lr (Table 4's lambda; 0: off)"""
     reward_scale: float | None = None
     """nu and q are learned in units of 1 / reward_scale rewards (default: of 5 mean absolute rewards); alpha's meaning and w* do not depend on it"""
+    graph: bool = True
+    """on a GPU: replay the update (of both stages) as a CUDA graph"""
     compile: bool = False
     """torch.compile the losses (of both stages): for a GPU, on a CPU it is twice as slow"""
     layer_norm: bool = True
@@ -236,7 +238,7 @@ def train_critics(rows: TensorDict, card: dict, args, seeds: list[int], states: 
         load_seeds(parts, generators, states)
     replay = make_replay(rows, CRITIC_KEYS, True, generators, device)
     initial = make_replay(rows, INIT_KEYS, False, generators, device, initial_rows(rows))
-    update = Graph(make_critic_update(critics, target, optimizer, args))
+    update = Graph(make_critic_update(critics, target, optimizer, args), args.graph)
     at = eval_steps(args)
     clock = time.perf_counter()
     batches = minibatches(start, at, (replay, args.batch_size), (initial, args.init_batch_size))

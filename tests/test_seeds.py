@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT
 from tensordict import TensorDict
 from test_exact import ALPHA, FS, GAMMA, SCALE, by_hand, random_setting
+from test_step import SYNCS, Recorder, adam_reads
 from test_step import rows as random_rows
 
 import comadice_bc
@@ -190,6 +191,45 @@ def test_graph_is_the_function_on_a_cpu():
     module = torch.nn.Linear(1, 1)
     assert per_seed(lambda m, b: (m, b), [module], 1)(batch) == (module, batch)
     assert stack([module]) is module
+
+
+@pytest.mark.parametrize("seeds", [[0], SEEDS], ids=len)
+@pytest.mark.parametrize("stage", ["critics", "policies"])
+def test_an_update_can_be_captured(stage, seeds, monkeypatch):
+    """What a CUDA graph asks for, seen on a CPU: no waiting, the same tensors all along, inputs that are read and not changed."""
+    monkeypatch.setattr(comadice_seeds, "VMAPPED", ("cuda", "cpu"))
+    rows = data(False)
+
+    def make():
+        if stage == "critics":
+            parts, _, update, batches = critics_of(seeds, rows, CARD | {"discrete": False}, ARGS)
+            return parts["critics"], parts["optimizer"], update, [[b.clone() for b in batch] for _, *batch in batches(0, 8)]
+        torch.manual_seed(0)
+        policy = stack([make_policy(3, 5, 4, False, 16) for _ in seeds])
+        optimizer = adam(list(policy.parameters()), 1e-3, torch.device("cpu"))
+        replay = make_replay(comadice_bc.with_ratios(rows, [None] * len(seeds)), comadice_bc.POLICY_KEYS, False, make_generators(seeds, 2, rows))
+        return policy, optimizer, comadice_bc.make_policy_update(policy, optimizer, len(seeds)), [[b] for _, b in minibatches(0, {8}, (replay, 16))]
+
+    eager, _, update, batches = make()
+    for batch in batches:
+        update(*batch)
+    module, optimizer, update, batches = make()
+    inputs = [batch.clone() for batch in batches[0]]
+    update(*inputs)  # the first step makes the optimiser's state
+    tensors = lambda: [*module.parameters(), *(v for state in optimizer.state.values() for v in state.values())]
+    places, layout = [t.data_ptr() for t in tensors()], [sorted(map(str, batch.keys(True, True))) for batch in inputs]
+    for batch in batches[1:]:
+        for mine, new in zip(inputs, batch):
+            mine.copy_(new)
+        with Recorder() as recorder:
+            update(*inputs)
+        assert sum(name in SYNCS for name in recorder.names) <= adam_reads(len(list(module.parameters())))
+    assert [t.data_ptr() for t in tensors()] == places
+    assert [sorted(map(str, batch.keys(True, True))) for batch in inputs] == layout
+    for mine, new in zip(inputs, batches[-1]):
+        assert (mine == new).all()
+    for ours, theirs in zip(module.parameters(), eager.parameters()):
+        assert torch.equal(ours, theirs)
 
 
 # ---------------------------------------------------------------- a GPU
