@@ -23,7 +23,7 @@ from comadice_published import downloadable
 
 DATA_ROOT = Path(__file__).parent / "data"
 FITS = 0.7  # of a GPU's free memory may be the dataset's, the rest is for the work on it
-FREE = ("seeds", "data", "out", "resume", "overwrite", "device", "workers")  # arguments that may differ when a run is resumed
+FREE = ("seeds", "data", "out", "resume", "overwrite", "device", "workers", "graph")  # arguments that may differ when a run is resumed
 
 
 @dataclass

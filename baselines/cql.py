@@ -9,7 +9,7 @@ exactly: log sum_a exp q_tot = b + sum_i log sum_a_i exp(w_i q_i(o_i, a_i)), so 
 discrete actions: the log-sum-exp, the maximum in the target and the arg max that is played run over available actions; the
     policy is the arg max of q_i, a CategoricalPolicy on q's own network (w_i >= 0: local maxima are the team's).
 continuous actions: the log-sum-exp is estimated by importance sampling (Kumar et al., Appendix F) with actions drawn uniformly and
-    from the policy; the policy is a Gaussian that maximises q_tot and its entropy, as in SAC, on which CQL is built.
+    around the policy's, within the box; the policy is a Gaussian that maximises q_tot and its entropy, as in SAC, on which CQL is built.
 """
 
 import copy
@@ -24,6 +24,7 @@ import torch
 import tyro
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.distributions import Normal
 from torchrl.envs import EnvBase
 
 from comadice_bc import report, training
@@ -126,11 +127,13 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
         with torch.no_grad():
             next_action = networks.policy.distribution(next_obs).rsample().clamp(-BOX, BOX)
             q_next = target.q(next_obs, next_action)
-            drawn = pi.rsample((args.cql_samples,))  # Normal.sample waits for a check on the host
+            # The policy's mean may lie beyond the box, where clipped recorded actions pile up on the edge: samples must reach that edge.
+            near = Normal(pi.loc.clamp(-BOX, BOX), pi.scale, validate_args=False)
+            drawn = near.rsample((args.cql_samples,))  # Normal.sample waits for a check on the host
             uniform = torch.empty_like(drawn).uniform_(-BOX, BOX)
             inside = (drawn.abs() <= BOX).all(-1)
             log_density = torch.cat([torch.full_like(drawn[..., 0], -action.shape[-1] * math.log(2 * BOX)),
-                                     pi.log_prob(drawn).sum(-1).masked_fill(~inside, torch.inf)])
+                                     near.log_prob(drawn).sum(-1).masked_fill(~inside, torch.inf)])
             samples = torch.cat([uniform, drawn])
         total = sampled_log_sum_exp(w, networks.q(obs.expand(len(samples), *obs.shape), samples), log_density)
         new_action = pi.rsample()
