@@ -94,8 +94,7 @@ def policy_losses(policy, batch: TensorDict) -> tuple[torch.Tensor]:
 def make_policy_update(policy, optimizer, seeds: int = 1, compiled: bool = False):
     """One Adam step on Eq. 11 as a function of a batch [B]; for policies of S seeds, stacked, of [S, B] with w [S, B, S]."""
     parameters = list(policy.parameters())
-    losses_of = per_seed(policy_losses, [policy], seeds)
-    losses_of = torch.compile(losses_of, fullgraph=True) if compiled else losses_of
+    losses_of = per_seed(policy_losses, [policy], seeds, compiled)
 
     def update(batch: TensorDict) -> torch.Tensor:
         if seeds > 1:
@@ -168,6 +167,7 @@ def training(algo: str, parts: dict, replay: TensorDictReplayBuffer, args: RunAr
     run = start_runs(replace(args, seeds=[seed]), algo, card, first)[seed]
     start, seconds, began = run.state["step"], run.state["seconds"], time.perf_counter() - run.state["wall"]
     metrics += run.metrics
+    run.metrics = metrics  # one list: the caller's
     if run.finished:
         return
     if start:
@@ -182,10 +182,10 @@ def training(algo: str, parts: dict, replay: TensorDictReplayBuffer, args: RunAr
         if step in at:
             row = {"stage": "policy", "step": step} | {k: v.item() for k, v in losses.items()}
             seconds += time.perf_counter() - clock
-            metrics.append(row | evaluation(parts["policy"], env, args, seed))
+            row |= evaluation(parts["policy"], env, args, seed)
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= {"step": step, "seconds": seconds, "wall": time.perf_counter() - began, "random": random_state()}
-            save_checkpoint(run, state, metrics[-1])
+            save_checkpoint(run, state, row)
             clock = time.perf_counter()
     finish_run(run, args, card, 1, args.steps, run.state["seconds"], run.state["wall"])
 

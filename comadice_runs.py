@@ -150,6 +150,7 @@ def load_dataset(args: RunArgs, device: torch.device) -> tuple[TensorDict, dict]
 class Run:
     """A seed's run directory on its way."""
 
+    seed: int
     path: Path
     state: dict
     """the latest checkpoint"""
@@ -167,7 +168,7 @@ def start_runs(args: RunArgs, algo: str, card: dict, first: dict) -> dict[int, R
     runs, config = {}, asdict(args) | {"algo": algo}
     for seed in args.seeds:
         path = Path(args.out, args.env, args.task, args.quality, algo, f"seed{seed}")
-        runs[seed] = Run(path, dict(first), [], False)
+        runs[seed] = Run(seed, path, dict(first), [], False)
         if (path / "config.json").exists() and not args.overwrite:
             if not args.resume:
                 raise BadInput(f"{path} already holds a run: --resume goes on with it, --overwrite replaces it, --out goes elsewhere")
@@ -178,7 +179,7 @@ def start_runs(args: RunArgs, algo: str, card: dict, first: dict) -> dict[int, R
             if (path / "checkpoint.pt").exists():
                 state = load_checkpoint(path)
                 check_checkpoint(state, card, path)
-                runs[seed] = Run(path, state, state.pop("metrics"), (path / "summary.json").exists())
+                runs[seed] = Run(seed, path, state, state.pop("metrics"), (path / "summary.json").exists())
     try:
         for seed, run in runs.items():
             run.path.mkdir(parents=True, exist_ok=True)
@@ -267,7 +268,7 @@ def finish_run(run: Run, args: RunArgs, card: dict, together: int, updates: int,
     """
     last, device = run.metrics[-1], pick_device(args.device)
     summary = {
-        "env": args.env, "task": args.task, "quality": args.quality, "algo": run.state["algo"], "seed": int(run.path.name[4:]), "steps": args.steps,
+        "env": args.env, "task": args.task, "quality": args.quality, "algo": run.state["algo"], "seed": run.seed, "steps": args.steps,
         "return": {"mean": last["return"], "std": last["return_std"]} if "return" in last else None,
         "winrate": last.get("winrate"),
         "dataset_return": card["return_mean"],

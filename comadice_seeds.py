@@ -38,12 +38,12 @@ class Call(nn.Module):
         return self.function(*self.parts, *batches)
 
 
-def per_seed(function, modules: list[nn.Module], seeds: int):
+def per_seed(function, modules: list[nn.Module], seeds: int, compiled: bool = False):
     """function(*modules, *batches) of each seed, as a function of the batches: modules as stack() makes them of S seeds, batches
     [S, B], results, which are a tuple, [S, ...]. For one seed it is the function of batches [B] as it is.
 
     A GPU does all seeds in one vmapped call. A CPU does one after another, since its batched products are slower than single
-    ones (benchmarks/speed.py).
+    ones (benchmarks/speed.py). `compiled` by torch.compile it is one graph, or an error.
     """
     call = Call(function, modules)
     state = dict([*call.named_parameters(), *call.named_buffers()])
@@ -57,8 +57,10 @@ def per_seed(function, modules: list[nn.Module], seeds: int):
         return tuple(torch.stack(values) for values in zip(*results))
 
     if seeds == 1:
-        return call
-    return vmapped if next(iter(state.values())).device.type in VMAPPED else one_by_one
+        chosen = call
+    else:
+        chosen = vmapped if next(iter(state.values())).device.type in VMAPPED else one_by_one
+    return torch.compile(chosen, fullgraph=True) if compiled else chosen
 
 
 def split_seeds(results: tuple, seeds: list[int]) -> list[tuple]:
@@ -105,10 +107,10 @@ def adam(groups: list, lr: float, device: torch.device) -> torch.optim.Adam:
 
 
 def set_gradients(loss: torch.Tensor, parameters: list[torch.Tensor]):
-    """Gives the parameters this loss's gradients, and no others."""
-    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True)):
+    """Gives the parameters this loss's gradients; raises where the loss does not depend on one of them."""
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
         # On a CPU fused Adam takes memory as it lies: a gradient with other strides than its parameter's trains it wrongly (PyTorch 2.13).
-        parameter.grad = None if gradient is None else gradient.contiguous()
+        parameter.grad = gradient.contiguous()
 
 
 class Graph:

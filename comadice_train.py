@@ -11,6 +11,7 @@ import copy
 import math
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
@@ -161,9 +162,9 @@ def make_optimizer(critics, args) -> torch.optim.Adam:
 
 
 @torch.no_grad()
-def update_target(target: list, networks: list, tau: float):
-    """target <- target + tau (networks - target), for lists of parameters."""
-    torch._foreach_lerp_(target, networks, tau)
+def update_target(target: Iterable[torch.Tensor], networks: Iterable[torch.Tensor], tau: float):
+    """target <- target + tau (networks - target), in every parameter."""
+    torch._foreach_lerp_(list(target), list(networks), tau)
 
 
 def make_critic_update(critics, target, optimizer, args, alpha: torch.Tensor | None = None):
@@ -174,12 +175,12 @@ def make_critic_update(critics, target, optimizer, args, alpha: torch.Tensor | N
     """
     alpha = torch.full_like(critics.lam, args.alpha * args.reward_scale) if alpha is None else alpha
     networks, targets = list(critics.parameters()), list(target.parameters())
-    losses_of = per_seed(lambda *inputs: critic_losses(*inputs, args), [critics, target], alpha.numel())
-    losses_of = torch.compile(losses_of, fullgraph=True) if args.compile else losses_of
+    trained = [parameter for name, parameter in critics.named_parameters() if name != "lam" or args.lambda_scale]
+    losses_of = per_seed(lambda *inputs: critic_losses(*inputs, args), [critics, target], alpha.numel(), args.compile)
 
     def update(batch: TensorDict, init: TensorDict):
         L_q, L_nu, w, nu_tot = losses_of(batch, init, alpha)
-        set_gradients((L_q + L_nu).sum(), networks)  # no parameter is in both, so each has its own loss's gradient
+        set_gradients((L_q + L_nu).sum(), trained)  # no parameter is in both, so each has its own loss's gradient
         optimizer.step()
         update_target(targets, networks, args.tau)
         return L_q.detach(), L_nu.detach(), w, nu_tot

@@ -33,6 +33,7 @@ from comadice_data import BadInput, make_replay, run_script
 from comadice_mixer import LinearMixer, LocalMLP, Q, make_policy
 from comadice_rollout import try_eval_env
 from comadice_runs import RunArgs, check_args, check_discount, check_positive, load_dataset, pick_device
+from comadice_seeds import set_gradients
 from comadice_train import update_target
 
 KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
@@ -187,11 +188,9 @@ def update(networks: nn.Module, target: nn.Module, optimizer, batch: TensorDict,
     """One Adam step; each parameter has the gradient of the one loss that trains it."""
     losses = networks.losses(target, batch, args)
     for _, loss, modules in losses:
-        parameters = [p for m in modules for p in m.parameters()]
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
-            parameter.grad = gradient
+        set_gradients(loss, [p for m in modules for p in m.parameters()])
     optimizer.step()
-    update_target(list(target.parameters()), list(networks.parameters()), args.tau)
+    update_target(target.parameters(), networks.parameters(), args.tau)
     return {name: loss.detach() for name, loss, _ in losses}
 
 

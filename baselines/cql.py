@@ -32,6 +32,7 @@ from comadice_data import make_replay, run_script
 from comadice_mixer import LinearMixer, Q, make_policy
 from comadice_rollout import try_eval_env
 from comadice_runs import RunArgs, check_args, check_discount, check_positive, load_dataset, pick_device
+from comadice_seeds import set_gradients
 from comadice_train import update_target
 
 KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
@@ -147,10 +148,9 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
     L_td = td_loss(networks.mixer(q, state), reward, terminated, q_tot_next, args.gamma)
     L_cql = conservative_loss(total, w, q)
     for loss, parameters in [(L_td + args.cql_alpha * L_cql, critic), *steps]:  # each parameter has the gradient of the one loss that trains it
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
-            parameter.grad = gradient
+        set_gradients(loss, parameters)
     optimizer.step()
-    update_target(list(target.parameters()), list(networks.parameters()), args.tau)
+    update_target(target.parameters(), networks.parameters(), args.tau)
     metrics = {"td_loss": L_td, "conservative_loss": L_cql, "mean_q": q.mean()}
     if steps:
         metrics |= {"policy_loss": L_pi, "entropy": -log_prob.mean()}

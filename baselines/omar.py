@@ -34,6 +34,7 @@ from comadice_data import BadInput, make_replay, run_script
 from comadice_mixer import Q, make_policy
 from comadice_rollout import try_eval_env
 from comadice_runs import RunArgs, check_args, check_discount, check_positive, load_dataset, pick_device
+from comadice_seeds import set_gradients
 from comadice_train import update_target
 
 KEYS = [("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
@@ -150,11 +151,9 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
         L_pi = actor_loss(networks.q[0](obs, clipped), mean, search(networks.q[0], obs, clipped.detach(), args), args.rectification)
     L_td, L_cql = td_loss(q_j, reward, terminated, q_next_j, args.gamma), conservative_loss(total, q_j)
     for loss, module in ((L_td + args.cql_alpha * L_cql, networks.q), (L_pi, networks.policy)):  # each parameter has the gradient of its own loss alone
-        parameters = list(module.parameters())
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
-            parameter.grad = gradient
+        set_gradients(loss, list(module.parameters()))
     optimizer.step()
-    update_target(list(target.parameters()), list(networks.parameters()), args.tau)
+    update_target(target.parameters(), networks.parameters(), args.tau)
     return {k: v.detach() for k, v in {"td_loss": L_td, "conservative_loss": L_cql, "policy_loss": L_pi, "mean_q": q_j.mean()}.items()}
 
 

@@ -101,7 +101,7 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
     optimizer.zero_grad()
     (L_q + L_v + L_pi).backward()
     optimizer.step()
-    update_target(list(target.parameters()), list(networks.parameters()), args.tau)
+    update_target(target.parameters(), networks.parameters(), args.tau)
     return {"q_loss": L_q.detach(), "v_loss": L_v.detach(), "policy_loss": L_pi.detach(), "mean_q": q.mean(), "mean_v": v.detach().mean()}
 
 

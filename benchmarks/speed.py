@@ -149,8 +149,8 @@ def critics_stage(rows: TensorDict, card: dict, seeds: int, args: Args, device: 
     alpha, networks, targets = torch.full_like(critics.lam, train.alpha * train.reward_scale), list(critics.parameters()), list(target.parameters())
     losses_of = per_seed(lambda *inputs: comadice_train.critic_losses(*inputs, train), [critics, target], seeds)
     losses = lambda: losses_of(batch, init, alpha)
-    parts = {"sample": lambda: [None for _ in draw()], "losses": losses, "q": lambda: set_gradients(losses()[0].sum(), networks),
-             "nu, theta": lambda: set_gradients(losses()[1].sum(), networks), "optimiser": optimizer.step,
+    parts = {"sample": lambda: [None for _ in draw()], "losses": losses, "q": lambda: set_gradients(losses()[0].sum(), list(critics.q.parameters())),
+             "nu, theta": lambda: set_gradients(losses()[1].sum(), [*critics.nu.parameters(), *critics.mixer.parameters()]), "optimiser": optimizer.step,
              "targets": lambda: comadice_train.update_target(targets, networks, train.tau)}
     return steps, parts
 
