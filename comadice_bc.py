@@ -47,8 +47,6 @@ POLICY_KEYS = [("agents", "observation"), ("agents", "action"), ("agents", "acti
 class Args(RunArgs):
     checkpoint: str | None = None
     """a ComaDICE run whose saved ratio w* weights the data; plain BC without it"""
-    graph: bool = True
-    """on a GPU: replay the update as a CUDA graph"""
     compile: bool = False
     """torch.compile the loss: for a GPU, on a CPU it is slower"""
 

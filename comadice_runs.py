@@ -46,6 +46,8 @@ class RunArgs:
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
     tf32: bool = False
     """on a GPU: matrix products in TF32, faster and less exact"""
+    graph: bool = True
+    """on a GPU: replay the update as a CUDA graph"""
     resume: bool = False
     """go on with runs that were stopped, leave finished ones as they are"""
     overwrite: bool = False

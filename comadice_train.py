@@ -71,8 +71,6 @@ class Args(RunArgs):
     """learning rate of the multiplier that holds E[w] = 1, relative to --critic-lr (Table 4's lambda; 0: off)"""
     reward_scale: float | None = None
     """nu and q are learned in units of 1 / reward_scale rewards (default: of 5 mean absolute rewards); alpha's meaning and w* do not depend on it"""
-    graph: bool = True
-    """on a GPU: replay the update (of both stages) as a CUDA graph"""
     compile: bool = False
     """torch.compile the losses (of both stages): for a GPU, on a CPU it is twice as slow"""
     layer_norm: bool = True

@@ -33,7 +33,7 @@ from comadice_data import BadInput, make_replay, run_script
 from comadice_mixer import LinearMixer, LocalMLP, Q, make_policy
 from comadice_rollout import try_eval_env
 from comadice_runs import RunArgs, check_args, check_discount, check_positive, load_dataset, pick_device
-from comadice_seeds import set_gradients
+from comadice_seeds import Graph, adam, set_gradients
 from comadice_train import update_target
 
 KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
@@ -199,14 +199,15 @@ def update(networks: nn.Module, target: nn.Module, optimizer, batch: TensorDict,
 
 def train_seed(args: Args, seed: int, rows: TensorDict, card: dict, env: EnvBase | None) -> list[dict]:
     """One run directory; returns the rows of its metrics.csv."""
+    device = pick_device(args.device)
     torch.manual_seed(seed)
-    networks = make_networks(card, args).to(pick_device(args.device))
+    networks = make_networks(card, args).to(device)
     target = copy.deepcopy(networks)
-    optimizer = torch.optim.Adam(networks.parameters(), args.lr)
+    optimizer = adam(list(networks.parameters()), args.lr, device)
     parts = {"policy": networks, "target": target, "optimizer": optimizer}
-    metrics = []
-    for batch, losses in training("bcq", parts, make_replay(rows, KEYS, device=pick_device(args.device)), args, seed, card, env, metrics):
-        losses |= update(networks, target, optimizer, batch, args)
+    step, metrics = Graph(lambda batch: update(networks, target, optimizer, batch, args), args.graph), []
+    for batch, losses in training("bcq", parts, make_replay(rows, KEYS, device=device), args, seed, card, env, metrics):
+        losses |= step(batch)
     return metrics
 
 

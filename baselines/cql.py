@@ -32,7 +32,7 @@ from comadice_data import make_replay, run_script
 from comadice_mixer import LinearMixer, Q, make_policy
 from comadice_rollout import try_eval_env
 from comadice_runs import RunArgs, check_args, check_discount, check_positive, load_dataset, pick_device
-from comadice_seeds import set_gradients
+from comadice_seeds import Graph, adam, set_gradients
 from comadice_train import update_target
 
 KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
@@ -113,7 +113,7 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
     """One Adam step."""
     obs, action, next_obs = batch["agents", "observation"], batch["agents", "action"], batch["next", "agents", "observation"]
     state, reward, terminated = batch["state"], batch["reward"][:, 0], batch["terminated"][:, 0]
-    w = networks.mixer.weights(state)
+    w, b = networks.mixer.at(state)
     critic = [*networks.q.parameters(), *networks.mixer.parameters()]
     if networks.q.discrete:
         q_all = networks.q.net(obs)
@@ -145,7 +145,7 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
         steps = [(L_pi, list(networks.policy.parameters())), (L_t, [networks.log_temperature])]
     with torch.no_grad():
         q_tot_next = target.mixer(q_next, batch["next", "state"])
-    L_td = td_loss(networks.mixer(q, state), reward, terminated, q_tot_next, args.gamma)
+    L_td = td_loss(networks.mixer(q, state, (w, b)), reward, terminated, q_tot_next, args.gamma)
     L_cql = conservative_loss(total, w, q)
     for loss, parameters in [(L_td + args.cql_alpha * L_cql, critic), *steps]:  # each parameter has the gradient of the one loss that trains it
         set_gradients(loss, parameters)
@@ -162,14 +162,15 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
 
 def train_seed(args: Args, seed: int, rows: TensorDict, card: dict, env: EnvBase | None) -> list[dict]:
     """One run directory; returns the rows of its metrics.csv."""
+    device = pick_device(args.device)
     torch.manual_seed(seed)
-    networks = Networks(card, args).to(pick_device(args.device))
+    networks = Networks(card, args).to(device)
     target = copy.deepcopy(networks)
-    optimizer = torch.optim.Adam(networks.parameters(), args.lr)
+    optimizer = adam(list(networks.parameters()), args.lr, device)
     parts = {"policy": networks.policy, "networks": networks, "target": target, "optimizer": optimizer}
-    metrics = []
-    for batch, losses in training("cql", parts, make_replay(rows, KEYS, device=pick_device(args.device)), args, seed, card, env, metrics):
-        losses |= update(networks, target, optimizer, batch, args)
+    step, metrics = Graph(lambda batch: update(networks, target, optimizer, batch, args), args.graph), []
+    for batch, losses in training("cql", parts, make_replay(rows, KEYS, device=device), args, seed, card, env, metrics):
+        losses |= step(batch)
     return metrics
 
 

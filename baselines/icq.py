@@ -34,6 +34,7 @@ from comadice_data import make_replay, run_script
 from comadice_mixer import LinearMixer, Q, make_policy
 from comadice_rollout import try_eval_env
 from comadice_runs import RunArgs, check_args, check_discount, check_positive, load_dataset, pick_device
+from comadice_seeds import Graph, adam, set_gradients
 from comadice_train import update_target
 
 KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated", "next_action", "has_next"]
@@ -109,16 +110,19 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
     """One Adam step on both losses. No parameter is in both, so their sum has each one's gradient."""
     obs, action, mask = batch["agents", "observation"], batch["agents", "action"], batch["agents"].get("action_mask", None)
     state, reward, terminated = batch["state"], batch["reward"][:, 0], batch["terminated"][:, 0]
+    theta = networks.mixer.at(state)
+    if networks.q.discrete:
+        q_all = networks.q.net(obs)
+        q = q_all.gather(-1, action.unsqueeze(-1))[..., 0]
+    else:
+        q = networks.q(obs, action)
     with torch.no_grad():
         q_tot_next = target.mixer(target.q(batch["next", "agents", "observation"], batch["next_action"]), batch["next", "state"])
-        w, A = networks.mixer.weights(state), networks.q(obs, action)
-        if networks.q.discrete:
-            A = advantage(networks.q.net(obs), A, networks.policy.logits(obs, mask))
-    L_q = q_loss(networks.mixer(networks.q(obs, action), state), reward, terminated, batch["has_next"][:, 0], q_tot_next, args.alpha_q, args.gamma)
+        A = advantage(q_all, q, networks.policy.logits(obs, mask)) if networks.q.discrete else q
+    L_q = q_loss(networks.mixer(q, state, theta), reward, terminated, batch["has_next"][:, 0], q_tot_next, args.alpha_q, args.gamma)
     alpha = args.alpha or (0.1 if networks.q.discrete else 100.0)
-    L_pi = policy_loss(w, A, alpha, networks.policy.log_prob(obs, action, mask))
-    optimizer.zero_grad()
-    (L_q + L_pi).backward()
+    L_pi = policy_loss(theta[0], A, alpha, networks.policy.log_prob(obs, action, mask))
+    set_gradients(L_q + L_pi, list(networks.parameters()))
     optimizer.step()
     update_target(target.parameters(), networks.parameters(), args.tau)
     return {"q_loss": L_q.detach(), "policy_loss": L_pi.detach(), "mean_q": q_tot_next.mean()}
@@ -129,14 +133,15 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
 
 def train_seed(args: Args, seed: int, rows: TensorDict, card: dict, env: EnvBase | None) -> list[dict]:
     """One run directory; returns the rows of its metrics.csv."""
+    device = pick_device(args.device)
     torch.manual_seed(seed)
-    networks = Networks(card, args).to(pick_device(args.device))
+    networks = Networks(card, args).to(device)
     target = copy.deepcopy(networks)
-    optimizer = torch.optim.Adam(networks.parameters(), args.lr)
+    optimizer = adam(list(networks.parameters()), args.lr, device)
     parts = {"policy": networks.policy, "networks": networks, "target": target, "optimizer": optimizer}
-    metrics = []
-    for batch, losses in training("icq", parts, make_replay(with_next_action(rows), KEYS, device=pick_device(args.device)), args, seed, card, env, metrics):
-        losses |= update(networks, target, optimizer, batch, args)
+    step, metrics = Graph(lambda batch: update(networks, target, optimizer, batch, args), args.graph), []
+    for batch, losses in training("icq", parts, make_replay(with_next_action(rows), KEYS, device=device), args, seed, card, env, metrics):
+        losses |= step(batch)
     return metrics
 
 

@@ -34,7 +34,7 @@ from comadice_data import BadInput, make_replay, run_script
 from comadice_mixer import Q, make_policy
 from comadice_rollout import try_eval_env
 from comadice_runs import RunArgs, check_args, check_discount, check_positive, load_dataset, pick_device
-from comadice_seeds import set_gradients
+from comadice_seeds import Graph, adam, set_gradients
 from comadice_train import update_target
 
 KEYS = [("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
@@ -162,14 +162,15 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
 
 def train_seed(args: Args, seed: int, rows: TensorDict, card: dict, env: EnvBase | None) -> list[dict]:
     """One run directory; returns the rows of its metrics.csv."""
+    device = pick_device(args.device)
     torch.manual_seed(seed)
-    networks = Networks(card, args).to(pick_device(args.device))
+    networks = Networks(card, args).to(device)
     target = copy.deepcopy(networks)
-    optimizer = torch.optim.Adam(networks.parameters(), args.lr)
+    optimizer = adam(list(networks.parameters()), args.lr, device)
     parts = {"policy": networks.policy, "networks": networks, "target": target, "optimizer": optimizer}
-    metrics = []
-    for batch, losses in training("omar", parts, make_replay(rows, KEYS, device=pick_device(args.device)), args, seed, card, env, metrics):
-        losses |= update(networks, target, optimizer, batch, args)
+    step, metrics = Graph(lambda batch: update(networks, target, optimizer, batch, args), args.graph), []
+    for batch, losses in training("omar", parts, make_replay(rows, KEYS, device=device), args, seed, card, env, metrics):
+        losses |= step(batch)
     return metrics
 
 

@@ -28,6 +28,7 @@ from comadice_data import make_replay, run_script
 from comadice_mixer import LinearMixer, Nu, Q, make_policy
 from comadice_rollout import try_eval_env
 from comadice_runs import RunArgs, check_args, check_discount, check_positive, load_dataset, pick_device
+from comadice_seeds import Graph, adam, set_gradients
 from comadice_train import update_target
 
 KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
@@ -98,8 +99,7 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
     L_q = q_loss(networks.mixer(networks.q(obs, action), state), reward, terminated, v_tot_next, args.gamma)
     L_v = v_loss(w, q, v, args.alpha)
     L_pi = policy_loss(w, q, v, args.alpha, networks.policy.log_prob(obs, action, mask))
-    optimizer.zero_grad()
-    (L_q + L_v + L_pi).backward()
+    set_gradients(L_q + L_v + L_pi, list(networks.parameters()))
     optimizer.step()
     update_target(target.parameters(), networks.parameters(), args.tau)
     return {"q_loss": L_q.detach(), "v_loss": L_v.detach(), "policy_loss": L_pi.detach(), "mean_q": q.mean(), "mean_v": v.detach().mean()}
@@ -110,14 +110,15 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
 
 def train_seed(args: Args, seed: int, rows: TensorDict, card: dict, env: EnvBase | None) -> list[dict]:
     """One run directory; returns the rows of its metrics.csv."""
+    device = pick_device(args.device)
     torch.manual_seed(seed)
-    networks = Networks(card, args).to(pick_device(args.device))
+    networks = Networks(card, args).to(device)
     target = copy.deepcopy(networks)
-    optimizer = torch.optim.Adam(networks.parameters(), args.lr)
+    optimizer = adam(list(networks.parameters()), args.lr, device)
     parts = {"policy": networks.policy, "networks": networks, "target": target, "optimizer": optimizer}
-    metrics = []
-    for batch, losses in training("omiga", parts, make_replay(rows, KEYS, device=pick_device(args.device)), args, seed, card, env, metrics):
-        losses |= update(networks, target, optimizer, batch, args)
+    step, metrics = Graph(lambda batch: update(networks, target, optimizer, batch, args), args.graph), []
+    for batch, losses in training("omiga", parts, make_replay(rows, KEYS, device=device), args, seed, card, env, metrics):
+        losses |= step(batch)
     return metrics
 
 

@@ -20,6 +20,7 @@ import comadice_eval
 import comadice_train
 from baselines import bcq, cql, icq, omar, omiga
 from comadice_data import BadInput, DatasetWriter, as_transition, open_dataset
+from comadice_seeds import Graph, adam
 
 METHODS = {"bcq": bcq, "cql": cql, "icq": icq, "omar": omar, "omiga": omiga}
 B, n, O, S, A = 7, 2, 3, 5, 4
@@ -386,6 +387,45 @@ def test_update_waits_for_nothing(name, discrete):
             module.update(net, copy.deepcopy(net), torch.optim.SGD(net.parameters(), 1e-3), batch, args)
         names.append(recorder.names)
     assert not SYNCS & set(names[0]) and names[0] == names[1]
+
+
+def train(name: str, discrete: bool, device: str, enabled: bool) -> tuple[list[torch.Tensor], Graph, list[tuple[int, ...]], TensorDict]:
+    """Eight updates through a Graph: (the tensors that were trained, the graph, where they lay after each step, its last batch)."""
+    module = METHODS[name]
+    args = module.Args(hidden=6, gamma=GAMMA, tau=0.25)
+    net, target = (make_networks(module, discrete, args, seed).to(device) for seed in (1, 2))
+    optimizer = adam(list(net.parameters()), 1e-3, torch.device(device))
+    graph, batch, places = Graph(lambda batch: module.update(net, target, optimizer, batch, args), enabled), make_batch(discrete).to(device), []
+    torch.manual_seed(0)
+    for step in range(8):
+        batch["reward"].fill_(step)
+        graph(batch)
+        tensors = [*net.parameters(), *target.parameters(), *(v for state in optimizer.state.values() for v in state.values())]
+        places.append(tuple(t.data_ptr() for t in tensors))
+    return [t.detach().cpu() for t in tensors], graph, places, batch
+
+
+@both
+@each
+def test_update_works_in_place(name, discrete):
+    """As a CUDA graph asks for: the same tensors at every step, and inputs that are read and not changed."""
+    tensors, graph, places, batch = train(name, discrete, "cpu", True)
+    assert graph.graph is None and len(set(places)) == 1 and len(places[0]) == len(tensors)
+    untouched = make_batch(discrete)
+    untouched["reward"].fill_(7)
+    assert set(batch.keys(True, True)) == set(untouched.keys(True, True)) and (batch == untouched).all()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@both
+@each
+def test_graph_trains_as_eager_does(name, discrete):
+    """With the same random numbers; the first steps are eager, the later ones replays."""
+    (eager, _, _, _), (replayed, graph, _, _) = train(name, discrete, "cuda", False), train(name, discrete, "cuda", True)
+    assert graph.graph is not None
+    for ours, theirs in zip(replayed, eager):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
 
 
 @both
