@@ -37,7 +37,6 @@ from tensordict import TensorDict
 from torchrl.data import TensorDictReplayBuffer, TensorStorage
 from torchrl.data.replay_buffers.samplers import Sampler
 
-DTYPES = {str(d): d for d in (torch.float32, torch.int64, torch.bool)}
 REQUIRED = ["state", "agents/observation", "agents/action", "reward", "terminated", "done", "is_init", "episode"]
 OPTIONAL = ["agents/action_mask"]
 INTERFACE = r"benchmark|standard|agent_obsk=\d+"  # what the agents see, see comadice_envs.py
@@ -358,7 +357,7 @@ def make_replay(rows: TensorDict, keys: list | None = None, pairs: bool = True, 
     Rows are read where they lie, on the CPU from the memory map or in a GPU's memory. With `keys`, only those entries (where
     there are any) are read; without `pairs`, nothing of the next row is.
     """
-    storage = RowStorage(rows if keys is None else rows.select(*keys, strict=False))
+    storage = RowStorage(rows if keys is None else rows.select(*keys, strict=False), device=rows["is_init"].device)
     sampler = RowSampler(transition_rows(rows) if first is None else first, pairs, generators)
     elsewhere = device is not None and device.type != rows["is_init"].device.type
 

@@ -222,6 +222,15 @@ def test_a_generator_makes_sampling_repeatable(hopper_data):
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
+def test_replay_draws_where_the_rows_lie(hopper_data):
+    """Rows on another device ("meta" stands for a GPU) are drawn there, by index tensors that never leave it."""
+    rows, _ = open_dataset(hopper_data)
+    there, first = rows.to("meta"), torch.arange(100, device="meta")
+    for pairs in (True, False):
+        batch = make_replay(there, pairs=pairs, first=first).sample(8)
+        assert {value.device.type for value in batch.values(True, True)} == {"meta"} and batch.batch_size == (8,)
+
+
 def test_layout_of_a_transition(recorded):
     path, _ = recorded
     rows, card = open_dataset(path)
