@@ -21,7 +21,7 @@ from baselines import bcq
 from comadice_data import BadInput, run_script
 from comadice_mixer import make_policy
 from comadice_rollout import eval_env, evaluate
-from comadice_runs import load_checkpoint, pick_device
+from comadice_runs import FREE, load_checkpoint, pick_device
 
 
 @dataclass
@@ -79,7 +79,8 @@ def main(args: Args):
         winrate = "" if row["winrate"] is None else f"{100 * row['winrate']:>8.1f}%"
         replayed = f"   {row['replayed']} battles played again: the game died" if row["replayed"] else ""
         print(f"{row['run']:<70}{row['return_mean']:>10.2f} ± {row['return_std']:<7.2f}{row['length']:>9.1f}{winrate}{replayed}")
-    if len(rows) > 1 and all((state["algo"], state["card"]) == (loaded[0][1]["algo"], loaded[0][1]["card"]) for _, state in loaded):  # seeds of one cell
+    cells = [(state["algo"], state["card"], {k: v for k, v in state["config"].items() if k not in (*FREE, "checkpoint")}) for _, state in loaded]
+    if len({Path(run).resolve() for run in args.run}) == len(rows) > 1 and all(cell == cells[0] for cell in cells):  # seeds of one cell
         means = torch.tensor([row["return_mean"] for row in rows])
         print(f"{'mean ± std over runs':<70}{means.mean():>10.2f} ± {means.std(correction=0):<7.2f}")
         if all(row["winrate"] is not None for row in rows):

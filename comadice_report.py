@@ -132,7 +132,7 @@ def read_run(path: Path) -> Run:
         raise BadInput(f"metrics.csv or summary.json is damaged ({type(error).__name__}: {error})") from None
     if not all(abs(v) < 1e12 for v in (*instance[4:], *curves["return"])) or not all(0 <= v <= 100 for v in curves.get("winrate", [])):
         raise BadInput("metrics.csv or summary.json holds a number that is no return or winrate")
-    settings = {k: show(v) for k, v in config.items() if k == "steps" or k not in (*FREE, *kinds)}
+    settings = {k: show(v) for k, v in config.items() if k in ("steps", "evals") or k not in (*FREE, *kinds)}
     if "checkpoint" in settings:  # weighted BC: each seed has the ratio of a run of its own
         settings["checkpoint"] = re.sub(r"seed\d+$", "seed*", settings["checkpoint"])
     return Run(path, instance, config["algo"], tuple(sorted(settings.items())), config["seed"], steps, curves)

@@ -82,6 +82,14 @@ def test_other_arguments_are_never_averaged(tmp_path):
     assert not (tmp_path / "report/ablation_f_mamujoco_return.png").exists()
 
 
+def test_runs_evaluated_more_often_are_never_averaged(tmp_path):
+    make_run(tmp_path / "a", seed=0, returns=[1.0] * 10)
+    make_run(tmp_path / "b", seed=1, returns=[3.0] * 20)
+    text, rows = report(tmp_path)
+    assert [(row["setting"], float(row["mean"]), row["seeds"]) for row in rows] == [("evals=10", 1.0, "0"), ("evals=20", 3.0, "1")]
+    assert "evals=10: no seed 1" in text
+
+
 def test_other_data_and_engines_are_never_averaged(tmp_path):
     make_run(tmp_path / "a", returns=[1.0])
     make_run(tmp_path / "b", returns=[2.0], data_return=746.4)
