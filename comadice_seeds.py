@@ -6,6 +6,7 @@
 """
 
 import copy
+import warnings
 
 import torch
 from tensordict import TensorDict
@@ -103,6 +104,7 @@ def load_seeds(parts: dict, generators: list[torch.Generator], states: list[dict
 
 def adam(groups: list, lr: float, device: torch.device) -> torch.optim.Adam:
     """Adam in one fused kernel, which a CUDA graph can hold."""
+    warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # Graph's first calls are eager on purpose
     return torch.optim.Adam(groups, lr, fused=True, capturable=device.type == "cuda")
 
 
@@ -114,31 +116,34 @@ def set_gradients(loss: torch.Tensor, parameters: list[torch.Tensor]):
 
 
 class Graph:
-    """function(*batches) as a CUDA graph where the batches lie on a GPU; elsewhere, and for the first calls, the function itself.
+    """function(*batches) as a CUDA graph where the batches lie on a GPU; elsewhere, and with `enabled` off, the function itself.
 
     The function must do its work in place, on tensors that stay where they are, and wait for nothing on the host. What it
-    returns is overwritten by the next call. A capture that fails raises.
+    returns is overwritten by the next call. The first calls are eager, on the graph's inputs: what they leave behind (buffers
+    of libraries, torch.compile's code, which depends on strides) is the graph's. A capture that fails raises.
     """
 
     def __init__(self, function, enabled: bool = True):
-        self.function, self.enabled, self.calls, self.graph = function, enabled, 0, None
+        self.function, self.enabled, self.calls, self.inputs, self.graph = function, enabled, 0, None, None
 
     def __call__(self, *batches: TensorDict):
-        if not self.enabled or batches[0].device is None or batches[0].device.type != "cuda":
+        if not self.enabled or next(iter(batches[0].values(True, True))).device.type != "cuda":
             return self.function(*batches)
+        if self.inputs is None:
+            self.inputs = [batch.clone() for batch in batches]
+        for mine, batch in zip(self.inputs, batches):
+            mine.copy_(batch)
         self.calls += 1
         if self.calls <= EAGER_CALLS:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                results = self.function(*batches)
+                results = self.function(*self.inputs)
             torch.cuda.current_stream().wait_stream(side)
             return results
         if self.graph is None:
-            self.inputs, self.graph = [batch.clone() for batch in batches], torch.cuda.CUDAGraph()
+            self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.results = self.function(*self.inputs)
-        for mine, batch in zip(self.inputs, batches):
-            mine.copy_(batch)
         self.graph.replay()
         return self.results
