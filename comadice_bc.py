@@ -7,13 +7,12 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import tyro
 from tensordict import TensorDict
-from torchrl.data import TensorDictReplayBuffer
 from torchrl.envs import EnvBase
 from tqdm import tqdm
 
@@ -51,19 +50,20 @@ class Args(RunArgs):
     """torch.compile the loss: for a GPU, on a CPU it is slower"""
 
 
-def with_ratios(rows: TensorDict, ratios: list[torch.Tensor | None]) -> TensorDict:
+def with_ratios(rows: TensorDict, ratios: dict[int, torch.Tensor | None]) -> TensorDict:
     """The dataset with a row key "w": each transition's ratio over the mean ratio (1 where it is None), 0 on last rows.
 
-    w is [N, S] for S seeds' ratios, [N] for one. Eq. 11's optimum does not depend on the ratio's scale; with mean 1 the size
+    `ratios` are those of S seeds, by seed; w is [N, S], for one [N]. Eq. 11's optimum does not depend on the ratio's scale; with mean 1 the size
     of a gradient step does not either. Raises BadInput for a ratio that is zero everywhere or not finite.
     """
     first = (~last_rows(rows)).to(rows["reward"].dtype)
     columns = []
-    for w in ratios:
+    for seed, w in ratios.items():
         columns.append(first.clone())
         if w is not None:
             if not (torch.isfinite(w).all() and w.mean() > 0):
-                raise BadInput(f"the ratio w* is of no use (its mean is {w.mean():.3g}), the critics diverged: use a larger --alpha or another --objective")
+                raise BadInput(f"seed {seed}: the ratio w* is of no use (its mean is {w.mean():.3g}), the critics diverged: "
+                               "use a larger --alpha or another --objective, or leave this seed out")
             columns[-1][first > 0] = w / w.mean()
     rows = rows.clone(recurse=False).unlock_()
     rows["w"] = torch.stack(columns, -1) if len(columns) > 1 else columns[0]
@@ -126,7 +126,7 @@ def train_policies(rows: TensorDict, card: dict, args, seeds: list[int], states:
     if start:
         load_seeds(parts, generators, states)
     stats = [{} if state["w"] is None else ratio_stats(state["w"]) for state in states]
-    replay = make_replay(with_ratios(rows, [state["w"] for state in states]), POLICY_KEYS, False, generators, device)
+    replay = make_replay(with_ratios(rows, {seed: state["w"] for seed, state in zip(seeds, states)}), POLICY_KEYS, False, generators, device)
     update = Graph(make_policy_update(policy, optimizer, len(seeds), args.compile), args.graph)
     at, began, played = eval_steps(args), time.perf_counter() - states[0]["wall"], None
 
@@ -154,15 +154,14 @@ def train_policies(rows: TensorDict, card: dict, args, seeds: list[int], states:
             yield finish(*played)
 
 
-def training(algo: str, parts: dict, replay: TensorDictReplayBuffer, args: RunArgs, seed: int, card: dict, env: EnvBase | None, metrics: list[dict]):
-    """The run of a method that learns all it has in one stage (baselines/). A generator of (batch, losses), one a step.
+def training(algo: str, parts: dict, rows: TensorDict, keys: list, args: RunArgs, seed: int, card: dict, env: EnvBase | None, metrics: list[dict]):
+    """The run of a method that learns all it has in one stage (baselines/). A generator of (batch of rows' `keys`, losses), one a step.
 
     The caller makes its update on the batch and puts what metrics.csv shall show into `losses` (name -> scalar tensor). `parts`
     are the modules and optimisers that a checkpoint holds, "policy" among them is the one that is evaluated. A stopped run
     goes on where it was; a finished one yields nothing. The rows of metrics.csv go to `metrics`.
     """
-    first = {"algo": algo, "card": card, "config": asdict(args), "policy": {}, "step": 0, "seconds": 0.0, "wall": 0.0}
-    run = start_runs(replace(args, seeds=[seed]), algo, card, first)[seed]
+    run = start_runs(replace(args, seeds=[seed]), algo, card, rows, {})[seed]
     start, seconds, began = run.state["step"], run.state["seconds"], time.perf_counter() - run.state["wall"]
     metrics += run.metrics
     run.metrics = metrics  # one list: the caller's
@@ -172,7 +171,7 @@ def training(algo: str, parts: dict, replay: TensorDictReplayBuffer, args: RunAr
         for name, part in parts.items():
             part.load_state_dict(run.state[name])
         set_random_state(run.state["random"])  # after the initialisations of the parts have drawn from it
-    at = eval_steps(args)
+    at, replay = eval_steps(args), make_replay(rows, keys, device=pick_device(args.device))
     clock = time.perf_counter()
     for step, batch in tqdm(minibatches(start, at, (replay, args.batch_size)), initial=start, total=args.steps, desc=f"{algo} seed {seed}", mininterval=1):
         losses = {}
@@ -252,8 +251,7 @@ def train_seeds(args: Args, algo: str, rows: TensorDict, card: dict, w: torch.Te
 
     Returns the rows of each seed's metrics.csv.
     """
-    first = {"algo": algo, "card": card, "config": asdict(args), "policy": {}, "w": w, "step": 0, "seconds": 0.0, "wall": 0.0}
-    runs = start_runs(args, algo, card, first)
+    runs = start_runs(args, algo, card, rows, {"w": w})
     for seeds in equally_far(runs):
         for progress in train_policies(rows, card, args, seeds, [runs[seed].state | {"w": w} for seed in seeds], env, algo):
             save_checkpoints(runs, seeds, progress)

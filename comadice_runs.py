@@ -112,6 +112,8 @@ def pick_device(name: str, tf32: bool = False) -> torch.device:
         raise BadInput(f"--device {name}: {str(error).splitlines()[0]}") from None
     if device.type not in ("cpu", "cuda"):
         raise BadInput(f"--device {name}: use cpu or cuda")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # streams and graphs are the current GPU's
     return device
 
 
@@ -161,13 +163,15 @@ class Run:
     finished: bool
 
 
-def start_runs(args: RunArgs, algo: str, card: dict, first: dict) -> dict[int, Run]:
-    """Makes or finds the run directory of every seed; `first` is what a checkpoint holds before the first step.
+def start_runs(args: RunArgs, algo: str, card: dict, rows: TensorDict, first: dict) -> dict[int, Run]:
+    """Makes or finds the run directory of every seed; `first` is what a method's checkpoint holds before the first step.
 
     Raises BadInput, before anything is written, where a run is in the way (without --resume or --overwrite) or was made with
-    other arguments; and where OUT can't be written.
+    other arguments or on another device, whose random numbers are others; and where OUT can't be written.
     """
     runs, config = {}, asdict(args) | {"algo": algo}
+    where = f"{pick_device(args.device).type} with the data on {rows['is_init'].device.type}"
+    first = {"algo": algo, "card": card, "config": asdict(args), "where": where, "policy": {}, "step": 0, "seconds": 0.0, "wall": 0.0} | first
     for seed in args.seeds:
         path = Path(args.out, args.env, args.task, args.quality, algo, f"seed{seed}")
         runs[seed] = Run(seed, path, dict(first), [], False)
@@ -181,6 +185,8 @@ def start_runs(args: RunArgs, algo: str, card: dict, first: dict) -> dict[int, R
             if (path / "checkpoint.pt").exists():
                 state = load_checkpoint(path)
                 check_checkpoint(state, card, path)
+                if state["where"] != where:
+                    raise BadInput(f"{path} was trained on {state['where']}, this would be {where}: random numbers differ, resume it there (--device)")
                 runs[seed] = Run(seed, path, state, state.pop("metrics"), (path / "summary.json").exists())
     try:
         for seed, run in runs.items():
@@ -241,7 +247,7 @@ def load_checkpoint(run: str | Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no one type for a file that is cut, foreign or unsafe
         raise BadInput(f"{path} is not a checkpoint that can be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(state, dict) or not {"algo", "card", "config", "policy", "step", "metrics"} <= state.keys():
+    if not isinstance(state, dict) or not {"algo", "card", "config", "where", "policy", "step", "metrics"} <= state.keys():
         raise BadInput(f"{path} is not a checkpoint of this project")
     return state
 

@@ -255,8 +255,7 @@ def train_seeds(args: Args, rows: TensorDict, card: dict, env) -> list[list[dict
 
     The seeds are trained together; of runs that are resumed, those that are equally far.
     """
-    first = {"algo": "comadice", "card": card, "config": asdict(args), "policy": {}}
-    runs = start_runs(args, "comadice", card, first | {"critic_step": 0, "critic_seconds": 0.0, "step": 0, "seconds": 0.0, "wall": 0.0})
+    runs = start_runs(args, "comadice", card, rows, {"critic_step": 0, "critic_seconds": 0.0})
     for seeds in equally_far(runs):
         if runs[seeds[0]].state["critic_step"] < args.steps:
             for progress in train_critics(rows, card, args, seeds, [runs[seed].state for seed in seeds]):

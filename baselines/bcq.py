@@ -29,7 +29,7 @@ from torch.nn.functional import smooth_l1_loss
 from torchrl.envs import EnvBase
 
 from comadice_bc import report, training
-from comadice_data import BadInput, make_replay, run_script
+from comadice_data import BadInput, run_script
 from comadice_mixer import LinearMixer, LocalMLP, Q, make_policy
 from comadice_rollout import try_eval_env
 from comadice_runs import RunArgs, check_args, check_discount, check_positive, load_dataset, pick_device
@@ -206,7 +206,7 @@ def train_seed(args: Args, seed: int, rows: TensorDict, card: dict, env: EnvBase
     optimizer = adam(list(networks.parameters()), args.lr, device)
     parts = {"policy": networks, "target": target, "optimizer": optimizer}
     step, metrics = Graph(lambda batch: update(networks, target, optimizer, batch, args), args.graph), []
-    for batch, losses in training("bcq", parts, make_replay(rows, KEYS, device=device), args, seed, card, env, metrics):
+    for batch, losses in training("bcq", parts, rows, KEYS, args, seed, card, env, metrics):
         losses |= step(batch)
     return metrics
 

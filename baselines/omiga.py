@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torchrl.envs import EnvBase
 
 from comadice_bc import report, training
-from comadice_data import make_replay, run_script
+from comadice_data import run_script
 from comadice_mixer import LinearMixer, Nu, Q, make_policy
 from comadice_rollout import try_eval_env
 from comadice_runs import RunArgs, check_args, check_discount, check_positive, load_dataset, pick_device
@@ -117,7 +117,7 @@ def train_seed(args: Args, seed: int, rows: TensorDict, card: dict, env: EnvBase
     optimizer = adam(list(networks.parameters()), args.lr, device)
     parts = {"policy": networks.policy, "networks": networks, "target": target, "optimizer": optimizer}
     step, metrics = Graph(lambda batch: update(networks, target, optimizer, batch, args), args.graph), []
-    for batch, losses in training("omiga", parts, make_replay(rows, KEYS, device=device), args, seed, card, env, metrics):
+    for batch, losses in training("omiga", parts, rows, KEYS, args, seed, card, env, metrics):
         losses |= step(batch)
     return metrics
 

@@ -161,7 +161,7 @@ def policy_stage(rows: TensorDict, card: dict, seeds: int, args: Args, device: t
     policy = stack([make_policy(*sizes).to(device) for _ in range(seeds)])
     optimizer, generators = adam(list(policy.parameters()), args.train.lr, device), make_generators(list(range(seeds)), 2, rows)
     update = Graph(comadice_bc.make_policy_update(policy, optimizer, seeds, args.train.compile))
-    replay = make_replay(comadice_bc.with_ratios(rows, [None] * seeds), comadice_bc.POLICY_KEYS, False, generators, device)
+    replay = make_replay(comadice_bc.with_ratios(rows, dict.fromkeys(range(seeds))), comadice_bc.POLICY_KEYS, False, generators, device)
     draw = lambda: minibatches(0, {args.steps}, (replay, args.train.batch_size))
 
     def steps():

@@ -102,7 +102,7 @@ def train_policies(members: list[tuple[dict, torch.Tensor]], rows: TensorDict, c
     policy = stack(each)
     # A ratio that is zero or not finite trains nothing, and comadice_train.py refuses it: its member is trained on 1 and not played.
     finite = [bool(torch.isfinite(w).all()) and bool(w.mean() > 0) for _, w in members]
-    weighted = with_ratios(rows, [w if ok else None for ok, (_, w) in zip(finite, members)])
+    weighted = with_ratios(rows, {m: members[m][1] if ok else None for m, ok in enumerate(finite)})
     generators = make_generators([name["seed"] for name, _ in members], 2, rows)
     update = Graph(make_policy_update(policy, adam(list(policy.parameters()), members[0][0]["lr"], device), len(members)))
     at = {args.steps - round(i * args.steps / 5 / args.last) for i in range(args.last)}

@@ -28,6 +28,7 @@ import comadice_losses as losses
 import comadice_rollout
 import comadice_runs
 import comadice_train
+from baselines import bcq, cql, icq, omar, omiga
 from comadice_data import BadInput, DatasetWriter, episodes, last_rows, open_dataset
 from comadice_envs import make_env
 from comadice_mixer import make_policy
@@ -258,11 +259,11 @@ def test_weighted_bc_uses_the_ratio_of_the_run(hopper_data, run, bc_run, tmp_pat
 def test_ratios_lie_beside_their_transitions(hopper_data):
     rows, card = open_dataset(hopper_data)
     w = torch.rand(card["samples"], generator=torch.Generator().manual_seed(0))
-    weighted = comadice_bc.with_ratios(rows, [w])["w"]
+    weighted = comadice_bc.with_ratios(rows, {0: w})["w"]
     last = last_rows(rows)
     torch.testing.assert_close(weighted[~last], w / w.mean())
     assert not weighted[last].any()
-    assert torch.equal(comadice_bc.with_ratios(rows, [None])["w"], (~last).float())
+    assert torch.equal(comadice_bc.with_ratios(rows, {0: None})["w"], (~last).float())
 
 
 # ---------------------------------------------------------------- evaluation
@@ -348,6 +349,10 @@ def test_eval_script_averages_over_seeds(bc_run, tmp_path, capsys):
     comadice_eval.main(comadice_eval.Args(run=[str(bc_run), str(tmp_path)], episodes=2, device="cpu", out=str(tmp_path / "result.json")))
     means = np.array([r["return_mean"] for r in json.loads((tmp_path / "result.json").read_text())])
     assert means.std() > 0 and f"{means.mean():.2f} ± {means.std():.2f}" in capsys.readouterr().out.splitlines()[-1]
+    for other in (bc_run, tmp_path):  # the same run twice, a run of other arguments
+        comadice_eval.main(comadice_eval.Args(run=[str(bc_run), str(other)], episodes=2, device="cpu"))
+        assert "over runs" not in capsys.readouterr().out
+        torch.save(state | {"config": state["config"] | {"lr": 1.0}}, tmp_path / "checkpoint.pt")
 
 
 # ---------------------------------------------------------------- killed runs
@@ -481,11 +486,23 @@ def test_finished_run_is_kept(module, hopper_data, run, bc_run, tmp_path, capsys
     assert checkpoint(replaced)["step"] == 4 and len(table(replaced)) == 2 * (2 if module is comadice_train else 1)
 
 
+@pytest.mark.parametrize("module", [comadice_train, comadice_bc])
+def test_run_of_another_device_is_not_gone_on_with(module, hopper_data, tmp_path, capsys):
+    """A GPU's random numbers are others, so the weights would be others too."""
+    path = train(hopper_data, tmp_path, module, steps=4)
+    state = checkpoint(path)
+    assert state["where"] == "cpu with the data on cpu"
+    torch.save(state | {"where": "cuda with the data on cpu"}, path / "checkpoint.pt")
+    before = files_hash(tmp_path)
+    refused(capsys, module.main, args(module, hopper_data, tmp_path, steps=4, resume=True), "was trained on cuda with the data on cpu, .*--device")
+    assert files_hash(tmp_path) == before
+
+
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
 def test_ratio_of_diverged_critics_is_refused(value, hopper_data):
     rows, card = open_dataset(hopper_data)
-    with pytest.raises(BadInput, match="critics diverged"):
-        comadice_bc.with_ratios(rows, [torch.full((card["samples"],), value)])
+    with pytest.raises(BadInput, match=r"seed 3: .*critics diverged"):
+        comadice_bc.with_ratios(rows, {3: torch.full((card["samples"],), value)})
 
 
 def test_normaliser_with_semi(hopper_data, tmp_path, capsys):
@@ -899,3 +916,49 @@ def test_defaults_follow_the_data(hopper_data):
         assert (args.alpha, args.reward_scale) == pytest.approx((alpha * size, 0.2 / size), rel=1e-3)
     given = filled(True, reward_scale=3.0, alpha=7.0, tau=0.5, objective="released")
     assert (given.reward_scale, given.alpha, given.tau, given.objective) == (3.0, 7.0, 0.5, "released")
+
+
+# ---------------------------------------------------------------- a GPU
+
+METHODS = {"comadice": comadice_train, "bc": comadice_bc, "bcq": bcq, "cql": cql, "icq": icq, "omar": omar, "omiga": omiga}
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("fits", [0.7, 0.0], ids=["in GPU memory", "streamed"])
+@pytest.mark.parametrize("algo", METHODS)
+def test_scripts_on_a_gpu(algo, fits, hopper_data, tmp_path, monkeypatch):
+    """Each script trains two seeds on the GPU, is stopped and goes on, and its policy is evaluated there."""
+    monkeypatch.setattr(comadice_runs, "FITS", fits)
+    module, flags = METHODS[algo], {"device": "cuda:0", "seeds": [0, 1], "steps": 40, "evals": 4}
+    whole = train(hopper_data, tmp_path / "whole", module, algo, **flags)
+    save, saved = comadice_runs.save_checkpoint, []
+
+    def save_twice(*progress):
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        saved.append(save(*progress))
+
+    for holder in (comadice_bc, comadice_runs):
+        monkeypatch.setattr(holder, "save_checkpoint", save_twice)
+    with pytest.raises(KeyboardInterrupt):
+        train(hopper_data, tmp_path / "stopped", module, algo, **flags)
+    for holder in (comadice_bc, comadice_runs):
+        monkeypatch.setattr(holder, "save_checkpoint", save)
+    stopped = train(hopper_data, tmp_path / "stopped", module, algo, resume=True, **flags)
+    for key, value in checkpoint(whole)["policy"].items():
+        torch.testing.assert_close(checkpoint(stopped)["policy"][key], value, rtol=1e-3, atol=1e-4)
+    assert json.loads((whole / "summary.json").read_text())["device"] == torch.cuda.get_device_name(0)
+    comadice_eval.main(comadice_eval.Args(run=[str(whole)], episodes=2, device="cuda:0"))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("seeds", [[0], [0, 1]], ids=len)
+def test_compiled_run_on_a_gpu(seeds, hopper_data, tmp_path):
+    """torch.compile and the graph together give what neither gives."""
+    flags = {"device": "cuda", "seeds": seeds}
+    plain = train(hopper_data, tmp_path / "plain", graph=False, **flags)
+    compiled = train(hopper_data, tmp_path / "compiled", compile=True, **flags)
+    for key, value in checkpoint(plain)["critics"].items():
+        torch.testing.assert_close(checkpoint(compiled)["critics"][key], value, rtol=1e-3, atol=1e-4)

@@ -103,7 +103,8 @@ def test_policies_together_are_policies_alone(discrete, double, way):
         policy, generators = stack(each), make_generators(seeds, 2, rows)
         optimizer = adam(list(policy.parameters()), 1e-3, torch.device("cpu"))
         update = comadice_bc.make_policy_update(policy, optimizer, len(seeds))
-        for _, batch in minibatches(0, {50}, (make_replay(comadice_bc.with_ratios(rows, ratios), comadice_bc.POLICY_KEYS, False, generators), 16)):
+        weighted = comadice_bc.with_ratios(rows, dict(enumerate(ratios)))
+        for _, batch in minibatches(0, {50}, (make_replay(weighted, comadice_bc.POLICY_KEYS, False, generators), 16)):
             loss = update(batch)
             assert loss.shape == ((len(seeds),) if len(seeds) > 1 else ())
         return seed_states({"policy": policy, "optimizer": optimizer}, generators)
@@ -207,7 +208,7 @@ def test_an_update_can_be_captured(stage, seeds, monkeypatch):
         torch.manual_seed(0)
         policy = stack([make_policy(3, 5, 4, False, 16) for _ in seeds])
         optimizer = adam(list(policy.parameters()), 1e-3, torch.device("cpu"))
-        replay = make_replay(comadice_bc.with_ratios(rows, [None] * len(seeds)), comadice_bc.POLICY_KEYS, False, make_generators(seeds, 2, rows))
+        replay = make_replay(comadice_bc.with_ratios(rows, dict.fromkeys(range(len(seeds)))), comadice_bc.POLICY_KEYS, False, make_generators(seeds, 2, rows))
         return policy, optimizer, comadice_bc.make_policy_update(policy, optimizer, len(seeds)), [[b] for _, b in minibatches(0, {8}, (replay, 16))]
 
     eager, _, update, batches = make()

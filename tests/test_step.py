@@ -56,7 +56,7 @@ def critic_step(n: int, discrete: bool, **flags) -> list[str]:
 def policy_step(n: int, discrete: bool) -> list[str]:
     policy = make_policy(n, 5, 4, discrete, 8)
     optimizer = torch.optim.Adam(policy.parameters())
-    replay = make_replay(comadice_bc.with_ratios(rows(n, discrete), [None]), comadice_bc.POLICY_KEYS, pairs=False)
+    replay = make_replay(comadice_bc.with_ratios(rows(n, discrete), {0: None}), comadice_bc.POLICY_KEYS, pairs=False)
     update = comadice_bc.make_policy_update(policy, optimizer)
     with Recorder() as recorder:
         update(replay.sample(16))
