@@ -118,7 +118,7 @@ class Timer:
 
 
 def product_pass(shapes: list, seeds: int, device: torch.device):
-    """A function that does the products once for every seed: one by one, or batched over seeds where there are several."""
+    """A function that does the products once for every seed: one by one, or batched over seeds where there are several; on a GPU in a graph."""
     lead = (seeds,) if seeds > 1 else ()
     tensor = lambda *shape: torch.randn(*lead, *shape, device=device)
     buffers = [(tensor(m, k), tensor(k, n), tensor(m, n)) for m, k, n in shapes]
@@ -128,7 +128,14 @@ def product_pass(shapes: list, seeds: int, device: torch.device):
         for a, b, out in buffers:
             product(a, b, out=out)
 
-    return run
+    if device.type == "cpu":
+        return run
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def critics_stage(rows: TensorDict, card: dict, seeds: int, args: Args, device: torch.device):
@@ -136,7 +143,7 @@ def critics_stage(rows: TensorDict, card: dict, seeds: int, args: Args, device: 
     train, each = args.train, [comadice_train.make_critics(card, args.train).to(device) for _ in range(seeds)]
     critics, target = stack(each), stack(deepcopy(each))
     optimizer, generators = comadice_train.make_optimizer(critics, train), make_generators(list(range(seeds)), 1, rows)
-    update = Graph(comadice_train.make_critic_update(critics, target, optimizer, train))
+    update = Graph(comadice_train.make_critic_update(critics, target, optimizer, train), train.graph)
     replay = make_replay(rows, comadice_train.CRITIC_KEYS, True, generators, device)
     initial = make_replay(rows, comadice_train.INIT_KEYS, False, generators, device, initial_rows(rows))
     draw = lambda: minibatches(0, {args.steps}, (replay, train.batch_size), (initial, train.init_batch_size))
@@ -147,7 +154,7 @@ def critics_stage(rows: TensorDict, card: dict, seeds: int, args: Args, device: 
 
     _, batch, init = next(draw())
     alpha, networks, targets = torch.full_like(critics.lam, train.alpha * train.reward_scale), list(critics.parameters()), list(target.parameters())
-    losses_of = per_seed(lambda *inputs: comadice_train.critic_losses(*inputs, train), [critics, target], seeds)
+    losses_of = per_seed(lambda *inputs: comadice_train.critic_losses(*inputs, train), [critics, target], seeds, train.compile)
     losses = lambda: losses_of(batch, init, alpha)
     parts = {"sample": lambda: [None for _ in draw()], "losses": losses, "q": lambda: set_gradients(losses()[0].sum(), list(critics.q.parameters())),
              "nu, theta": lambda: set_gradients(losses()[1].sum(), [*critics.nu.parameters(), *critics.mixer.parameters()]), "optimiser": optimizer.step,
@@ -160,7 +167,7 @@ def policy_stage(rows: TensorDict, card: dict, seeds: int, args: Args, device: t
     sizes = card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], args.train.hidden
     policy = stack([make_policy(*sizes).to(device) for _ in range(seeds)])
     optimizer, generators = adam(list(policy.parameters()), args.train.lr, device), make_generators(list(range(seeds)), 2, rows)
-    update = Graph(comadice_bc.make_policy_update(policy, optimizer, seeds, args.train.compile))
+    update = Graph(comadice_bc.make_policy_update(policy, optimizer, seeds, args.train.compile), args.train.graph)
     replay = make_replay(comadice_bc.with_ratios(rows, dict.fromkeys(range(seeds))), comadice_bc.POLICY_KEYS, False, generators, device)
     draw = lambda: minibatches(0, {args.steps}, (replay, args.train.batch_size))
 
@@ -219,12 +226,14 @@ def measure(shape: str, seeds: int, args: Args, device: torch.device):
         print(f"  {name}: {1 / (seconds * seeds):.1f} updates/s, {1 / seconds:.1f} seed-updates/s; {G:.3f} GFLOP a seed, {G / seconds:.1f} GFLOP/s, "
               f"{100 * single / seconds:.0f}% of the products' {G / single:.1f}"
               + (f" (batched over seeds these reach {G / median(peak[name][seeds]):.1f})" if seeds > 1 else ""))
+        if device.type == "cuda":
+            print(f"    kernels run {100 * kernel_share(made[name][0]):.0f}% of the time")
+            if args.train.graph:
+                continue  # its parts run eagerly here and would be no parts of a replay: --train.no-graph shows them
         parts = {part: timer(run, 1 if part == "sample" else args.steps) / (args.steps if part == "sample" else 1) for part, run in made[name][1].items()}
         if "losses" in parts:  # a gradient needs its losses computed anew, so they are taken off
             parts |= {f"gradient of {part}": parts.pop(part) - parts["losses"] for part in ("q", "nu, theta")}
         print("    " + ", ".join(f"{part} {100 * value / (seconds * seeds):.0f}%" for part, value in parts.items()))
-        if device.type == "cuda":
-            print(f"    kernels run {100 * kernel_share(made[name][0]):.0f}% of the time")
     both, single = sum(median(x) for x in step.values()) / seeds, sum(median(peak[name][1]) for name in stages)
     print(f"  both stages: {100 * single / both:.0f}% of the products' peak, {1 / both:.1f} seed-updates/s of both")
     if others:
@@ -241,7 +250,7 @@ def main(args: Args):
     if args.train.objective not in ("exact", "semi"):
         raise BadInput("the FLOP of the objectives exact and semi are counted: use --train.objective exact or semi")
     torch.set_num_threads(args.threads)
-    device = pick_device(args.device)
+    device = pick_device(args.device, args.train.tf32)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{args.threads} CPU threads"
     print(f"batch {args.train.batch_size}, {where}, torch {torch.__version__}")
     print("FLOP of a layer k -> n on m rows: 2mkn forward, 2mkn for the weight's gradient, 2mkn for the input's (not of a first layer)")

@@ -2,10 +2,11 @@
 
     python benchmarks/sweep.py --data data/mamujoco/hopper/medium-replay --steps 20000 --out sweep.csv
 
-Every member is what `python comadice_train.py` with its flags and seed trains; of the --train flags, alpha, objective, advantage
-and those of every script but lr, hidden and batch_size have no effect here. Plain BC is a member too, once per --bc-lr. A member's score is the mean
-return over its last evaluations, since a policy's return swings from one checkpoint to the next. On a GPU the update is
-one CUDA graph, while the evaluations run in processes beside it.
+Every member is what `python comadice_train.py` with its flags and seed trains, but for the batches drawn, which depend there on
+when a run is evaluated; of the --train flags, alpha, objective, advantage and those of every script but lr, hidden and batch_size
+have no effect here. Plain BC is a member too, once per --bc-lr. A member's score is the mean return over its last evaluations,
+since a policy's return swings from one checkpoint to the next. On a GPU the update is one CUDA graph, while the evaluations run
+in processes beside it.
 """
 
 import csv
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 import comadice_train
 from comadice_bc import POLICY_KEYS, make_policy_update, ratio_stats, with_ratios
-from comadice_data import initial_rows, make_replay, minibatches, open_dataset, run_script
+from comadice_data import BadInput, initial_rows, make_replay, minibatches, open_dataset, run_script
 from comadice_mixer import make_policy
 from comadice_rollout import eval_env, evaluate
 from comadice_runs import pick_device
@@ -142,6 +143,8 @@ def main(args: Args):
     if device.type == "cuda":
         rows = rows.to(device)
     table, began = [], time.time()
+    if args.steps < 5 * args.last:
+        raise BadInput(f"--steps {args.steps} has no {args.last} evaluations in its last fifth: give at least {5 * args.last}")
     with ProcessPoolExecutor(args.processes, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
         members = [({"objective": "bc", "advantage": "", "alpha": "", "seed": seed, "lr": lr, "nu_init": math.nan}, torch.ones(card["samples"], device=device))
                    for lr in args.bc_lrs for seed in args.seeds]
@@ -155,7 +158,7 @@ def main(args: Args):
         writer.writerows(table)
     print(f"\n{card['env']} {card['task']} {card['quality']}: behaviour {card['return_mean']:.4g}, {args.steps} steps a stage, "
           f"{time.time() - began:.0f} s on {torch.cuda.get_device_name(device) if device.type == 'cuda' else device}")
-    battles = not math.isnan(table[0]["winrate"])
+    battles = card["discrete"]
     print(f"| objective | w* from | alpha | lr | return |{' won % |' * battles} E[w] | w = 0 | ess | nu_tot(s0) |\n|{'---|' * (9 + battles)}")
     cells = {}
     for row in table:
