@@ -298,9 +298,10 @@ def draw_curves(cells: list[Cell], metric: str, path: Path):
         if metric == "return":
             axis.axhline(instance[4], color="grey", linestyle="--", linewidth=1, label="behaviour data")
         axis.set(title=title(instance, instances), xlabel="gradient steps of the policy", ylabel=AXIS[metric])
-        axis.legend(fontsize=6)
+    lines = {line.get_label(): line for axis in figure.axes for line in axis.get_lines()}  # one legend, below: in a panel it would hide curves
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.legend(lines.values(), lines.keys(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, fontsize=8)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 def series(cells: list[Cell], key: str) -> list[list[Cell]]:
