@@ -5,10 +5,13 @@
         --checkpoint runs/mamujoco/hopper/medium-replay/comadice/seed0                                        # w* of that run
 """
 
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads: threads that wait by spinning stall on a busy machine (README, Speed)
 
 import torch
 import tyro

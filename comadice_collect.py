@@ -31,9 +31,12 @@ of training in one dataset a checkpoint. A run that was stopped goes on with the
 import csv
 import importlib.metadata
 import math
+import os
 from collections import deque
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads: threads that wait by spinning stall on a busy machine (README, Speed)
 
 import torch
 import tyro

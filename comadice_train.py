@@ -9,11 +9,14 @@ then lines 9-12 (comadice_bc.py) train the local policies by weighted behavioura
 
 import copy
 import math
+import os
 import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads: threads that wait by spinning stall on a busy machine (README, Speed)
 
 import torch
 import tyro

@@ -15,11 +15,13 @@ The policy is implicit, so it is no network of make_policy: ContinuousBCQ and Di
 """
 
 import copy
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads: threads that wait by spinning stall on a busy machine (README, Speed)
 
 import torch
 import tyro

@@ -17,11 +17,13 @@ The paper's TD(lambda) needs trajectories; on single transitions it is lambda = 
 """
 
 import copy
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads: threads that wait by spinning stall on a busy machine (README, Speed)
 
 import torch
 import tyro

@@ -11,11 +11,13 @@ For continuous and discrete actions alike: q_i, v_i and pi_i differ in their hea
 """
 
 import copy
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads: threads that wait by spinning stall on a busy machine (README, Speed)
 
 import torch
 import tyro

@@ -11,6 +11,7 @@ in processes beside it.
 
 import csv
 import math
+import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads: threads that wait by spinning stall on a busy machine (README, Speed)
 
 import torch
 import tyro

@@ -6,6 +6,8 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the subprocesses that tests start; sums differ between thread counts
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads: threads that wait by spinning stall on a busy machine (README, Speed)
+
 import pytest
 import torch
 from tensordict import TensorDict
