@@ -37,7 +37,8 @@ class LocalMLP(nn.Module):
         """[..., n, in_dim] -> [..., n, out_dim]."""
         n = x.shape[-2]
         agent_id = torch.eye(n, dtype=x.dtype, device=x.device).expand(*x.shape[:-1], n)
-        return self.layers(torch.cat([x, agent_id], -1))
+        # In two dimensions a linear layer's result is no view, on which ReLU in place would copy its gradient.
+        return self.layers(torch.cat([x, agent_id], -1).flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 
 class Nu(nn.Module):
