@@ -140,13 +140,13 @@ def play(card: dict, parameters: dict, hidden: int, episodes: int, seed: int) ->
 
 
 def main(args: Args):
+    if args.steps < 5 * args.last:
+        raise BadInput(f"--steps {args.steps} has no {args.last} evaluations in its last fifth: give at least {5 * args.last}")
     device = pick_device(args.device)
     rows, card = open_dataset(args.data)
     if device.type == "cuda":
         rows = rows.to(device)
     table, began = [], time.time()
-    if args.steps < 5 * args.last:
-        raise BadInput(f"--steps {args.steps} has no {args.last} evaluations in its last fifth: give at least {5 * args.last}")
     with ProcessPoolExecutor(args.processes, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
         members = [({"objective": "bc", "advantage": "", "alpha": "", "seed": seed, "lr": lr, "nu_init": math.nan}, torch.ones(card["samples"], device=device))
                    for lr in args.bc_lrs for seed in args.seeds]
