@@ -6,8 +6,6 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the subprocesses that tests start; sums differ between thread counts
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads: threads that wait by spinning stall on a busy machine (README, Speed)
-
 import pytest
 import torch
 from tensordict import TensorDict
@@ -17,6 +15,11 @@ from comadice_envs import engine, make_env
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("no GPU here")
 
 
 def files_hash(folder: Path) -> dict:

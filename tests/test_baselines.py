@@ -417,7 +417,6 @@ def test_update_works_in_place(name, discrete):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @both
 @each
 def test_graph_trains_as_eager_does(name, discrete):

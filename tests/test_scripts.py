@@ -924,7 +924,6 @@ METHODS = {"comadice": comadice_train, "bc": comadice_bc, "bcq": bcq, "cql": cql
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("fits", [0.7, 0.0], ids=["in GPU memory", "streamed"])
 @pytest.mark.parametrize("algo", METHODS)
 def test_scripts_on_a_gpu(algo, fits, hopper_data, tmp_path, monkeypatch):
@@ -932,19 +931,10 @@ def test_scripts_on_a_gpu(algo, fits, hopper_data, tmp_path, monkeypatch):
     monkeypatch.setattr(comadice_runs, "FITS", fits)
     module, flags = METHODS[algo], {"device": "cuda:0", "seeds": [0, 1], "steps": 40, "evals": 4}
     whole = train(hopper_data, tmp_path / "whole", module, algo, **flags)
-    save, saved = comadice_runs.save_checkpoint, []
-
-    def save_twice(*progress):
-        if len(saved) == 2:
-            raise KeyboardInterrupt
-        saved.append(save(*progress))
-
-    for holder in (comadice_bc, comadice_runs):
-        monkeypatch.setattr(holder, "save_checkpoint", save_twice)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        for holder in (comadice_bc, comadice_runs):  # a baseline's loop, and ComaDICE's and BC's
+            stop_at(patch, holder, "save_checkpoint", 3)
         train(hopper_data, tmp_path / "stopped", module, algo, **flags)
-    for holder in (comadice_bc, comadice_runs):
-        monkeypatch.setattr(holder, "save_checkpoint", save)
     stopped = train(hopper_data, tmp_path / "stopped", module, algo, resume=True, **flags)
     for key, value in checkpoint(whole)["policy"].items():
         torch.testing.assert_close(checkpoint(stopped)["policy"][key], value, rtol=1e-3, atol=1e-4)
@@ -953,7 +943,6 @@ def test_scripts_on_a_gpu(algo, fits, hopper_data, tmp_path, monkeypatch):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("seeds", [[0], [0, 1]], ids=len)
 def test_compiled_run_on_a_gpu(seeds, hopper_data, tmp_path):
     """torch.compile and the graph together give what neither gives."""

@@ -235,11 +235,8 @@ def test_an_update_can_be_captured(stage, seeds, monkeypatch):
 
 # ---------------------------------------------------------------- a GPU
 
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-
 
 @pytest.mark.cuda
-@cuda
 @pytest.mark.parametrize("seeds", [[0], SEEDS], ids=len)
 @pytest.mark.parametrize("objective", ["exact", "semi", "printed", "released"])
 def test_graph_trains_as_a_cpu_does(objective, seeds, double):
@@ -258,7 +255,6 @@ def test_graph_trains_as_a_cpu_does(objective, seeds, double):
 
 
 @pytest.mark.cuda
-@cuda
 def test_a_step_of_the_graph_does_not_synchronise():
     args, card, rows = ARGS, CARD | {"discrete": False}, data(False, "cuda")
     _, _, update, batches = critics_of(SEEDS, rows, card, args, "cuda")

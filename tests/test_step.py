@@ -93,7 +93,6 @@ def test_policy_step_waits_for_nothing_and_has_no_agent_loop(discrete):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("objective", ["exact", "printed", "released", "semi"])
 def test_critic_step_on_a_gpu_does_not_synchronise(objective):
     args = comadice_train.Args(hidden=8, batch_size=16, reward_scale=0.1, alpha=1.0, tau=0.005, objective=objective)
