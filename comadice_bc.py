@@ -5,25 +5,27 @@
         --checkpoint runs/mamujoco/hopper/medium-replay/comadice/seed0                                        # w* of that run
 """
 
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads: threads that wait by spinning stall on a busy machine (README, Speed)
+import environments.threads  # noqa: F401 -- before torch
 
+# isort: split
 import torch
 import tyro
 from tensordict import TensorDict
 from torchrl.envs import EnvBase
 from tqdm import tqdm
 
-from comadice_data import BadInput, last_rows, make_replay, minibatches, run_script
+from comadice_eval import evaluate, try_eval_env
 from comadice_losses import effective_sample_size, policy_loss
 from comadice_mixer import make_policy
-from comadice_rollout import evaluate, try_eval_env
-from comadice_runs import (
+from environments.checks import BadInput, pick_device, run_script
+from offline_data.dataset import last_rows
+from offline_data.replay import make_replay, minibatches
+from support.report import report
+from support.runs import (
     RunArgs,
     check_args,
     check_checkpoint,
@@ -32,14 +34,10 @@ from comadice_runs import (
     finish_run,
     load_checkpoint,
     load_dataset,
-    pick_device,
-    random_state,
-    save_checkpoint,
     save_checkpoints,
-    set_random_state,
     start_runs,
 )
-from comadice_seeds import Graph, adam, load_seeds, make_generators, name_seeds, per_seed, seed_states, set_gradients, stack
+from support.seeds import Graph, adam, load_seeds, make_generators, name_seeds, per_seed, seed_states, set_gradients, stack
 
 # What Eq. 11 needs of a transition.
 POLICY_KEYS = [("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "w"]
@@ -155,81 +153,6 @@ def train_policies(rows: TensorDict, card: dict, args, seeds: list[int], states:
                 clock = time.perf_counter()
         if played is not None:
             yield finish(*played)
-
-
-def training(algo: str, parts: dict, rows: TensorDict, keys: list, args: RunArgs, seed: int, card: dict, env: EnvBase | None, metrics: list[dict]):
-    """The run of a method that learns all it has in one stage (baselines/). A generator of (batch of rows' `keys`, losses), one a step.
-
-    The caller makes its update on the batch and puts what metrics.csv shall show into `losses` (name -> scalar tensor). `parts`
-    are the modules and optimisers that a checkpoint holds, "policy" among them is the one that is evaluated. A stopped run
-    goes on where it was; a finished one yields nothing. The rows of metrics.csv go to `metrics`.
-    """
-    run = start_runs(replace(args, seeds=[seed]), algo, card, rows, {})[seed]
-    start, seconds, began = run.state["step"], run.state["seconds"], time.perf_counter() - run.state["wall"]
-    metrics += run.metrics
-    run.metrics = metrics  # one list: the caller's
-    if run.finished:
-        return
-    if start:
-        for name, part in parts.items():
-            part.load_state_dict(run.state[name])
-        set_random_state(run.state["random"])  # after the initialisations of the parts have drawn from it
-    at, replay = eval_steps(args), make_replay(rows, keys, device=pick_device(args.device))
-    clock = time.perf_counter()
-    for step, batch in tqdm(minibatches(start, at, (replay, args.batch_size)), initial=start, total=args.steps, desc=f"{algo} seed {seed}", mininterval=1):
-        losses = {}
-        yield batch, losses
-        if step in at:
-            row = {"stage": "policy", "step": step} | {k: v.item() for k, v in losses.items()}
-            seconds += time.perf_counter() - clock
-            row |= evaluation(parts["policy"], env, args, seed)
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"step": step, "seconds": seconds, "wall": time.perf_counter() - began, "random": random_state()}
-            save_checkpoint(run, state, row)
-            clock = time.perf_counter()
-    finish_run(run, args, card, 1, args.steps, run.state["seconds"], run.state["wall"])
-
-
-def plot_curves(curves: dict[str, list[list[dict]]], dataset_return: float, title: str, path: Path):
-    """Learning curves: per algorithm the mean and the range over seeds of the evaluated return."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6.4, 4))
-    for name, seeds in curves.items():
-        seeds = [[row for row in metrics if row.get("return") is not None] for metrics in seeds]
-        steps = [row["step"] for row in seeds[0]]
-        returns = torch.tensor([[row["return"] for row in metrics] for metrics in seeds])
-        axis.plot(steps, returns.mean(0), label=name)
-        axis.fill_between(steps, returns.min(0).values, returns.max(0).values, alpha=0.2)
-    axis.axhline(dataset_return, color="grey", linestyle="--", label="behaviour data")
-    axis.set(xlabel="gradient steps of the policy", ylabel="return", title=title)
-    axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def report(curves: dict[str, list[list[dict]]], card: dict, args: RunArgs, picture: str):
-    """Prints the last evaluations' returns beside the data's, and draws the learning curves into the folder of the runs."""
-    rolled_out = all("return" in row for seeds in curves.values() for metrics in seeds for row in metrics if row["stage"] == "policy")
-    print(f"\n{args.env} {args.task} {args.quality}, {args.steps:,} steps, seeds {args.seeds}, {card.get('engine')}")
-    print(f"{'':<24}{'return':>12}")
-    print(f"{'behaviour data':<24}{card['return_mean']:>12.2f} ± {card['return_std']:.2f} (over episodes)")
-    if not rolled_out:
-        print("trained policies were not rolled out")
-        return
-    for name, seeds in curves.items():
-        returns = torch.tensor([metrics[-1]["return"] for metrics in seeds])
-        spread = f"{returns.std(correction=0):.2f} (over seeds)" if len(seeds) > 1 else f"{seeds[0][-1]['return_std']:.2f} (over episodes)"
-        wins = [metrics[-1]["winrate"] for metrics in seeds]
-        winrate = "" if None in wins else f", {100 * sum(wins) / len(wins):.1f}% of battles won"
-        print(f"{name:<24}{returns.mean():>12.2f} ± {spread}{winrate}")
-    path = Path(args.out, args.env, args.task, args.quality, picture)
-    plot_curves(curves, card["return_mean"], f"{args.task} {args.quality}", path)
-    print(f"learning curve: {path}")
 
 
 def main(args: Args):

@@ -1,27 +1,30 @@
 """Rolls out saved policies in the real simulator, or collects finished runs into tables and figures.
 
     python comadice_eval.py --run runs/mamujoco/hopper/medium-replay/comadice/seed0 --episodes 100
-    python comadice_eval.py report runs/                                                              # see comadice_report.py
+    python comadice_eval.py report runs/                                                              # see support/report.py
 
 The first plays the mean action (continuous) or the most likely available one (discrete) and prints return mean and standard
 deviation over episodes, the share of battles won, and mean and standard deviation over seeds where several runs are given.
 """
 
 import json
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import tyro
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import step_mdp
 from tqdm import tqdm
 
-import comadice_report
-from baselines import bcq
-from comadice_data import BadInput, run_script
 from comadice_mixer import make_policy
-from comadice_rollout import eval_env, evaluate
-from comadice_runs import FREE, load_checkpoint, pick_device
+from environments.checks import BadInput, NoSimulator, pick_device, run_script
+from environments.simulators import make_env
+from support.runs import FREE, load_checkpoint
+
+MAX_WIDTH = 50  # environments that one process steps together
 
 
 @dataclass
@@ -40,6 +43,77 @@ class Args:
     """also write the results to this JSON file"""
 
 
+def eval_env(card: dict, episodes: int, workers: int = 1) -> EnvBase:
+    """The simulator that a dataset's card names, as wide as `episodes` can use.
+
+    Raises NoSimulator where there is none for the card, BadInput where its sizes differ from the card's.
+    """
+    width = min(math.ceil(episodes / workers), MAX_WIDTH)
+    env = make_env(card["env"], card["task"], width, workers, card["interface"])
+    n, O = env.observation_spec["agents", "observation"].shape[-2:]
+    actions = env.observation_spec["agents", "action_mask"] if card["discrete"] else env.full_action_spec["agents", "action"]
+    sizes = {"n_agents": n, "obs_dim": O, "state_dim": env.observation_spec["state"].shape[-1], "action_dim": actions.shape[-1]}
+    for key, value in sizes.items():
+        if card[key] != value:
+            name = f"{card['env']} {card['task']}"
+            raise BadInput(f"the dataset's {key} is {card[key]}, the simulator of {name} has {value}: it was made with another interface or version")
+    return env
+
+
+def try_eval_env(card: dict, episodes: int, workers: int = 1) -> EnvBase | None:
+    """eval_env, or None, said in one line, where no simulator is at hand: training needs the dataset alone."""
+    try:
+        return eval_env(card, episodes, workers)
+    except NoSimulator as error:
+        print(f"rollouts are off: {error}")
+        return None
+
+
+@torch.no_grad()
+def evaluate(policy: torch.nn.Module, env: EnvBase, episodes: int, seed: int) -> dict:
+    """Plays `episodes` whole episodes: their returns, the mean and standard deviation over episodes, and the winrate in battles.
+
+    A battle whose game died is played again, and counted ("replayed"). The result depends on the policy, the episodes, the
+    env's width and the seed alone; no global random state is used. Raises BadInput where games keep dying.
+    """
+    device = next(policy.parameters()).device
+    battles = "battle_won" in env.observation_spec.keys()
+    env.set_seed(seed)
+    returns, lengths, wins, replayed = [], [], [], 0
+    while len(returns) < episodes:
+        td = env.reset()
+        alive = torch.ones_like(td["done"])
+        total, length = torch.zeros(alive.shape), torch.zeros(alive.shape)
+        won, died = torch.zeros_like(alive), torch.zeros_like(alive)
+        while alive.any():
+            mask = td.get(("agents", "action_mask"), None)
+            action = policy.act(td["agents", "observation"].to(device), None if mask is None else mask.to(device))
+            td["agents", "action"] = action.to(env.device)
+            # Environments whose episode is over stand still; TorchRL's ParallelEnv can hold whole workers only.
+            stepping = alive.squeeze(-1)
+            if stepping.ndim == 2:
+                stepping = stepping.any(-1, keepdim=True).expand_as(stepping)
+            td = env.step(td.set("_step", stepping))
+            total += td["next", "reward"].where(alive, 0)
+            length += alive
+            if battles:
+                won |= td["next", "battle_won"] & alive
+                died |= td["next"].get("game_died", torch.zeros_like(alive)) & alive
+            alive = alive & ~td["next", "done"]
+            td = step_mdp(td)
+        returns += total[~died].tolist()
+        lengths += length[~died].tolist()
+        wins += won[~died].tolist()
+        replayed += int(died.sum())
+        if replayed > episodes:
+            raise BadInput(f"the game died in {replayed} battles while {len(returns)} were played: look at the game's own log")
+    returns, lengths, wins = (torch.tensor(x[:episodes], dtype=torch.float32) for x in (returns, lengths, wins))
+    return {
+        "return_mean": returns.mean().item(), "return_std": returns.std(correction=0).item(),
+        "winrate": wins.mean().item() if battles else None, "length": lengths.mean().item(), "replayed": replayed, "returns": returns.tolist(),
+    }
+
+
 def load_policy(run: str | Path, device="cpu") -> tuple[torch.nn.Module, dict]:
     """A run's policy and its checkpoint."""
     state = load_checkpoint(run)
@@ -48,7 +122,9 @@ def load_policy(run: str | Path, device="cpu") -> tuple[torch.nn.Module, dict]:
         raise BadInput(f"{run} has no policy yet: it was stopped in its first stage, go on with --resume")
     try:
         if state["algo"] == "bcq":  # its policy is implicit in a generative model and q
-            policy = bcq.make_networks(card, bcq.Args(**config))
+            from baselines import bcq
+
+            policy = bcq.policy_of_run(card, config)
         else:
             policy = make_policy(card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], config["hidden"])
         policy.load_state_dict(state["policy"])
@@ -92,6 +168,8 @@ def main(args: Args):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["report"]:
-        run_script(comadice_report.main, tyro.cli(comadice_report.Args, args=sys.argv[2:], prog="comadice_eval.py report"))
+        from support import report
+
+        run_script(report.main, tyro.cli(report.Args, args=sys.argv[2:], prog="comadice_eval.py report"))
     else:
         run_script(main, tyro.cli(Args))

@@ -9,15 +9,15 @@ then lines 9-12 (comadice_bc.py) train the local policies by weighted behavioura
 
 import copy
 import math
-import os
 import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads: threads that wait by spinning stall on a busy machine (README, Speed)
+import environments.threads  # noqa: F401 -- before torch
 
+# isort: split
 import torch
 import tyro
 from tensordict import TensorDict
@@ -25,23 +25,24 @@ from tqdm import tqdm
 
 import comadice_bc
 import comadice_losses as losses
-from comadice_data import CHUNK, BadInput, as_transition, initial_rows, make_replay, minibatches, run_script, transition_rows
+from comadice_eval import try_eval_env
 from comadice_mixer import Critics
-from comadice_rollout import try_eval_env
-from comadice_runs import (
+from environments.checks import BadInput, check_positive, pick_device, run_script
+from offline_data.dataset import CHUNK
+from offline_data.replay import as_transition, initial_rows, make_replay, minibatches, transition_rows
+from support.report import report
+from support.runs import (
     RunArgs,
     check_args,
     check_discount,
-    check_positive,
     equally_far,
     eval_steps,
     finish_run,
     load_dataset,
-    pick_device,
     save_checkpoints,
     start_runs,
 )
-from comadice_seeds import Graph, adam, load_seeds, make_generators, name_seeds, per_seed, seed_states, set_gradients, split_seeds, stack
+from support.seeds import Graph, adam, load_seeds, make_generators, name_seeds, per_seed, seed_states, set_gradients, split_seeds, stack
 
 # What Eq. 9 and Eq. 10 need of a transition.
 CRITIC_KEYS = ["state", ("agents", "observation"), ("agents", "action"), "reward", "terminated"]
@@ -283,7 +284,7 @@ def main(args: Args):
         print("No arguments: the demonstration on the small dataset in data/mamujoco/hopper/demo,")
         print(f"{args.steps:,} steps a stage, {args.evals} evaluations of {args.eval_episodes} episodes, {len(args.seeds)} seeds, alpha {args.alpha:g}.")
         print("The paper's setting on a full dataset:")
-        print("  python comadice_collect.py --env mamujoco --task hopper")
+        print("  python -m offline_data collect --env mamujoco --task hopper")
         print("  python comadice_train.py --env mamujoco --task hopper --quality medium-replay --seeds 0 1 2 3 4\n")
     rows, card = load_dataset(args, device)
     args = fill_in(args, rows, card)
@@ -302,7 +303,7 @@ def main(args: Args):
         bc = comadice_bc.Args(**shared)
         curves["BC"] = comadice_bc.train_seeds(bc, "bc", rows, card, None, env)
 
-    comadice_bc.report(curves, card, args, "learning_curve.png")
+    report(curves, card, args, "learning_curve.png")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """BCQ (Fujimoto et al. 2019a, Off-Policy Deep RL without Exploration; discrete actions: Fujimoto et al. 2019b, Benchmarking Batch Deep RL).
 
-    python baselines/bcq.py --env mamujoco --task hopper --quality medium-replay
+    python -m baselines.bcq --env mamujoco --task hopper --quality medium-replay
 
 Q-learning of q_tot = sum_i w_i(s) q_i(o_i, a_i) + b(s) in which the maximum runs over actions that a model of the data holds likely. Since
 w_i >= 0 the team's maximum is every agent's own.
@@ -11,32 +11,26 @@ continuous actions: a variational auto-encoder of the recorded actions proposes 
 discrete actions: a behaviour-cloned policy G_i; an action is a candidate if it is available and G_i(a) > threshold max_b G_i(b).
 
 The policy is implicit, so it is no network of make_policy: ContinuousBCQ and DiscreteBCQ have `act` themselves, and a checkpoint's
-"policy" holds all of their parameters. `make_networks(card, Args(**config))` builds what they load into.
+"policy" holds all of their parameters. `policy_of_run` builds what they load into.
 """
 
-import copy
-import os
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads: threads that wait by spinning stall on a busy machine (README, Speed)
+import environments.threads  # noqa: F401 -- before torch
 
+# isort: split
 import torch
 import tyro
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
-from torchrl.envs import EnvBase
 
-from comadice_bc import report, training
-from comadice_data import BadInput, run_script
+from baselines.common import check, train
 from comadice_mixer import LinearMixer, LocalMLP, Q, make_policy
-from comadice_rollout import try_eval_env
-from comadice_runs import RunArgs, check_args, check_discount, check_positive, load_dataset, pick_device
-from comadice_seeds import Graph, adam, set_gradients
 from comadice_train import update_target
+from environments.checks import BadInput, run_script
+from support.runs import RunArgs
+from support.seeds import set_gradients
 
 KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
 BOX = 1.0  # the simulator clips continuous actions to [-1, 1]; recorded ones beyond are read as it read them
@@ -186,6 +180,11 @@ def make_networks(card: dict, args: Args) -> nn.Module:
     return (DiscreteBCQ if card["discrete"] else ContinuousBCQ)(card, args)
 
 
+def policy_of_run(card: dict, config: dict) -> nn.Module:
+    """What the "policy" of a checkpoint with this card and config loads into."""
+    return make_networks(card, Args(**config))
+
+
 def update(networks: nn.Module, target: nn.Module, optimizer, batch: TensorDict, args: Args) -> dict[str, Tensor]:
     """One Adam step; each parameter has the gradient of the one loss that trains it."""
     losses = networks.losses(target, batch, args)
@@ -196,33 +195,14 @@ def update(networks: nn.Module, target: nn.Module, optimizer, batch: TensorDict,
     return {name: loss.detach() for name, loss, _ in losses}
 
 
-# ---------------------------------------------------------------- one run
-
-
-def train_seed(args: Args, seed: int, rows: TensorDict, card: dict, env: EnvBase | None) -> list[dict]:
-    """One run directory; returns the rows of its metrics.csv."""
-    device = pick_device(args.device)
-    torch.manual_seed(seed)
-    networks = make_networks(card, args).to(device)
-    target = copy.deepcopy(networks)
-    optimizer = adam(list(networks.parameters()), args.lr, device)
-    parts = {"policy": networks, "target": target, "optimizer": optimizer}
-    step, metrics = Graph(lambda batch: update(networks, target, optimizer, batch, args), args.graph), []
-    for batch, losses in training("bcq", parts, rows, KEYS, args, seed, card, env, metrics):
-        losses |= step(batch)
-    return metrics
+# ---------------------------------------------------------------- the script
 
 
 def main(args: Args):
-    check_args(args)
-    check_positive(args, "phi", "candidates", "kl_weight", "mixer_hidden")
-    check_discount(args)
+    check(args, "phi", "candidates", "kl_weight", "mixer_hidden")
     if not 0 <= args.clip_lambda <= 1 or not 0 <= args.threshold < 1:
         raise BadInput("--clip-lambda must be in [0, 1] and --threshold in [0, 1)")
-    device = pick_device(args.device, args.tf32)
-    rows, card = load_dataset(args, device)
-    env = try_eval_env(card, args.eval_episodes, args.workers)
-    report({"BCQ": [train_seed(args, seed, rows, card, env) for seed in args.seeds]}, card, args, "learning_curve_bcq.png")
+    train("bcq", make_networks, update, KEYS, args)
 
 
 if __name__ == "__main__":

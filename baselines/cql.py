@@ -1,6 +1,6 @@
 """CQL (Kumar et al. 2020, Conservative Q-Learning for Offline RL), CQL(H), on factorised values as in OMIGA's experiments.
 
-    python baselines/cql.py --env mamujoco --task hopper --quality medium-replay
+    python -m baselines.cql --env mamujoco --task hopper --quality medium-replay
 
 Q-learning of q_tot = sum_i w_i(s) q_i(o_i, a_i) + b(s), plus cql_alpha times (log sum_a exp q_tot(s, a) - q_tot(s, a_recorded)), Eq. 4: values
 of actions that the data do not hold are pushed down. The sum runs over joint actions, and for a linear mixer it falls apart
@@ -12,30 +12,24 @@ continuous actions: the log-sum-exp is estimated by importance sampling (Kumar e
     around the policy's, within the box; the policy is a Gaussian that maximises q_tot and its entropy, as in SAC, on which CQL is built.
 """
 
-import copy
 import math
-import os
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads: threads that wait by spinning stall on a busy machine (README, Speed)
+import environments.threads  # noqa: F401 -- before torch
 
+# isort: split
 import torch
 import tyro
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.distributions import Normal
-from torchrl.envs import EnvBase
 
-from comadice_bc import report, training
-from comadice_data import run_script
+from baselines.common import check, train
 from comadice_mixer import LinearMixer, Q, make_policy
-from comadice_rollout import try_eval_env
-from comadice_runs import RunArgs, check_args, check_discount, check_positive, load_dataset, pick_device
-from comadice_seeds import Graph, adam, set_gradients
 from comadice_train import update_target
+from environments.checks import run_script
+from support.runs import RunArgs
+from support.seeds import set_gradients
 
 KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
 BOX = 1.0  # the simulator clips continuous actions to [-1, 1]; recorded ones beyond are read as it read them
@@ -159,31 +153,12 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
     return {k: v.detach() for k, v in metrics.items()}
 
 
-# ---------------------------------------------------------------- one run
-
-
-def train_seed(args: Args, seed: int, rows: TensorDict, card: dict, env: EnvBase | None) -> list[dict]:
-    """One run directory; returns the rows of its metrics.csv."""
-    device = pick_device(args.device)
-    torch.manual_seed(seed)
-    networks = Networks(card, args).to(device)
-    target = copy.deepcopy(networks)
-    optimizer = adam(list(networks.parameters()), args.lr, device)
-    parts = {"policy": networks.policy, "networks": networks, "target": target, "optimizer": optimizer}
-    step, metrics = Graph(lambda batch: update(networks, target, optimizer, batch, args), args.graph), []
-    for batch, losses in training("cql", parts, rows, KEYS, args, seed, card, env, metrics):
-        losses |= step(batch)
-    return metrics
+# ---------------------------------------------------------------- the script
 
 
 def main(args: Args):
-    check_args(args)
-    check_positive(args, "cql_alpha", "cql_samples", "mixer_hidden")
-    check_discount(args)
-    device = pick_device(args.device, args.tf32)
-    rows, card = load_dataset(args, device)
-    env = try_eval_env(card, args.eval_episodes, args.workers)
-    report({"CQL": [train_seed(args, seed, rows, card, env) for seed in args.seeds]}, card, args, "learning_curve_cql.png")
+    check(args, "cql_alpha", "cql_samples", "mixer_hidden")
+    train("cql", Networks, update, KEYS, args)
 
 
 if __name__ == "__main__":

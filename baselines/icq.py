@@ -1,6 +1,6 @@
 """ICQ-MA (Yang et al. 2021, Believe What You See: Implicit Constraint Approach for Offline Multi-Agent RL).
 
-    python baselines/icq.py --env mamujoco --task hopper --quality medium-replay
+    python -m baselines.icq --env mamujoco --task hopper --quality medium-replay
 
 Both steps see recorded actions alone. The constrained optimum is pi = mu exp(q / alpha) / Z, so an expectation under pi is one
 under the data with the weight exp(q / alpha) / Z: q_tot = sum_i w_i(s) q_i + b(s) is backed up from the action recorded at s', in
@@ -16,28 +16,22 @@ w_i stands within the exponent, where the derivation puts it; ICQ-MA's code on S
 The paper's TD(lambda) needs trajectories; on single transitions it is lambda = 0.
 """
 
-import copy
-import os
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads: threads that wait by spinning stall on a busy machine (README, Speed)
+import environments.threads  # noqa: F401 -- before torch
 
+# isort: split
 import torch
 import tyro
 from tensordict import TensorDict
 from torch import Tensor, nn
-from torchrl.envs import EnvBase
 
-from comadice_bc import report, training
-from comadice_data import run_script
+from baselines.common import check, train
 from comadice_mixer import LinearMixer, Q, make_policy
-from comadice_rollout import try_eval_env
-from comadice_runs import RunArgs, check_args, check_discount, check_positive, load_dataset, pick_device
-from comadice_seeds import Graph, adam, set_gradients
 from comadice_train import update_target
+from environments.checks import run_script
+from support.runs import RunArgs
+from support.seeds import set_gradients
 
 KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated", "next_action", "has_next"]
 
@@ -130,31 +124,12 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
     return {"q_loss": L_q.detach(), "policy_loss": L_pi.detach(), "mean_q": q_tot_next.mean()}
 
 
-# ---------------------------------------------------------------- one run
-
-
-def train_seed(args: Args, seed: int, rows: TensorDict, card: dict, env: EnvBase | None) -> list[dict]:
-    """One run directory; returns the rows of its metrics.csv."""
-    device = pick_device(args.device)
-    torch.manual_seed(seed)
-    networks = Networks(card, args).to(device)
-    target = copy.deepcopy(networks)
-    optimizer = adam(list(networks.parameters()), args.lr, device)
-    parts = {"policy": networks.policy, "networks": networks, "target": target, "optimizer": optimizer}
-    step, metrics = Graph(lambda batch: update(networks, target, optimizer, batch, args), args.graph), []
-    for batch, losses in training("icq", parts, with_next_action(rows), KEYS, args, seed, card, env, metrics):
-        losses |= step(batch)
-    return metrics
+# ---------------------------------------------------------------- the script
 
 
 def main(args: Args):
-    check_args(args)
-    check_positive(args, "alpha_q", "mixer_hidden", *(["alpha"] if args.alpha is not None else []))
-    check_discount(args)
-    device = pick_device(args.device, args.tf32)
-    rows, card = load_dataset(args, device)
-    env = try_eval_env(card, args.eval_episodes, args.workers)
-    report({"ICQ": [train_seed(args, seed, rows, card, env) for seed in args.seeds]}, card, args, "learning_curve_icq.png")
+    check(args, "alpha_q", "mixer_hidden", *(["alpha"] if args.alpha is not None else []))
+    train("icq", Networks, update, KEYS, args, with_next_action)
 
 
 if __name__ == "__main__":

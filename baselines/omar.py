@@ -2,7 +2,7 @@
 
 Equations and hyperparameters are those of the version that was submitted to ICLR (openreview.net, 0EL4vLgYKRW).
 
-    python baselines/omar.py --env mamujoco --task hopper --quality medium-replay
+    python -m baselines.omar --env mamujoco --task hopper --quality medium-replay
 
 Independent learners: each agent has twin values q_i(o_i, a_i) of the team's reward (TD3) made conservative by CQL(H) (Kumar et al. 2020,
 Eq. 4), and no mixer. A conservative q has many local optima where a policy gradient gets stuck, so the actor is rectified: a
@@ -15,29 +15,23 @@ discrete actions (published for continuous ones): with A actions the search is e
     distance to a_hat becomes -log pi_i(a_hat). The target takes the target policy's most likely action.
 """
 
-import copy
 import math
-import os
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads: threads that wait by spinning stall on a busy machine (README, Speed)
+import environments.threads  # noqa: F401 -- before torch
 
+# isort: split
 import torch
 import tyro
 from tensordict import TensorDict
 from torch import Tensor, nn
-from torchrl.envs import EnvBase
 
-from comadice_bc import report, training
-from comadice_data import BadInput, run_script
+from baselines.common import check, train
 from comadice_mixer import Q, make_policy
-from comadice_rollout import try_eval_env
-from comadice_runs import RunArgs, check_args, check_discount, check_positive, load_dataset, pick_device
-from comadice_seeds import Graph, adam, set_gradients
 from comadice_train import update_target
+from environments.checks import BadInput, run_script
+from support.runs import RunArgs
+from support.seeds import set_gradients
 
 KEYS = [("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
 BOX = 1.0  # the simulator clips continuous actions to [-1, 1]; recorded ones beyond are read as it read them
@@ -159,33 +153,14 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
     return {k: v.detach() for k, v in {"td_loss": L_td, "conservative_loss": L_cql, "policy_loss": L_pi, "mean_q": q_j.mean()}.items()}
 
 
-# ---------------------------------------------------------------- one run
-
-
-def train_seed(args: Args, seed: int, rows: TensorDict, card: dict, env: EnvBase | None) -> list[dict]:
-    """One run directory; returns the rows of its metrics.csv."""
-    device = pick_device(args.device)
-    torch.manual_seed(seed)
-    networks = Networks(card, args).to(device)
-    target = copy.deepcopy(networks)
-    optimizer = adam(list(networks.parameters()), args.lr, device)
-    parts = {"policy": networks.policy, "networks": networks, "target": target, "optimizer": optimizer}
-    step, metrics = Graph(lambda batch: update(networks, target, optimizer, batch, args), args.graph), []
-    for batch, losses in training("omar", parts, rows, KEYS, args, seed, card, env, metrics):
-        losses |= step(batch)
-    return metrics
+# ---------------------------------------------------------------- the script
 
 
 def main(args: Args):
-    check_args(args)
-    check_positive(args, "search_steps", "search_samples", "search_std", "cql_alpha", "cql_samples", "cql_std")
-    check_discount(args)
+    check(args, "search_steps", "search_samples", "search_std", "cql_alpha", "cql_samples", "cql_std")
     if not 0 <= args.rectification <= 1:
         raise BadInput("--rectification must be in [0, 1]")
-    device = pick_device(args.device, args.tf32)
-    rows, card = load_dataset(args, device)
-    env = try_eval_env(card, args.eval_episodes, args.workers)
-    report({"OMAR": [train_seed(args, seed, rows, card, env) for seed in args.seeds]}, card, args, "learning_curve_omar.png")
+    train("omar", Networks, update, KEYS, args)
 
 
 if __name__ == "__main__":

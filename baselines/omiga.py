@@ -1,6 +1,6 @@
 """OMIGA (Wang et al. 2023, Offline Multi-Agent RL with Implicit Global-to-Local Value Regularization).
 
-    python baselines/omiga.py --env mamujoco --task hopper --quality medium-replay
+    python -m baselines.omiga --env mamujoco --task hopper --quality medium-replay
 
 The team maximises its return less alpha KL(pi_tot, mu_tot). With q_tot = sum_i w_i(s) q_i + b(s) and v_tot = sum_i w_i(s) v_i + b(s)
 that regularisation of the team splits into one for each agent, at the temperature alpha / w_i: v_i(o_i) is the soft maximum
@@ -10,28 +10,22 @@ extracted by weighted behavioural cloning. Only recorded actions are ever evalua
 For continuous and discrete actions alike: q_i, v_i and pi_i differ in their heads only. The policy is make_policy's.
 """
 
-import copy
-import os
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads: threads that wait by spinning stall on a busy machine (README, Speed)
+import environments.threads  # noqa: F401 -- before torch
 
+# isort: split
 import torch
 import tyro
 from tensordict import TensorDict
 from torch import Tensor, nn
-from torchrl.envs import EnvBase
 
-from comadice_bc import report, training
-from comadice_data import run_script
+from baselines.common import check, train
 from comadice_mixer import LinearMixer, Nu, Q, make_policy
-from comadice_rollout import try_eval_env
-from comadice_runs import RunArgs, check_args, check_discount, check_positive, load_dataset, pick_device
-from comadice_seeds import Graph, adam, set_gradients
 from comadice_train import update_target
+from environments.checks import run_script
+from support.runs import RunArgs
+from support.seeds import set_gradients
 
 KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
 Z_MAX = 10.0  # the exponent's bound, as in the authors' code
@@ -107,31 +101,12 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
     return {"q_loss": L_q.detach(), "v_loss": L_v.detach(), "policy_loss": L_pi.detach(), "mean_q": q.mean(), "mean_v": v.detach().mean()}
 
 
-# ---------------------------------------------------------------- one run
-
-
-def train_seed(args: Args, seed: int, rows: TensorDict, card: dict, env: EnvBase | None) -> list[dict]:
-    """One run directory; returns the rows of its metrics.csv."""
-    device = pick_device(args.device)
-    torch.manual_seed(seed)
-    networks = Networks(card, args).to(device)
-    target = copy.deepcopy(networks)
-    optimizer = adam(list(networks.parameters()), args.lr, device)
-    parts = {"policy": networks.policy, "networks": networks, "target": target, "optimizer": optimizer}
-    step, metrics = Graph(lambda batch: update(networks, target, optimizer, batch, args), args.graph), []
-    for batch, losses in training("omiga", parts, rows, KEYS, args, seed, card, env, metrics):
-        losses |= step(batch)
-    return metrics
+# ---------------------------------------------------------------- the script
 
 
 def main(args: Args):
-    check_args(args)
-    check_positive(args, "alpha", "mixer_hidden")
-    check_discount(args)
-    device = pick_device(args.device, args.tf32)
-    rows, card = load_dataset(args, device)
-    env = try_eval_env(card, args.eval_episodes, args.workers)
-    report({"OMIGA": [train_seed(args, seed, rows, card, env) for seed in args.seeds]}, card, args, "learning_curve_omiga.png")
+    check(args, "alpha", "mixer_hidden")
+    train("omiga", Networks, update, KEYS, args)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Full-size rehearsal: conversion of sources with Table 3's sizes, and 200 updates of training on what comes out.
 
-    python benchmarks/convert.py                        # hopper, ant and corridor at full size: 17 GB of disk, some minutes
-    python benchmarks/convert.py --scale 0.02           # a fiftieth of the episodes
-    python benchmarks/convert.py --names corridor --folder /mnt/big
+    python -m benchmarks.convert                        # hopper, ant and corridor at full size: 17 GB of disk, some minutes
+    python -m benchmarks.convert --scale 0.02           # a fiftieth of the episodes
+    python -m benchmarks.convert --names corridor --folder /mnt/big
 
 Sources hold noise: hopper medium-expert as a vault, ant medium-expert as OMIGA's HDF5, corridor medium as the authors' padded .npz.
 For each it prints the most anonymous memory (RssAnon) that conversion and training took above an interpreter with torch loaded, and the speed of
@@ -20,8 +20,9 @@ import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from environments.checks import BadInput, run_script
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 
 # name -> task, format, rows, episodes, step limit, agents, state, observation, actions (Table 3, OG-MARL's rows)
 SOURCES = {
@@ -68,10 +69,10 @@ def measure(job: dict):
     watcher.start()
     try:
         if job["stage"] == "convert":
-            import comadice_formats
+            from offline_data import formats
 
             start = time.perf_counter()
-            comadice_formats.convert_here(**job["convert"])
+            formats.convert_here(**job["convert"])
         else:
             import comadice_train
 
@@ -177,8 +178,6 @@ def write_source(name: str, folder: Path, scale: float) -> Path:
 
 
 def main(args: Args):
-    from comadice_data import BadInput
-
     unknown = sorted(set(args.names) - set(SOURCES))
     if unknown or not 0 < args.scale <= 1:
         raise BadInput(f"--names are of {', '.join(SOURCES)}, --scale is above 0 and at most 1")
@@ -201,7 +200,7 @@ def main(args: Args):
             job = {"convert": convert, "runs": str(folder / "runs"), "steps": args.steps, "threads": args.threads}
             measured = {}
             for stage in ("convert", "train"):
-                command = [sys.executable, __file__, "--measure", json.dumps(job | {"stage": stage})]
+                command = [sys.executable, "-m", "benchmarks.convert", "--measure", json.dumps(job | {"stage": stage})]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True)
                 measured[stage] = json.loads(done.stdout.strip().splitlines()[-1])
             written = sum(file.stat().st_size for file in (folder / "out").rglob("*") if file.is_file())
@@ -216,7 +215,5 @@ if __name__ == "__main__":
         measure(json.loads(sys.argv[2]))
     else:
         import tyro
-
-        from comadice_data import run_script
 
         run_script(main, tyro.cli(Args))

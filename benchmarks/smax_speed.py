@@ -1,30 +1,26 @@
 """Steps of SMAX battles a second, with a policy, without one, and in JaxMARL alone.
 
-    python benchmarks/smax_speed.py --task zerg_10_vs_11 --battles 32
+    python -m benchmarks.smax_speed --task zerg_10_vs_11 --battles 32
 
 Steps are counted over all battles. On a machine that does other work as well, look at the ratios and at steps a CPU second.
 """
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import tyro
 
-from comadice_data import BadInput, run_script
 from comadice_mixer import CategoricalPolicy
-from comadice_smax import SMAXEnv, check_task, engine
+from environments.checks import BadInput, run_script
+from environments.smax import SMAXEnv, check_task, engine
 
 
 @dataclass
 class Args:
     task: str = "zerg_10_vs_11"
-    """one of comadice_smax.py's tasks"""
+    """one of environments/smax.py's tasks"""
     battles: int = 32
     """battles stepped together"""
     steps: int = 500

@@ -1,7 +1,7 @@
 """How near an update is to the machine's limit: updates/s, the share of each part, and FLOP/s against bare matrix products.
 
-    python benchmarks/speed.py                                                     # three shapes, 1 and 5 seeds, this machine's best device
-    python benchmarks/speed.py --shapes hopper --seeds 1 --pair "python other.py"  # beside another implementation, in turn
+    python -m benchmarks.speed                                                     # three shapes, 1 and 5 seeds, this machine's best device
+    python -m benchmarks.speed --shapes hopper --seeds 1 --pair "python other.py"  # beside another implementation, in turn
 
 The FLOP of an update are those of the fewest network evaluations that the equations need: a layer k -> n on m rows costs
 2mkn forward, 2mkn for its weight's gradient and 2mkn for its input's, which a network's first layer does not need.
@@ -12,15 +12,11 @@ and medians are compared: a shared machine drifts. The outside command prints "N
 import re
 import resource
 import subprocess
-import sys
 import time
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import tyro
@@ -28,10 +24,10 @@ from tensordict import TensorDict
 
 import comadice_bc
 import comadice_train
-from comadice_data import BadInput, initial_rows, make_replay, minibatches, run_script
 from comadice_mixer import make_policy
-from comadice_runs import pick_device
-from comadice_seeds import Graph, adam, make_generators, per_seed, set_gradients, stack
+from environments.checks import BadInput, pick_device, run_script
+from offline_data.replay import initial_rows, make_replay, minibatches
+from support.seeds import Graph, adam, make_generators, per_seed, set_gradients, stack
 
 SHAPES = {  # Table 3
     "hopper": {"n_agents": 3, "obs_dim": 14, "state_dim": 42, "action_dim": 1, "discrete": False},

@@ -1,6 +1,6 @@
 """The grid objective x advantage x alpha x seed on one dataset, each objective's members trained as one batched computation.
 
-    python benchmarks/sweep.py --data data/mamujoco/hopper/medium-replay --steps 20000 --out sweep.csv
+    python -m benchmarks.sweep --data data/mamujoco/hopper/medium-replay --steps 20000 --out sweep.csv
 
 Every member is what `python comadice_train.py` with its flags and seed trains, but for the batches drawn, which depend there on
 when a run is evaluated; of the --train flags, alpha, objective, advantage and those of every script but lr, hidden and batch_size
@@ -11,18 +11,15 @@ in processes beside it.
 
 import csv
 import math
-import os
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads: threads that wait by spinning stall on a busy machine (README, Speed)
+import environments.threads  # noqa: F401 -- before torch
 
+# isort: split
 import torch
 import tyro
 from tensordict import TensorDict
@@ -30,12 +27,13 @@ from tqdm import tqdm
 
 import comadice_train
 from comadice_bc import POLICY_KEYS, make_policy_update, ratio_stats, with_ratios
-from comadice_data import BadInput, initial_rows, make_replay, minibatches, open_dataset, run_script
+from comadice_eval import eval_env, evaluate
 from comadice_mixer import make_policy
-from comadice_rollout import eval_env, evaluate
-from comadice_runs import pick_device
-from comadice_seeds import Graph, adam, make_generators, seed_states, stack
 from comadice_train import fill_in
+from environments.checks import BadInput, pick_device, run_script
+from offline_data.dataset import open_dataset
+from offline_data.replay import initial_rows, make_replay, minibatches
+from support.seeds import Graph, adam, make_generators, seed_states, stack
 
 
 @dataclass

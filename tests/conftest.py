@@ -10,8 +10,8 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from comadice_data import DatasetWriter
-from comadice_envs import engine, make_env
+from environments.simulators import engine, make_env
+from offline_data.writer import DatasetWriter
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)

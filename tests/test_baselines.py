@@ -15,12 +15,16 @@ from tensordict import TensorDict
 from test_step import SYNCS, Recorder
 from torch import nn
 
+import baselines.common
 import comadice_bc
 import comadice_eval
 import comadice_train
 from baselines import bcq, cql, icq, omar, omiga
-from comadice_data import BadInput, DatasetWriter, as_transition, open_dataset
-from comadice_seeds import Graph, adam
+from environments.checks import BadInput
+from offline_data.dataset import open_dataset
+from offline_data.replay import as_transition
+from offline_data.writer import DatasetWriter
+from support.seeds import Graph, adam
 
 METHODS = {"bcq": bcq, "cql": cql, "icq": icq, "omar": omar, "omiga": omiga}
 B, n, O, S, A = 7, 2, 3, 5, 4
@@ -610,13 +614,13 @@ def test_script(name, kind, data, tmp_path, monkeypatch, capsys):
     assert all(math.isfinite(v) for row in state["metrics"] for k, v in row.items() if k.endswith("_loss"))
     assert summary["return"] is None if kind == "discrete" else math.isfinite(summary["return"]["mean"])
 
-    original, calls = comadice_bc.save_checkpoint, []
+    original, calls = baselines.common.save_checkpoint, []
     def stopping(*a):
         original(*a)
         calls.append(1)
         raise Stop
     with monkeypatch.context() as patch:
-        patch.setattr(comadice_bc, "save_checkpoint", stopping)
+        patch.setattr(baselines.common, "save_checkpoint", stopping)
         with pytest.raises(Stop):
             module.main(dataclasses.replace(args, out=str(tmp_path / "cut")))
     module.main(dataclasses.replace(args, out=str(tmp_path / "cut"), resume=True))
@@ -667,6 +671,6 @@ def test_bad_flags(name, flags, match, hopper_data, tmp_path):
 @each
 def test_scripts_run_from_the_repository(name, tmp_path):
     """Bad input of a script ends in one line and exit code 2."""
-    command = [sys.executable, f"baselines/{name}.py", "--gamma", "1", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", f"baselines.{name}", "--gamma", "1", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: --gamma"), done.stderr

@@ -9,12 +9,12 @@ import torch
 pytest.importorskip("jaxmarl")
 
 import comadice_bc
-import comadice_collect
 import comadice_eval
 import comadice_train
-from comadice_data import BadInput, episode_returns, episodes, open_dataset
-from comadice_eval import load_policy
-from comadice_rollout import eval_env, evaluate
+import offline_data.collect
+from comadice_eval import eval_env, evaluate, load_policy
+from environments.checks import BadInput
+from offline_data.dataset import episode_returns, episodes, open_dataset
 
 COLLECT = {"env": "smax", "steps": 6144, "checkpoints": 3, "num_envs": 16, "horizon": 64, "epochs": 1, "trajectories": 20, "hidden": 16, "record_every": 2}
 
@@ -24,7 +24,7 @@ def collected(tmp_path_factory):
     """A race's task and a SMACv1 map's, collected for a few thousand steps."""
     out = tmp_path_factory.mktemp("battles")
     for task in ("zerg_5_vs_5", "3m"):
-        comadice_collect.main(comadice_collect.Args(task=task, out=str(out), replay_trajectories=60, **COLLECT))
+        offline_data.collect.main(offline_data.collect.Args(task=task, out=str(out), replay_trajectories=60, **COLLECT))
     return out / "smax"
 
 

@@ -13,19 +13,10 @@ import torch
 from conftest import ROOT, files_hash, hopper_card
 from tensordict import TensorDict
 
-from comadice_data import (
-    BadInput,
-    DatasetWriter,
-    as_transition,
-    dataset_path,
-    episodes,
-    initial_rows,
-    last_rows,
-    make_replay,
-    minibatches,
-    open_dataset,
-    table_row,
-)
+from environments.checks import BadInput
+from offline_data.dataset import dataset_path, episodes, last_rows, open_dataset, table_row
+from offline_data.replay import as_transition, initial_rows, make_replay, minibatches
+from offline_data.writer import DatasetWriter
 
 FIELDS = ["state", "agents/observation", "agents/action", "reward", "terminated", "done", "is_init", "episode"]
 
@@ -551,7 +542,7 @@ def test_fuzz(game, hopper_data, tmp_path):
 
 
 def command(*args) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, ROOT / "comadice_data.py", *map(str, args)], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-m", "offline_data", *map(str, args)], capture_output=True, text=True, timeout=120, cwd=ROOT)
 
 
 def test_info_prints_the_row_of_table_3(hopper_data):

@@ -7,8 +7,9 @@ import torch
 from gymnasium_robotics import mamujoco_v1
 from torchrl.envs.utils import check_env_specs
 
-from comadice_data import BadInput
-from comadice_envs import MAMUJOCO_TASKS, NoSimulator, make_env
+from environments.checks import BadInput, NoSimulator
+from environments.mamujoco import MAMUJOCO_TASKS
+from environments.simulators import make_env
 
 TASKS = list(MAMUJOCO_TASKS)
 TABLE3 = {"hopper": (3, 14, 42, 1), "ant": (2, 113, 226, 4), "halfcheetah": (6, 23, 138, 1)}  # agents, obs, state, action

@@ -21,8 +21,8 @@ from torch import nn
 
 import comadice_losses as losses
 import comadice_train
-from comadice_data import as_transition
 from comadice_mixer import Critics
+from offline_data.replay import as_transition
 
 FS = ["kl", "chi2", "soft_chi2"]
 ALPHAS = [0.1, 1.0, 10.0]

@@ -17,10 +17,11 @@ import pytest
 import torch
 from conftest import ROOT, files_hash
 
-import comadice_download
-import comadice_formats as formats
-import comadice_published
-from comadice_data import BadInput, episodes, open_dataset
+import offline_data.download
+import offline_data.published
+from environments.checks import BadInput
+from offline_data import formats
+from offline_data.dataset import episodes, open_dataset
 
 h5py = pytest.importorskip("h5py")
 LIMIT = 7  # the step limit of the recordings below
@@ -342,10 +343,10 @@ def test_vault_truncations_and_agents_that_die_one_by_one(tmp_path):
 
 @pytest.mark.parametrize("scenario, task, n, D", [("Hopper", "hopper", 3, 11), ("HalfCheetah", "halfcheetah_2x3", 2, 17), ("Ant", "ant_4x2", 4, 105)])
 def test_minari_written_by_minari(scenario, task, n, D, tmp_path, monkeypatch):
-    """What Minari records of a simulator is what comadice_envs shows of the same simulator."""
+    """What Minari records of a simulator is what environments shows of the same simulator."""
     minari = pytest.importorskip("minari")
     gymnasium = pytest.importorskip("gymnasium")
-    from comadice_envs import make_env
+    from environments.simulators import make_env
 
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     env = minari.DataCollector(gymnasium.make(f"{scenario}-v5", max_episode_steps=LIMIT), record_infos=False)
@@ -415,7 +416,8 @@ def test_npz_with_pickled_objects(name, tmp_path):
 
 
 def test_no_unpickling_anywhere():
-    for file in (ROOT / "comadice_formats.py", ROOT / "comadice_data.py"):
+    for name in ("formats.py", "download.py", "dataset.py", "writer.py", "replay.py"):
+        file = ROOT / "offline_data" / name
         source = file.read_text()
         assert "import pickle" not in source and "allow_pickle=True" not in source and "torch.load(" not in source, file
         assert source.count("np.load(") == source.count("allow_pickle=False)")
@@ -486,7 +488,7 @@ def test_other_input_that_is_refused(tmp_path, monkeypatch):
 
 
 def command(*args) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, ROOT / "comadice_data.py", *map(str, args)], capture_output=True, text=True, timeout=240)
+    return subprocess.run([sys.executable, "-m", "offline_data", *map(str, args)], capture_output=True, text=True, timeout=240, cwd=ROOT)
 
 
 def test_command_line(tmp_path):
@@ -508,10 +510,10 @@ def test_command_line(tmp_path):
 
 def test_plot(tmp_path, capsys):
     path = convert(write_omiga(tmp_path / "a.hdf5", robots()), "omiga", tmp_path / "out")
-    comadice_published.plot(str(path), str(tmp_path / "returns.png"))
+    offline_data.published.plot(str(path), str(tmp_path / "returns.png"))
     assert (tmp_path / "returns.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(BadInput, match="can't write"):
-        comadice_published.plot(str(path), str(tmp_path / "no" / "returns.png"))
+        offline_data.published.plot(str(path), str(tmp_path / "no" / "returns.png"))
 
 
 @pytest.mark.parametrize("body, message", [
@@ -528,8 +530,8 @@ def test_a_reader_that_crashes_or_hangs(body, message, tmp_path, monkeypatch):
 
 
 def test_published_numbers_agree_with_each_other():
-    """Table 3 is what one gets by rounding OG-MARL's statistics, once rows are read as comadice_formats says."""
-    for (env, task, quality), (sizes, paper, vault) in comadice_published.published().items():
+    """Table 3 is what one gets by rounding OG-MARL's statistics, once rows are read as formats.py says."""
+    for (env, task, quality), (sizes, paper, vault) in offline_data.published.published().items():
         if not paper or not vault:
             continue
         mean, std, low, high, rows, trajectories = map(float, vault)
@@ -537,10 +539,10 @@ def test_published_numbers_agree_with_each_other():
         card = {"env": env, "task": task, "quality": quality, "samples": int(samples), "trajectories": int(trajectories)}
         card |= {"return_mean": mean, "return_std": std, "return_min": low, "return_max": high}
         card |= dict(zip(("n_agents", "state_dim", "obs_dim", "action_dim"), map(int, sizes)))
-        shown, wrong = comadice_published.differences(card)
+        shown, wrong = offline_data.published.differences(card)
         assert len(shown) == 2 and not wrong, (env, task, quality, wrong)
-        assert comadice_published.differences(card | {"return_mean": mean + 1})[1] and comadice_published.differences(card | {"obs_dim": 1})[1]
-    assert len(comadice_published.published()) == 39 + 4
+        assert offline_data.published.differences(card | {"return_mean": mean + 1})[1] and offline_data.published.differences(card | {"obs_dim": 1})[1]
+    assert len(offline_data.published.published()) == 39 + 4
 
 
 # ---------------------------------------------------------------- damaged files
@@ -737,14 +739,14 @@ def server(tmp_path):
 def download(server, tmp_path, monkeypatch):
     """download() of hopper from the server; conversion stays in this process, and --limit is the made-up recording's."""
     pytest.importorskip("tensorstore")
-    monkeypatch.setattr(comadice_download, "WAIT", 0)
+    monkeypatch.setattr(offline_data.download, "WAIT", 0)
     monkeypatch.setitem(formats.LIMITS, "mamujoco", LIMIT)
 
     def here(*args, overwrite, **kwargs):
         return formats.convert_here(*args, **kwargs)
 
-    monkeypatch.setattr(comadice_download, "convert", here)
-    return lambda quality="medium", **kwargs: comadice_download.download(
+    monkeypatch.setattr(offline_data.download, "convert", here)
+    return lambda quality="medium", **kwargs: offline_data.download.download(
         "mamujoco", "hopper", quality, out=str(tmp_path / "out" / quality), downloads=str(tmp_path / "zips"), **{"base_url": server[0]} | kwargs)
 
 
@@ -786,7 +788,7 @@ def test_download_that_breaks_off_is_resumed(vault_zip, server, download, tmp_pa
 
 
 def test_download_that_stays_broken_is_resumed_by_the_next_call(vault_zip, server, download, tmp_path):
-    server[2][:] = [1000] + [0] * (comadice_download.TRIES - 1)
+    server[2][:] = [1000] + [0] * (offline_data.download.TRIES - 1)
     with pytest.raises(BadInput, match=r"broke off: 1,000 of [\d,]+ bytes are here; run the command again"):
         download()
     assert left(tmp_path) == ["zips/mamujoco/3hopper.zip.partial"]
@@ -861,7 +863,7 @@ def test_download_of_a_zip_that_expands_absurdly_or_repeats_itself(vault_zip, do
 def test_download_without_disk_space(vault_zip, server, download, tmp_path, monkeypatch):
     full = lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 100, 100)
     with monkeypatch.context() as patch:
-        patch.setattr(comadice_download.shutil, "disk_usage", full)
+        patch.setattr(offline_data.download.shutil, "disk_usage", full)
         with pytest.raises(BadInput, match=r"no space in .*zips.* make room"):
             download()
     assert left(tmp_path) == []
@@ -870,11 +872,11 @@ def test_download_without_disk_space(vault_zip, server, download, tmp_path, monk
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(comadice_download, "tqdm", no_space)  # stands for a write that fails
+        patch.setattr(offline_data.download, "tqdm", no_space)  # stands for a write that fails
         with pytest.raises(BadInput, match="no space left, make room"):
             download()
     with monkeypatch.context() as patch:
-        patch.setattr(comadice_download.shutil, "copyfileobj", no_space)
+        patch.setattr(offline_data.download.shutil, "copyfileobj", no_space)
         with pytest.raises(BadInput, match=r"can't unpack .*No space left"):
             download()
     assert left(tmp_path) == ["zips/mamujoco/3hopper.zip"]
@@ -889,14 +891,14 @@ def test_download_without_disk_space(vault_zip, server, download, tmp_path, monk
 
 def test_what_nobody_published():
     for env, task, quality, message in (
-        ("smacv2", "zerg_20_vs_23", "medium", "python comadice_collect.py --env smacv2 --task zerg_20_vs_23"),
-        ("smacv2", "zerg_5_vs_5", "medium", "was published as replay, not as 'medium'.*comadice_collect.py --env smacv2 --task zerg_5_vs_5"),
+        ("smacv2", "zerg_20_vs_23", "medium", "python -m offline_data collect --env smacv2 --task zerg_20_vs_23"),
+        ("smacv2", "zerg_5_vs_5", "medium", "was published as replay, not as 'medium'.*offline_data collect --env smacv2 --task zerg_5_vs_5"),
         ("smacv1", "3m", "good", "nobody published data of smacv1 3m"),
         ("mamujoco", "hopper", "good", "was published as expert, medium, medium-replay, medium-expert"),
     ):
         with pytest.raises(BadInput, match=message):
-            comadice_download.vault_url(env, task, quality)
-    urls = {comadice_download.vault_url(*name) for name, parts in comadice_published.published().items() if parts[2]}
+            offline_data.download.vault_url(env, task, quality)
+    urls = {offline_data.download.vault_url(*name) for name, parts in offline_data.published.published().items() if parts[2]}
     assert len(urls) == 10
     for part in ("core/smac_v2/terran_10_vs_10.zip", "prior_work/omiga/mamujoco/6halfcheetah.zip", "prior_work/omiga/smac_v1/corridor.zip"):
-        assert f"{comadice_download.BASE_URL}/{part}" in urls
+        assert f"{offline_data.download.BASE_URL}/{part}" in urls

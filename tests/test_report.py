@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import comadice_bc
-import comadice_report
-from comadice_data import BadInput
+import support.report
+from environments.checks import BadInput
 
 INSTANCE = {"env": "mamujoco", "task": "hopper", "quality": "medium-replay"}
 
@@ -36,7 +36,7 @@ def make_run(root, algo="comadice", seed=0, returns=(1.0,), winrates=None, engin
 
 def report(root, **flags) -> tuple[str, list[dict]]:
     """report.md, and the rows of report.csv."""
-    comadice_report.main(comadice_report.Args(runs=str(root), **flags))
+    support.report.main(support.report.Args(runs=str(root), **flags))
     with open(root / "report/report.csv", newline="") as file:
         return (root / "report/report.md").read_text(), list(csv.DictReader(file))
 
@@ -198,7 +198,7 @@ def test_the_report_replaces_only_a_report(tmp_path):
     (old / "mine.txt").write_text("x")
     for out, match in ((old, "is no report"), (tmp_path, "holds the runs"), (tmp_path / "runs", "holds the runs")):
         with pytest.raises(BadInput, match=match):
-            comadice_report.main(comadice_report.Args(runs=str(tmp_path / "runs"), out=str(out)))
+            support.report.main(support.report.Args(runs=str(tmp_path / "runs"), out=str(out)))
     assert [p.name for p in old.iterdir()] == ["mine.txt"]
     report(tmp_path / "runs")
     stale = tmp_path / "runs/report/ablation_alpha_mamujoco_return.png"
@@ -210,7 +210,7 @@ def test_the_report_replaces_only_a_report(tmp_path):
 @pytest.mark.parametrize("flags, match", [({"runs": "nowhere"}, "no folder at nowhere"), ({"last": 0.0}, "--last"), ({}, "no finished run below")])
 def test_bad_input(flags, match, tmp_path):
     with pytest.raises(BadInput, match=match):
-        comadice_report.main(comadice_report.Args(**{"runs": str(tmp_path)} | flags))
+        support.report.main(support.report.Args(**{"runs": str(tmp_path)} | flags))
     assert not list(tmp_path.iterdir())
 
 
@@ -229,7 +229,7 @@ def test_runs_of_a_training_script(hopper_data, tmp_path):
 def paper() -> dict[int, dict]:
     """table -> {(env, task, quality, metric, method, setting): (mean, std)}."""
     tables = defaultdict(dict)
-    with open(comadice_report.PAPER, newline="") as file:
+    with open(support.report.PAPER, newline="") as file:
         for row in csv.DictReader(file):
             tables[int(row["table"])][tuple(row[k] for k in ("env", "task", "quality", "metric", "method", "setting"))] = (row["mean"], row["std"])
     return tables

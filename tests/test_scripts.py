@@ -20,18 +20,20 @@ import torch
 from conftest import ROOT, files_hash, hopper_card
 from tensordict import TensorDict
 
+import baselines.common
 import comadice_bc
-import comadice_collect
-import comadice_data
 import comadice_eval
 import comadice_losses as losses
-import comadice_rollout
-import comadice_runs
 import comadice_train
+import environments.checks
+import offline_data.collect
+import support.runs
 from baselines import bcq, cql, icq, omar, omiga
-from comadice_data import BadInput, DatasetWriter, episodes, last_rows, open_dataset
-from comadice_envs import make_env
 from comadice_mixer import make_policy
+from environments.checks import BadInput
+from environments.simulators import make_env
+from offline_data.dataset import episodes, last_rows, open_dataset
+from offline_data.writer import DatasetWriter
 
 TINY = {"device": "cpu", "steps": 20, "evals": 2, "eval_episodes": 2, "hidden": 16, "batch_size": 32}
 
@@ -206,7 +208,7 @@ def test_several_seeds_differ_and_each_is_the_run_alone(hopper_data, run, tmp_pa
 def test_seeds_that_were_stopped_between_their_checkpoints(call, hopper_data, run, tmp_path, monkeypatch):
     """Seed 0 has its checkpoint and seed 1 has not: they are no longer equally far, and both finish as they would have."""
     with monkeypatch.context() as patch:
-        stop_at(patch, comadice_runs, "save_checkpoint", call, True)
+        stop_at(patch, support.runs, "save_checkpoint", call, True)
         with pytest.raises(Stop):
             train(hopper_data, tmp_path, seeds=[0, 1])
     train(hopper_data, tmp_path, seeds=[0, 1], resume=True)
@@ -227,7 +229,7 @@ def test_same_seed_same_result(module, hopper_data, run, bc_run, tmp_path):
 def test_demonstration(hopper_data, tmp_path, monkeypatch, capsys):
     """What `python comadice_train.py` runs, at a toy size: both algorithms, a table and a plot; twice, since it replaces its runs."""
     shutil.copytree(hopper_data, tmp_path / "data/mamujoco/hopper/demo")
-    monkeypatch.setattr(comadice_runs, "DATA_ROOT", tmp_path / "data")
+    monkeypatch.setattr(support.runs, "DATA_ROOT", tmp_path / "data")
     for _ in range(2):
         quick = dataclasses.replace(comadice_train.QUICK, seeds=[0], steps=4, evals=2, eval_episodes=2, hidden=16, device="cpu", out=str(tmp_path / "runs"))
         monkeypatch.setattr(comadice_train, "QUICK", quick)
@@ -300,21 +302,21 @@ def test_evaluate_plays_whole_episodes_of_the_plain_simulator():
     alone = [play(policy, seed) for seed in env.seeds]
     assert len({length for _, length in alone}) > 1, "the test needs episodes of different lengths"
     random_state = torch.get_rng_state()
-    result = comadice_rollout.evaluate(policy, env, 4, 5)
+    result = comadice_eval.evaluate(policy, env, 4, 5)
     assert torch.equal(random_state, torch.get_rng_state())
     returns = np.array([total for total, _ in alone])
     np.testing.assert_allclose(result["returns"], returns, rtol=1e-5)
     assert result["return_mean"] == pytest.approx(returns.mean(), rel=1e-5) and result["return_std"] == pytest.approx(returns.std(), rel=1e-4)
     assert result["length"] == pytest.approx(np.mean([length for _, length in alone]))
-    assert comadice_rollout.evaluate(policy, env, 4, 5) == result and comadice_rollout.evaluate(policy, env, 4, 6) != result
+    assert comadice_eval.evaluate(policy, env, 4, 5) == result and comadice_eval.evaluate(policy, env, 4, 6) != result
     env.close()
 
 
 def test_evaluate_more_episodes_than_robots():
     policy, env = wobbly_policy(), make_env("mamujoco", "hopper", 2)
-    five = comadice_rollout.evaluate(policy, env, 5, 5)
+    five = comadice_eval.evaluate(policy, env, 5, 5)
     assert len(five["returns"]) == 5 == len(set(five["returns"]))
-    assert comadice_rollout.evaluate(policy, env, 2, 5)["returns"] == five["returns"][:2]
+    assert comadice_eval.evaluate(policy, env, 2, 5)["returns"] == five["returns"][:2]
     env.close()
 
 
@@ -322,8 +324,8 @@ def test_evaluate_in_worker_processes():
     """Robots that finish at different times in different processes."""
     policy = wobbly_policy()
     workers, one = make_env("mamujoco", "hopper", 2, workers=2), make_env("mamujoco", "hopper", 2)
-    together = comadice_rollout.evaluate(policy, workers, 4, 5)
-    apart = [comadice_rollout.evaluate(policy, one, 2, seed)["returns"] for seed in (5, one.set_seed(5))]
+    together = comadice_eval.evaluate(policy, workers, 4, 5)
+    apart = [comadice_eval.evaluate(policy, one, 2, seed)["returns"] for seed in (5, one.set_seed(5))]
     assert len({round(r, 3) for r in together["returns"]}) > 1
     np.testing.assert_allclose(together["returns"], apart[0] + apart[1], rtol=1e-6)
     workers.close()
@@ -381,14 +383,14 @@ def stop_at(monkeypatch, module, name: str, call: int, after: bool = False):
 # In the run with 20 steps a stage and 2 evaluations in each: calls 1 and 2 of save_checkpoint are in stage one, 3 and 4 in stage two.
 CUTS = {
     "before any checkpoint": (comadice_train, "critic_losses", 7, False),
-    "at the first checkpoint": (comadice_runs, "save_checkpoint", 1, True),
+    "at the first checkpoint": (support.runs, "save_checkpoint", 1, True),
     "in stage one": (comadice_train, "critic_losses", 14, False),
-    "at the end of stage one": (comadice_runs, "save_checkpoint", 2, True),
+    "at the end of stage one": (support.runs, "save_checkpoint", 2, True),
     "at the start of stage two": (comadice_bc, "policy_losses", 3, False),
-    "at the first checkpoint of stage two": (comadice_runs, "save_checkpoint", 3, True),
+    "at the first checkpoint of stage two": (support.runs, "save_checkpoint", 3, True),
     "in stage two": (comadice_bc, "policy_losses", 13, False),
     "in the last evaluation": (comadice_bc, "evaluate", 2, True),
-    "at the last checkpoint": (comadice_runs, "save_checkpoint", 4, True),
+    "at the last checkpoint": (support.runs, "save_checkpoint", 4, True),
     "between checkpoint and table": (csv, "DictWriter", 3, False),
     "between last checkpoint and table": (csv, "DictWriter", 4, False),
     "before the summary": (comadice_train, "finish_run", 1, False),
@@ -416,7 +418,7 @@ def test_stopped_comadice_run_goes_on_to_the_same_result(cut, hopper_data, run, 
 
 
 @pytest.mark.parametrize("cut", [(comadice_bc, "policy_losses", 7, False), (comadice_bc, "policy_losses", 14, False),
-                                 (comadice_runs, "save_checkpoint", 1, True), (comadice_runs, "save_checkpoint", 2, True)])
+                                 (support.runs, "save_checkpoint", 1, True), (support.runs, "save_checkpoint", 2, True)])
 def test_stopped_bc_run_goes_on_to_the_same_result(cut, hopper_data, bc_run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at(patch, *cut)
@@ -462,7 +464,7 @@ def refused(capsys, main, arguments, match: str):
     """Exit code 2, and one line on stderr that says what is wrong."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as error:
-        comadice_data.run_script(main, arguments)
+        environments.checks.run_script(main, arguments)
     lines = capsys.readouterr().err.strip().splitlines()
     assert error.value.code == 2
     assert lines[-1].startswith("error: ") and re.search(match, lines[-1]), lines[-1]
@@ -527,7 +529,7 @@ FLAGS = [
     ({"data": "/nothing/there"}, "no dataset at /nothing/there"),
     ({"data": None, "task": "hoper"}, "unknown mamujoco task 'hoper'"),
     ({"data": None, "env": "nowhere"}, "unknown env 'nowhere'"),
-    ({"data": None, "task": "ant", "quality": "nothing"}, "no dataset at .*/ant/nothing: make it with `python comadice_collect.py"),
+    ({"data": None, "task": "ant", "quality": "nothing"}, "no dataset at .*/ant/nothing: make it with `python -m offline_data collect"),
     ({"lr": -1.0}, "--lr"),
 ]
 TRAIN_FLAGS = [
@@ -669,7 +671,7 @@ def test_plain_bc_run_as_source_of_a_ratio(bc_run, hopper_data, tmp_path, capsys
 
 def test_run_without_a_policy_yet(hopper_data, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        stop_at(patch, comadice_runs, "save_checkpoint", 1, True)
+        stop_at(patch, support.runs, "save_checkpoint", 1, True)
         with pytest.raises(Stop):
             train(hopper_data, tmp_path)
     run = str(folder(tmp_path, "comadice"))
@@ -701,7 +703,10 @@ def test_eval_without_a_simulator(nowhere, tmp_path, capsys):
 
 
 def script(name: str, *flags, cwd=ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, ROOT / name, *map(str, flags)], capture_output=True, text=True, timeout=120, cwd=cwd)
+    """A script of the top level by its file, a folder's by `-m`."""
+    command = [ROOT / name] if name.endswith(".py") else ["-m", *name.split()]
+    return subprocess.run([sys.executable, *command, *map(str, flags)], capture_output=True, text=True, timeout=120, cwd=cwd,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
 @pytest.mark.parametrize(
@@ -710,7 +715,7 @@ def script(name: str, *flags, cwd=ROOT) -> subprocess.CompletedProcess:
         ("comadice_train.py", ["--steps", "-5"], "^error: --steps is -5"),
         ("comadice_bc.py", ["--no-such-flag", "3"], "no-such-flag"),
         ("comadice_eval.py", ["--run", "/nothing"], "^error: no checkpoint at /nothing"),
-        ("comadice_collect.py", ["--task", "hoper", "--out", "OUT"], "^error: unknown mamujoco task 'hoper'"),
+        ("offline_data collect", ["--task", "hoper", "--out", "OUT"], "^error: unknown mamujoco task 'hoper'"),
     ],
 )
 def test_exit_codes_of_processes(name, flags, match, tmp_path):
@@ -730,7 +735,7 @@ QUALITIES = ["demo", "expert", "medium", "medium-expert", "medium-replay"]
 @pytest.fixture(scope="session")
 def collected(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("collected")
-    comadice_collect.main(comadice_collect.Args(out=str(out), **COLLECT))
+    offline_data.collect.main(offline_data.collect.Args(out=str(out), **COLLECT))
     return out / "mamujoco" / "hopper"
 
 
@@ -772,11 +777,11 @@ def test_collect_makes_the_datasets(collected):
 def test_cards_say_how_the_data_were_made(collected):
     points = curve(collected)
     expert, medium = chosen(points)
-    arguments = dataclasses.asdict(comadice_collect.fill_in(comadice_collect.Args(**COLLECT)))
+    arguments = dataclasses.asdict(offline_data.collect.fill_in(offline_data.collect.Args(**COLLECT)))
     del arguments["out"]  # where it lies is no part of what it is
     for quality in QUALITIES:
         made = open_dataset(collected / quality)[1]["made"]
-        assert made["by"] == "comadice_collect.py" and made["arguments"] == arguments
+        assert made["by"] == "python -m offline_data collect" and made["arguments"] == arguments
         if quality in ("expert", "medium"):
             number = expert if quality == "expert" else medium
             assert made["checkpoint"] == number and made["step"] == points[number]["step"]
@@ -819,7 +824,7 @@ def test_recorded_episodes_replay_in_the_plain_simulator(collected):
     """The first robot's first two episodes, from the recording's seed: the recorded actions give the recorded observations and rewards."""
     rows, card = open_dataset(collected / "expert")
     env = make_env("mamujoco", "hopper", COLLECT["num_envs"])
-    env.set_seed(1 + card["made"]["checkpoint"])  # comadice_collect.record's
+    env.set_seed(1 + card["made"]["checkpoint"])  # offline_data.collect.record's
     plain = gymnasium.make("Hopper-v5")
     seed = env.seeds[0]
     for _, episode in zip(range(2), episodes(rows)):
@@ -840,20 +845,20 @@ def test_collect_again_remakes_what_is_missing(collected):
     """Training is not repeated, and recording is seeded: everything is as before."""
     before = files_hash(collected)
     shutil.rmtree(collected / "expert")
-    comadice_collect.main(comadice_collect.Args(out=str(collected.parent.parent), **COLLECT))
+    offline_data.collect.main(offline_data.collect.Args(out=str(collected.parent.parent), **COLLECT))
     assert files_hash(collected) == before
 
 
 def test_stopped_collection_goes_on(tmp_path, monkeypatch):
-    arguments = comadice_collect.Args(out=str(tmp_path), **COLLECT | {"steps": 3072, "samples": 100, "checkpoints": 3})
+    arguments = offline_data.collect.Args(out=str(tmp_path), **COLLECT | {"steps": 3072, "samples": 100, "checkpoints": 3})
     with monkeypatch.context() as patch:
-        stop_at(patch, comadice_collect, "update", 3, True)  # in the middle of the second of three checkpoints
+        stop_at(patch, offline_data.collect, "update", 3, True)  # in the middle of the second of three checkpoints
         with pytest.raises(Stop):
-            comadice_collect.main(arguments)
+            offline_data.collect.main(arguments)
     folder = tmp_path / "mamujoco" / "hopper"
     assert len(curve(folder)) == 1 and sorted(p.name for p in folder.iterdir()) == ["behaviour"]
     first = files_hash(folder / "behaviour" / "episodes-000")
-    comadice_collect.main(arguments)
+    offline_data.collect.main(arguments)
     assert [p["step"] for p in curve(folder)] == [1024, 2048, 3072]
     assert files_hash(folder / "behaviour" / "episodes-000") == first
     assert sorted(p.name for p in folder.iterdir()) == ["behaviour", *QUALITIES]
@@ -862,15 +867,16 @@ def test_stopped_collection_goes_on(tmp_path, monkeypatch):
 
 def test_collection_with_other_settings_is_kept(collected, capsys):
     before = files_hash(collected)
-    refused(capsys, comadice_collect.main, comadice_collect.Args(out=str(collected.parent.parent), **COLLECT | {"lr": 1e-3}), "holds a run with other settings")
+    arguments = offline_data.collect.Args(out=str(collected.parent.parent), **COLLECT | {"lr": 1e-3})
+    refused(capsys, offline_data.collect.main, arguments, "holds a run with other settings")
     assert files_hash(collected) == before
 
 
 def test_returns_below_zero_have_no_medium_checkpoint(tmp_path, monkeypatch, capsys):
     """HalfCheetah starts there: a third of a negative return is a higher bar than the return itself."""
     points = [{"step": step, "return": r, "winrate": None} for step, r in enumerate((-90.0, -60.0, -70.0))]
-    monkeypatch.setattr(comadice_collect, "train", lambda args, root: points)
-    refused(capsys, comadice_collect.main, comadice_collect.Args(out=str(tmp_path)), "the best return of hopper is -60.0.*train for more --steps")
+    monkeypatch.setattr(offline_data.collect, "train", lambda args, root: points)
+    refused(capsys, offline_data.collect.main, offline_data.collect.Args(out=str(tmp_path)), "the best return of hopper is -60.0.*train for more --steps")
 
 
 @pytest.mark.parametrize(
@@ -885,25 +891,16 @@ def test_returns_below_zero_have_no_medium_checkpoint(tmp_path, monkeypatch, cap
     ],
 )
 def test_bad_flags_of_collect(flags, match, tmp_path, capsys):
-    refused(capsys, comadice_collect.main, comadice_collect.Args(**COLLECT | {"out": str(tmp_path / "out")} | flags), match)
+    refused(capsys, offline_data.collect.main, offline_data.collect.Args(**COLLECT | {"out": str(tmp_path / "out")} | flags), match)
     assert not (tmp_path / "out").exists()
 
 
 def test_unwritable_out_of_collect(tmp_path, capsys):
     (tmp_path / "file").write_text("kept")
-    refused(capsys, comadice_collect.main, comadice_collect.Args(out=str(tmp_path / "file" / "data"), **COLLECT), "can't write to --out")
+    refused(capsys, offline_data.collect.main, offline_data.collect.Args(out=str(tmp_path / "file" / "data"), **COLLECT), "can't write to --out")
 
 
-# ---------------------------------------------------------------- files that stand alone
-
-
-@pytest.mark.parametrize("name", ["comadice_mixer", "comadice_losses"])
-def test_files_that_need_torch_alone(name, tmp_path):
-    shutil.copy(ROOT / f"{name}.py", tmp_path)
-    code = f"import sys, {name}; print({name}.__file__); print(*(m for m in sys.modules if m.split('.')[0] in ('tensordict', 'torchrl') or 'comadice' in m))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120, env={**os.environ, "PYTHONPATH": ""})
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(tmp_path / f"{name}.py"), name]
+# ---------------------------------------------------------------- defaults
 
 
 def test_defaults_follow_the_data(hopper_data):
@@ -928,11 +925,11 @@ METHODS = {"comadice": comadice_train, "bc": comadice_bc, "bcq": bcq, "cql": cql
 @pytest.mark.parametrize("algo", METHODS)
 def test_scripts_on_a_gpu(algo, fits, hopper_data, tmp_path, monkeypatch):
     """Each script trains two seeds on the GPU, is stopped and goes on, and its policy is evaluated there."""
-    monkeypatch.setattr(comadice_runs, "FITS", fits)
+    monkeypatch.setattr(support.runs, "FITS", fits)
     module, flags = METHODS[algo], {"device": "cuda:0", "seeds": [0, 1], "steps": 40, "evals": 4}
     whole = train(hopper_data, tmp_path / "whole", module, algo, **flags)
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        for holder in (comadice_bc, comadice_runs):  # a baseline's loop, and ComaDICE's and BC's
+        for holder in (baselines.common, support.runs):  # a baseline's loop, and ComaDICE's and BC's
             stop_at(patch, holder, "save_checkpoint", 3)
         train(hopper_data, tmp_path / "stopped", module, algo, **flags)
     stopped = train(hopper_data, tmp_path / "stopped", module, algo, resume=True, **flags)

@@ -13,11 +13,12 @@ from test_step import SYNCS, Recorder, adam_reads
 from test_step import rows as random_rows
 
 import comadice_bc
-import comadice_seeds
 import comadice_train
-from comadice_data import initial_rows, make_replay, minibatches, open_dataset
+import support.seeds
 from comadice_mixer import make_policy
-from comadice_seeds import Graph, adam, load_seeds, make_generators, per_seed, seed_states, split_seeds, stack
+from offline_data.dataset import open_dataset
+from offline_data.replay import initial_rows, make_replay, minibatches
+from support.seeds import Graph, adam, load_seeds, make_generators, per_seed, seed_states, split_seeds, stack
 
 SEEDS = [3, 0, 7]
 CARD = {"n_agents": 3, "obs_dim": 5, "state_dim": 7, "action_dim": 4}
@@ -35,7 +36,7 @@ def double():
 def way(request, monkeypatch):
     """Both ways in which per_seed goes through the seeds, the GPU's on a CPU too."""
     if request.param == "vmapped":
-        monkeypatch.setattr(comadice_seeds, "VMAPPED", ("cuda", "cpu"))
+        monkeypatch.setattr(support.seeds, "VMAPPED", ("cuda", "cpu"))
     return request.param
 
 
@@ -170,7 +171,7 @@ def test_long_runs_together_stay_within_float32(way):
 @pytest.mark.parametrize("seeds", [[0], SEEDS], ids=len)
 def test_compiled_losses_are_the_losses(seeds, double, monkeypatch):
     """With --compile, as on a GPU: in one graph, without a break."""
-    monkeypatch.setattr(comadice_seeds, "VMAPPED", ("cuda", "cpu"))
+    monkeypatch.setattr(support.seeds, "VMAPPED", ("cuda", "cpu"))
     rows, states = data(False), []
     for compiled in (False, True):
         parts, generators, update, batches = critics_of(seeds, rows, CARD | {"discrete": False}, dataclasses.replace(ARGS, compile=compiled))
@@ -198,7 +199,7 @@ def test_graph_is_the_function_on_a_cpu():
 @pytest.mark.parametrize("stage", ["critics", "policies"])
 def test_an_update_can_be_captured(stage, seeds, monkeypatch):
     """What a CUDA graph asks for, seen on a CPU: no waiting, the same tensors all along, inputs that are read and not changed."""
-    monkeypatch.setattr(comadice_seeds, "VMAPPED", ("cuda", "cpu"))
+    monkeypatch.setattr(support.seeds, "VMAPPED", ("cuda", "cpu"))
     rows = data(False)
 
     def make():

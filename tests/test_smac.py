@@ -13,11 +13,11 @@ pytest.importorskip("smacv2.env")
 
 import starcraft
 
-import comadice_smac
-from comadice_collect import EpisodeSplitter
-from comadice_data import BadInput, NoSimulator
-from comadice_rollout import evaluate
-from comadice_smac import SMACV2_TASKS, StarCraftEnv
+import environments.starcraft
+from comadice_eval import evaluate
+from environments.checks import BadInput, NoSimulator
+from environments.starcraft import SMACV2_TASKS, StarCraftEnv
+from offline_data.collect import EpisodeSplitter
 
 # Table 3: agents, state, observation, actions.
 TABLE3 = {
@@ -109,7 +109,7 @@ def test_sizes_of_table_3(make, task):
 
 
 def test_tasks_are_the_papers():
-    assert len(SMACV2_TASKS) == 15 and set(SMACV2_TASKS) | set(comadice_smac.SMACV1_TASKS) == set(TABLE3)
+    assert len(SMACV2_TASKS) == 15 and set(SMACV2_TASKS) | set(environments.starcraft.SMACV1_TASKS) == set(TABLE3)
 
 
 @pytest.mark.parametrize("task", ["zerg_10_vs_11", "protoss_5_vs_5", "5m_vs_6m"])
@@ -123,7 +123,7 @@ def test_torchrl_specs(make, task):
 def test_teams_are_the_configured_ones(make, task):
     env = make(task)
     env.set_seed(0)
-    units, _, exceptions = comadice_smac.RACES[task.split("_")[0]]
+    units, _, exceptions = environments.starcraft.RACES[task.split("_")[0]]
     names = {v: k for k, v in (env.reset() is not None and env.game.ally_unit_map).items()}
     seen = set()
     for _ in range(12):
@@ -374,7 +374,7 @@ def small_battle():
 
 
 def test_benchmark_observation_of_a_small_battle_by_hand():
-    observation, state = comadice_smac.benchmark_view(small_battle())
+    observation, state = environments.starcraft.benchmark_view(small_battle())
     last0, last1 = [0, 0, 0, 0, 0, 0, 1, 0, 0], [0, 0, 1, 0, 0, 0, 0, 0, 0]
     ally = [1, 5 / 9, 3 / 9, 4 / 9, 0.2, 0, *last1]  # seen, distance, x, y, health, shield, last action
     enemies = [1, 6 / 9, -6 / 9, 0, 0.5] + [0] * 5 + [0] * 5  # attackable, distance, x, y, health; out of sight; dead
@@ -386,13 +386,13 @@ def test_benchmark_observation_of_a_small_battle_by_hand():
     enemies = [1, 6 / 9, -6 / 9, 0, 1, 0.5, -12 / 20, -4 / 10, 0, far, 20 / 9, 2, 0, 1, 14 / 20, 14 / 10] + [0] * 8
     own = [1, 0, 0, 0, 1, 0.5, -6 / 20, -4 / 10, *last0]
     np.testing.assert_allclose(state[0], [*ally, *enemies, 1, 0, 1, 1, *own, 1, 0], atol=1e-12)
-    assert comadice_smac.benchmark_sizes(small_battle()) == (observation.shape[1], state.shape[1])
+    assert environments.starcraft.benchmark_sizes(small_battle()) == (observation.shape[1], state.shape[1])
 
 
 def test_a_dead_agent_is_its_id_in_the_benchmark_observation():
     battle = small_battle()
     battle.agents[1].health = 0
-    observation, state = comadice_smac.benchmark_view(battle)
+    observation, state = environments.starcraft.benchmark_view(battle)
     for view in (observation, state):
         assert view[1, -1] == 1 and not view[1, :-1].any()
         assert not view[0, :15].any()  # and the other does not see it
@@ -410,8 +410,8 @@ def test_unit_types_of_a_mixed_map(make):
     """MMM: marauders, marines, a medivac, each side; smacv2 counts the allies' types wrong, or fails."""
     env = make("MMM")
     env.reset()
-    allies = comadice_smac.unit_features(env.game, env.game.agents, True)["type"].sum(0)
-    enemies = comadice_smac.unit_features(env.game, env.game.enemies, False)["type"].sum(0)
+    allies = environments.starcraft.unit_features(env.game, env.game.agents, True)["type"].sum(0)
+    enemies = environments.starcraft.unit_features(env.game, env.game.enemies, False)["type"].sum(0)
     assert allies.tolist() == enemies.tolist() == [2, 7, 1]
 
 
@@ -442,4 +442,4 @@ def test_a_missing_map_names_its_remedy(game, monkeypatch):
 
 
 def test_cards_name_the_engine(game):
-    assert comadice_smac.engine().startswith("StarCraft II 4.10.0 (smacv2 1.0.0, pysc2 ")
+    assert environments.starcraft.engine().startswith("StarCraft II 4.10.0 (smacv2 1.0.0, pysc2 ")

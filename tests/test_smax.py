@@ -11,9 +11,9 @@ import torch
 from conftest import ROOT
 from torchrl.envs.utils import check_env_specs, step_mdp
 
-import comadice_smax
-from comadice_data import BadInput, NoSimulator
-from comadice_smax import RACES, SIZES, SMACV1_TASKS, TASKS, SMAXEnv, check_task, engine, make_simulator
+import environments.smax
+from environments.checks import BadInput, NoSimulator
+from environments.smax import RACES, SIZES, SMACV1_TASKS, TASKS, SMAXEnv, check_task, engine, make_simulator
 
 needs_jaxmarl = pytest.mark.skipif(importlib.util.find_spec("jaxmarl") is None, reason="no jaxmarl: pip install -r requirements-smax.txt")
 B = 8  # one width for (nearly) all tests, since another one would compile again
@@ -82,7 +82,7 @@ def same(a, b, which=slice(None)) -> bool:
 
 @pytest.mark.parametrize("task", ["nonsense", "human_5_vs_5", "zerg_6_vs_6", "zerg", "2c_vs_64zg", "MMM2", ""])
 def test_unknown_tasks_are_refused_in_one_line(task, monkeypatch):
-    monkeypatch.setattr(comadice_smax, "import_jaxmarl", lambda: pytest.fail("a name must not need jaxmarl"))
+    monkeypatch.setattr(environments.smax, "import_jaxmarl", lambda: pytest.fail("a name must not need jaxmarl"))
     with pytest.raises(NoSimulator) as refused:
         check_task(task)
     message = str(refused.value)
@@ -104,13 +104,13 @@ def test_missing_jaxmarl_names_the_remedy(monkeypatch):
 
 
 def test_importing_the_file_leaves_jax_alone():
-    code = "import sys, comadice_smax; sys.exit('jax' in sys.modules or 'jaxmarl' in sys.modules)"
+    code = "import sys, environments.smax; sys.exit('jax' in sys.modules or 'jaxmarl' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 @needs_jaxmarl
 def test_jaxmarl_is_imported_without_a_word():
-    result = subprocess.run([sys.executable, "-c", "import comadice_smax; comadice_smax.check_task('3m'); print('done')"],
+    result = subprocess.run([sys.executable, "-c", "import environments.smax; environments.smax.check_task('3m'); print('done')"],
                             cwd=ROOT, capture_output=True, text=True)
     assert result.stdout == "done\n"
 

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import comadice_bc
 import comadice_train
-from comadice_data import initial_rows, make_replay
 from comadice_mixer import make_policy
+from offline_data.replay import initial_rows, make_replay
 
 # Operations whose result the host has to wait for, or whose shape depends on data.
 SYNCS = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal", "unique_dim", "_unique2", "item"}

@@ -1,7 +1,7 @@
 """Makes offline datasets: trains a behaviour policy by MAPPO and records it at several qualities.
 
-    python comadice_collect.py --env mamujoco --task hopper --out data
-    python comadice_collect.py --env smax --task zerg_5_vs_5 --steps 2000000
+    python -m offline_data collect --env mamujoco --task hopper --out data
+    python -m offline_data collect --env smax --task zerg_5_vs_5 --steps 2000000
 
 MAPPO (Yu et al. 2022) runs with TorchRL's own parts: MAPPOLoss, MultiAgentGAE, Collector, MultiAgentMLP. Its policy is an
 unsquashed Gaussian, like the benchmark's behaviour policies, so recorded actions go beyond [-1, 1]; where actions are
@@ -31,15 +31,11 @@ of training in one dataset a checkpoint. A run that was stopped goes on with the
 import csv
 import importlib.metadata
 import math
-import os
 from collections import deque
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads: threads that wait by spinning stall on a busy machine (README, Speed)
-
 import torch
-import tyro
 from tensordict import TensorDict
 from tensordict.nn import AddStateIndependentNormalScale, TensorDictModule, TensorDictSequential
 from torchrl.collectors import Collector
@@ -48,10 +44,11 @@ from torchrl.modules import IndependentNormal, MaskedCategorical, MultiAgentMLP,
 from torchrl.objectives.multiagent import MAPPOLoss
 from tqdm import tqdm
 
-import comadice_smac
-from comadice_data import BadInput, DatasetWriter, dataset_path, episode_returns, episodes, open_dataset, run_script, table_row
-from comadice_envs import check_interface, check_task, engine, make_env
-from comadice_runs import DATA_ROOT, check_positive, pick_device
+from environments import starcraft
+from environments.checks import BadInput, check_positive, pick_device
+from environments.simulators import check_interface, check_task, engine, make_env
+from offline_data.dataset import DATA_ROOT, dataset_path, episode_returns, episodes, open_dataset, table_row
+from offline_data.writer import DatasetWriter
 
 OBS, ACTION, MASK = ("agents", "observation"), ("agents", "action"), ("agents", "action_mask")
 
@@ -79,7 +76,7 @@ class Args:
     seed: int = 0
     """seeds networks, minibatches and simulators"""
     out: str = str(DATA_ROOT)
-    """datasets go to OUT/ENV/TASK/QUALITY; training looks for them in data/ beside this file"""
+    """datasets go to OUT/ENV/TASK/QUALITY; training looks for them in data/ at the repository's root"""
     device: str = "cpu"
     """where MAPPO's networks live"""
 
@@ -356,7 +353,7 @@ def card(args: Args, quality: str, made: dict) -> dict:
     """All that it takes to make the dataset again."""
     arguments = {k: v for k, v in asdict(args).items() if k != "out"}
     versions = {package: importlib.metadata.version(package) for package in ("torch", "torchrl", "tensordict", "numpy")}
-    made = {"by": "comadice_collect.py", "arguments": arguments, "versions": versions, **made}
+    made = {"by": "python -m offline_data collect", "arguments": arguments, "versions": versions, **made}
     return {"env": args.env, "task": args.task, "quality": quality, "engine": engine(args.env), "interface": args.interface, "made": made}
 
 
@@ -384,7 +381,7 @@ def battles(args: Args, root: Path, curve: list[dict]) -> list[str]:
     print(f"medium: checkpoint {medium}, step {curve[medium]['step']:,}, return {curve[medium]['return']:.2f}, {curve[medium]['winrate']:.0%} of battles won")
     shards = [root / f"episodes-{i:03d}" for i in range(len(curve))]
     merge(args, shards[: medium + 1], "medium-replay", root, {"up to checkpoint": medium, **curve[medium]}, limit=args.replay_trajectories)
-    if args.task in comadice_smac.SMACV2_TASKS:
+    if args.task in starcraft.SMACV2_TASKS:
         record(args, root, medium, "medium", {"checkpoint": medium, **curve[medium]})
         return ["medium-replay", "medium"]
     made, full = ["medium-replay"], FULL_RETURN[args.env]
@@ -420,7 +417,3 @@ def main(args: Args):
     for quality in made:
         print(f"\n{root.parent / quality}")
         print(table_row(open_dataset(root.parent / quality)[1]))
-
-
-if __name__ == "__main__":
-    run_script(main, tyro.cli(Args))

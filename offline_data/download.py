@@ -1,6 +1,6 @@
 """Download of the published datasets (OG-MARL's vaults), and their conversion.
 
-    python comadice_data.py download --env mamujoco --task hopper --quality medium-replay
+    python -m offline_data download --env mamujoco --task hopper --quality medium-replay
 """
 
 import errno
@@ -15,9 +15,10 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from comadice_data import BadInput, dataset_path
-from comadice_formats import DATA_ROOT, check_free, convert, need
-from comadice_published import published
+from environments.checks import BadInput
+from offline_data.dataset import DATA_ROOT, dataset_path
+from offline_data.formats import check_free, convert, need
+from offline_data.published import published
 
 BASE_URL = "https://huggingface.co/datasets/InstaDeepAI/og-marl/resolve/main"
 TRIES, WAIT = 5, 2  # connections of one download, seconds between them
@@ -35,10 +36,10 @@ def vault_url(env: str, task: str, quality: str, base_url: str = BASE_URL) -> st
     qualities = [q for (e, t, q), parts in published().items() if (e, t) == (env, task) and parts[2]]
     if not qualities:
         tasks = sorted({f"{e} {t}" for (e, t, _), parts in published().items() if parts[2]})
-        how = f"make it with `python comadice_collect.py --env {env} --task {task}`" if env in ("smacv2", "smax", "mamujoco") else "there is no public copy"
+        how = f"make it with `python -m offline_data collect --env {env} --task {task}`" if env in ("smacv2", "smax", "mamujoco") else "there is no public copy"
         raise BadInput(f"nobody published data of {env} {task}: {how}; published are {', '.join(tasks)}")
     if quality not in qualities:
-        how = f"; the paper's own were not published, make them with `python comadice_collect.py --env smacv2 --task {task}`" if env == "smacv2" else ""
+        how = f"; the paper's own were not published, make them with `python -m offline_data collect --env smacv2 --task {task}`" if env == "smacv2" else ""
         raise BadInput(f"{env} {task} was published as {', '.join(qualities)}, not as '{quality}'{how}")
     folder = {"mamujoco": "prior_work/omiga/mamujoco", "smacv1": "prior_work/omiga/smac_v1", "smacv2": "core/smac_v2"}[env]
     return f"{base_url.rstrip('/')}/{folder}/{VAULTS.get(task, task)}.zip"
@@ -168,7 +169,7 @@ def download(env: str, task: str, quality: str, out: str | None = None, base_url
     shutil.rmtree(unpacked, ignore_errors=True)
     try:
         vault = extract(archive, uid(quality), unpacked)
-        last_row = "observation" if env == "mamujoco" else "transition"  # see comadice_formats.py
+        last_row = "observation" if env == "mamujoco" else "transition"  # see formats.py
         return convert(str(vault), "vault", env, task, quality, str(path), last_row=last_row, return_to_go=return_to_go, overwrite=overwrite)
     except OSError as error:
         raise BadInput(f"can't unpack {archive} to {unpacked}: {error.strerror or error}") from error

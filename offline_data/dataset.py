@@ -1,4 +1,4 @@
-"""Offline datasets: one native format, its validation, and replay.
+"""Offline datasets: one native format and its validation.
 
 A dataset is a directory of TensorDict memory maps with a card beside them:
 
@@ -20,140 +20,28 @@ An episode of T transitions is T + 1 rows, one after another. Row t holds what t
 The last row of an episode holds its last observation alone (action and reward zero, no flag set). It is never sampled as
 a transition; the row after any transition is its next observation, so nothing is stored twice.
 
-    python comadice_data.py info data/mamujoco/hopper/medium-replay      # the dataset's row of Table 3
+    python -m offline_data info data/mamujoco/hopper/medium-replay      # the dataset's row of Table 3
 """
 
 import json
 import math
 import re
-import shutil
-import sys
 from itertools import pairwise
 from pathlib import Path
 
 import torch
-import tyro
 from tensordict import TensorDict
-from torchrl.data import TensorDictReplayBuffer, TensorStorage
-from torchrl.data.replay_buffers.samplers import Sampler
 
-REQUIRED = ["state", "agents/observation", "agents/action", "reward", "terminated", "done", "is_init", "episode"]
-OPTIONAL = ["agents/action_mask"]
-INTERFACE = r"benchmark|standard|agent_obsk=\d+"  # what the agents see, see comadice_envs.py
-DRAW = 16  # batches drawn together, see minibatches
-CHUNK, CHUNK_BYTES = 65536, 2**26  # rows, and bytes of rows, looked at together when a dataset is validated; bounds the memory that this takes
+from environments.checks import BadInput
 
-
-class BadInput(ValueError):
-    """The user's input can't be used; the message says what is wrong and what to do. Scripts exit with code 2."""
-
-
-class NoSimulator(BadInput):
-    """No simulator for this env is installed here, or none exists; the message says which and how to get it."""
-
-
-def run_script(main, *args):
-    """Calls main(*args); input that can't be used ends in one line and exit code 2."""
-    try:
-        main(*args)
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+DATA_ROOT = Path(__file__).parent.parent / "data"
+INTERFACE = r"benchmark|standard|agent_obsk=\d+"  # what the agents see, see environments/simulators.py
+CHUNK, CHUNK_BYTES = 65536, 2**26  # rows, and bytes of rows, looked at together in validation: this bounds its memory
 
 
 def dataset_path(data: str | None, env: str, task: str, quality: str, root: str = "data") -> Path:
     """`data` where it is given, else the directory that env, task and quality name."""
     return Path(data) if data else Path(root, env, task, quality)
-
-
-# ---------------------------------------------------------------- writing
-
-
-class DatasetWriter:
-    """Appends whole episodes to a new dataset; memory stays bounded, and nothing is at `path` before close().
-
-        writer = DatasetWriter(path)
-        writer.append(episode)    # TensorDict [T + 1], see the module's docstring; flags and "episode" are added
-        writer.close(card)        # completes the card and moves the dataset into place
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.partial = self.path.with_name(self.path.name + ".partial")
-        shutil.rmtree(self.partial, ignore_errors=True)
-        try:
-            (self.partial / "agents").mkdir(parents=True)
-        except OSError as error:
-            raise BadInput(f"can't write a dataset at {self.path}: {error.strerror}") from error
-        self.files, self.template = {}, None
-        self.rows, self.returns = 0, []
-        self.action_low, self.action_high = math.inf, -math.inf
-
-    def append(self, episode: TensorDict):
-        T = episode.shape[0] - 1
-        episode = episode.clone(recurse=False)
-        episode["is_init"] = torch.zeros(T + 1, 1, dtype=torch.bool)
-        episode["is_init"][0] = True
-        episode["episode"] = torch.full((T + 1, 1), len(self.returns))
-        for key in ("reward", "terminated", "done", ("agents", "action")):
-            episode[key] = episode[key].clone()
-            episode[key][T] = 0
-        if not episode["done"][T - 1] or episode["done"][: T - 1].any():
-            raise ValueError("an episode's last transition, and only that one, must be done")
-        for key in REQUIRED + OPTIONAL:
-            value = episode.get(tuple(key.split("/")), None)
-            if value is not None:
-                if key not in self.files:
-                    self.files[key] = open(self.partial / f"{key}.raw", "wb")
-                self.files[key].write(value.contiguous().numpy().tobytes())
-        self.template = episode[:1].select(*(tuple(k.split("/")) for k in self.files))
-        self.rows += T + 1
-        self.returns.append(episode["reward"].sum().item())
-        action = episode["agents", "action"][:T]
-        self.action_low, self.action_high = min(self.action_low, action.min().item()), max(self.action_high, action.max().item())
-
-    def close(self, card: dict) -> Path:
-        """`card` says env, task, quality, engine, interface and made (how); the rest is filled in here."""
-        for file in self.files.values():
-            file.close()
-        # TensorDict writes its own meta.json for the full length; then the recorded bytes take the place of its zeros.
-        self.template.expand(self.rows).memmap_like(str(self.partial))
-        for key in self.files:
-            (self.partial / f"{key}.raw").replace(self.partial / f"{key}.memmap")
-        action = self.template["agents", "action"]
-        discrete = not action.is_floating_point()
-        returns = torch.tensor(self.returns, dtype=torch.float64)
-        card = card | {
-            "n_agents": action.shape[1],
-            "state_dim": self.template["state"].shape[-1],
-            "obs_dim": self.template["agents", "observation"].shape[-1],
-            "action_dim": self.template["agents", "action_mask"].shape[-1] if discrete else action.shape[-1],
-            "discrete": discrete,
-            "action_low": self.action_low,
-            "action_high": self.action_high,
-            "trajectories": len(self.returns),
-            "samples": self.rows - len(self.returns),
-            "return_mean": returns.mean().item(),
-            "return_std": returns.std(correction=0).item(),
-            "return_min": returns.min().item(),
-            "return_max": returns.max().item(),
-            "bytes": {key: (self.partial / f"{key}.memmap").stat().st_size for key in self.files},
-        }
-        (self.partial / "card.json").write_text(json.dumps(card, indent=2) + "\n")
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        self.partial.rename(self.path)
-        return self.path
-
-
-def episodes(data: TensorDict):
-    """Yields each episode of an opened dataset, [T + 1] rows."""
-    starts = [*data["is_init"][:, 0].nonzero()[:, 0].tolist(), len(data)]
-    for start, end in pairwise(starts):
-        yield data[start:end]
-
-
-# ---------------------------------------------------------------- reading
 
 
 def read_json(path: Path) -> dict:
@@ -292,9 +180,11 @@ def last_rows(rows: TensorDict) -> torch.Tensor:
     return torch.cat([done.new_zeros(1), done[:-1]])
 
 
-def transition_rows(rows: TensorDict) -> torch.Tensor:
-    """[T] int64: the row of each transition, in order; the row after it is its next observation."""
-    return (~last_rows(rows)).nonzero()[:, 0]
+def episodes(data: TensorDict):
+    """Yields each episode of an opened dataset, [T + 1] rows."""
+    starts = [*data["is_init"][:, 0].nonzero()[:, 0].tolist(), len(data)]
+    for start, end in pairwise(starts):
+        yield data[start:end]
 
 
 def episode_returns(rows: TensorDict) -> torch.Tensor:
@@ -310,93 +200,3 @@ def table_row(card: dict) -> str:
     digits = 1 if card["return_max"] > 10 else 2  # a battle of SMAX is worth at most about 2
     row.append(f"{card['return_mean']:.{digits}f} ± {card['return_std']:.{digits}f}")
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (header, ["---"] * len(header), row))
-
-
-# ---------------------------------------------------------------- replay
-
-
-class RowSampler(Sampler):
-    """Draws rows out of `first` uniformly with replacement, on their device: rows t alone [B], or pairs of rows (t, t + 1) [B, 2].
-
-    With S generators it draws for S seeds, each from its own: [S, B] or [S, B, 2]. One generator, or none, has no such dimension.
-    """
-
-    def __init__(self, first: torch.Tensor, pairs: bool = False, generators: list[torch.Generator] | None = None):
-        self.first, self.pairs, self.generators = first, pairs, generators or [None]
-
-    def sample(self, storage, batch_size: int) -> tuple[torch.Tensor, dict]:
-        drawn = [torch.randint(len(self.first), (batch_size,), device=self.first.device, generator=g) for g in self.generators]
-        first = self.first[torch.stack(drawn) if len(drawn) > 1 else drawn[0]]
-        return torch.stack([first, first + 1], -1) if self.pairs else first, {}
-
-    def _empty(self):
-        raise NotImplementedError("a dataset is read-only")
-
-    dumps = loads = state_dict = load_state_dict = _empty
-
-
-class RowStorage(TensorStorage):
-    """Reads whole rows, which index_select copies several times faster than an index does."""
-
-    def get(self, index: torch.Tensor) -> TensorDict:
-        flat = index.flatten()
-        return self._storage.apply(lambda x: x.index_select(0, flat).unflatten(0, index.shape), batch_size=index.shape)
-
-
-def as_transition(pairs: TensorDict) -> TensorDict:
-    """[..., 2] rows -> [...] transitions in TorchRL's layout: row t, and what is seen at t + 1 under "next"."""
-    batch, after = pairs.unbind(-1)
-    batch["next"] = after.select("state", ("agents", "observation"), ("agents", "action_mask"), strict=False)
-    return batch
-
-
-def make_replay(rows: TensorDict, keys: list | None = None, pairs: bool = True, generators: list[torch.Generator] | None = None,
-                device: torch.device | None = None, first: torch.Tensor | None = None) -> TensorDictReplayBuffer:
-    """TorchRL replay of a dataset's transitions, or of the rows `first`, drawn as RowSampler does and moved to `device`.
-
-    Rows are read where they lie, on the CPU from the memory map or in a GPU's memory. With `keys`, only those entries (where
-    there are any) are read; without `pairs`, nothing of the next row is.
-    """
-    storage = RowStorage(rows if keys is None else rows.select(*keys, strict=False), device=rows["is_init"].device)
-    sampler = RowSampler(transition_rows(rows) if first is None else first, pairs, generators)
-    elsewhere = device is not None and device.type != rows["is_init"].device.type
-
-    def transform(batch):
-        batch = as_transition(batch) if pairs else batch
-        return batch.to(device) if elsewhere else batch
-
-    return TensorDictReplayBuffer(storage=storage, sampler=sampler, transform=transform)
-
-
-def minibatches(start: int, stops: set[int], *sources: tuple[TensorDictReplayBuffer, int]):
-    """Yields (step, a batch of each source) for the steps from start + 1 to the last of `stops`; a source is (replay, batch size).
-
-    Batches are drawn DRAW at a time, which spreads the cost of a draw, and never across a stop: a run that goes on from one
-    draws what it would have drawn.
-    """
-    step = start
-    for stop in sorted(s for s in stops if s > start):
-        while step < stop:
-            count = min(DRAW, stop - step)
-            for batches in zip(*(replay.sample(count * size).split(size, -1) for replay, size in sources)):
-                step += 1
-                yield step, *batches
-
-
-def initial_rows(rows: TensorDict) -> torch.Tensor:
-    """[E] int64: the rows that begin an episode, samples of p_0."""
-    return rows["is_init"][:, 0].nonzero()[:, 0]
-
-
-# ---------------------------------------------------------------- command line
-
-
-if __name__ == "__main__":
-    # This file runs as "__main__", and comadice_formats imports it as comadice_data: the BadInput to catch is that module's.
-    import comadice_data
-    from comadice_download import download
-    from comadice_formats import convert
-    from comadice_published import info, plot
-
-    commands = {"info": info, "plot": plot, "download": download, "convert": convert}
-    comadice_data.run_script(tyro.extras.subcommand_cli_from_dict, commands)

@@ -36,7 +36,7 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Binary, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
-from comadice_data import NoSimulator
+from environments.checks import NoSimulator
 
 # SMACv2's tasks: a race and a size; of each race the units that SMAX has.
 RACES = {"protoss": ("stalker", "zealot"), "terran": ("marine", "marauder"), "zerg": ("zergling", "hydralisk")}

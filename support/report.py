@@ -1,4 +1,4 @@
-"""From run directories to the paper's tables, learning curves and ablation charts.
+"""From run directories to the paper's tables, learning curves and ablation charts; and what a script says as it ends.
 
     python comadice_eval.py report runs/        # -> runs/report/report.md, report.csv and PNGs
 
@@ -19,11 +19,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import torch
 import tyro
 
-from comadice_data import BadInput, read_json
-from comadice_published import published
-from comadice_runs import FREE, eval_steps
+from environments.checks import BadInput
+from offline_data.dataset import read_json
+from offline_data.published import published
+from support.runs import FREE, RunArgs, eval_steps
 
 METHODS = ["bc", "bcq", "cql", "icq", "omar", "omiga", "comadice"]  # the paper's order
 ABLATIONS = {"alpha": "alpha", "f": "f-divergence", "mixer_layers": "layers of the mixer"}  # Sections B.4, B.5, B.6
@@ -393,3 +395,48 @@ def write_report(cells: list[Cell], left_out: list[tuple[Path, str]], last: floa
     (out / "report.md").write_text("\n".join(lines) + "\n")
     write_csv(cells, last, paper, out / "report.csv")
     return names
+
+
+# ---------------------------------------------------------------- at the end of a training script
+
+
+def plot_curves(curves: dict[str, list[list[dict]]], dataset_return: float, title: str, path: Path):
+    """Learning curves: per algorithm the mean and the range over seeds of the evaluated return."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.4, 4))
+    for name, seeds in curves.items():
+        seeds = [[row for row in metrics if row.get("return") is not None] for metrics in seeds]
+        steps = [row["step"] for row in seeds[0]]
+        returns = torch.tensor([[row["return"] for row in metrics] for metrics in seeds])
+        axis.plot(steps, returns.mean(0), label=name)
+        axis.fill_between(steps, returns.min(0).values, returns.max(0).values, alpha=0.2)
+    axis.axhline(dataset_return, color="grey", linestyle="--", label="behaviour data")
+    axis.set(xlabel="gradient steps of the policy", ylabel="return", title=title)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def report(curves: dict[str, list[list[dict]]], card: dict, args: RunArgs, picture: str):
+    """Prints the last evaluations' returns beside the data's, and draws the learning curves into the folder of the runs."""
+    rolled_out = all("return" in row for seeds in curves.values() for metrics in seeds for row in metrics if row["stage"] == "policy")
+    print(f"\n{args.env} {args.task} {args.quality}, {args.steps:,} steps, seeds {args.seeds}, {card.get('engine')}")
+    print(f"{'':<24}{'return':>12}")
+    print(f"{'behaviour data':<24}{card['return_mean']:>12.2f} ± {card['return_std']:.2f} (over episodes)")
+    if not rolled_out:
+        print("trained policies were not rolled out")
+        return
+    for name, seeds in curves.items():
+        returns = torch.tensor([metrics[-1]["return"] for metrics in seeds])
+        spread = f"{returns.std(correction=0):.2f} (over seeds)" if len(seeds) > 1 else f"{seeds[0][-1]['return_std']:.2f} (over episodes)"
+        wins = [metrics[-1]["winrate"] for metrics in seeds]
+        winrate = "" if None in wins else f", {100 * sum(wins) / len(wins):.1f}% of battles won"
+        print(f"{name:<24}{returns.mean():>12.2f} ± {spread}{winrate}")
+    path = Path(args.out, args.env, args.task, args.quality, picture)
+    plot_curves(curves, card["return_mean"], f"{args.task} {args.quality}", path)
+    print(f"learning curve: {path}")

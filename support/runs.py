@@ -9,7 +9,6 @@
 
 import csv
 import json
-import math
 import resource
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,11 +16,11 @@ from pathlib import Path
 import torch
 from tensordict import TensorDict
 
-from comadice_data import BadInput, dataset_path, open_dataset, read_json
-from comadice_envs import check_task
-from comadice_published import downloadable
+from environments.checks import BadInput, check_positive, pick_device
+from environments.simulators import check_task
+from offline_data.dataset import DATA_ROOT, dataset_path, open_dataset, read_json
+from offline_data.published import downloadable
 
-DATA_ROOT = Path(__file__).parent / "data"
 FITS = 0.7  # of a GPU's free memory may be the dataset's, the rest is for the work on it
 FREE = ("seeds", "data", "out", "resume", "overwrite", "device", "workers", "graph")  # arguments that may differ when a run is resumed
 
@@ -81,13 +80,6 @@ def check_args(args: RunArgs):
         raise BadInput("--resume and --overwrite contradict each other: give one of them")
 
 
-def check_positive(args, *names: str):
-    """Raises BadInput for a flag that is not a positive finite number."""
-    for name in names:
-        if not 0 < getattr(args, name) < math.inf:
-            raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a positive number")
-
-
 def check_discount(args):
     """Raises BadInput for a discount or a target's step out of its range."""
     if not 0 <= args.gamma < 1 or not 0 < args.tau <= 1:
@@ -97,24 +89,6 @@ def check_discount(args):
 def eval_steps(args: RunArgs) -> set[int]:
     """The steps after which a stage is evaluated: args.evals of them, evenly spread, the last step among them."""
     return {max(round(i * args.steps / args.evals), 1) for i in range(1, args.evals + 1)}
-
-
-def pick_device(name: str, tf32: bool = False) -> torch.device:
-    """Raises BadInput for a device that is not there. With tf32, float32 matrix products use it from now on where they can."""
-    if tf32:
-        torch.set_float32_matmul_precision("high")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"--device {name}: {str(error).splitlines()[0]}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise BadInput(f"--device {name}: use cpu or cuda")
-    if device.index is not None and device.type == "cuda":
-        torch.cuda.set_device(device)  # streams and graphs are the current GPU's
-    return device
 
 
 def load_dataset(args: RunArgs, device: torch.device) -> tuple[TensorDict, dict]:
@@ -131,11 +105,11 @@ def load_dataset(args: RunArgs, device: torch.device) -> tuple[TensorDict, dict]
     path = dataset_path(args.data, args.env, args.task, args.quality, DATA_ROOT)
     if args.data is None and not path.is_dir():
         check_task(args.env, args.task)
-        how = f"make it with `python comadice_collect.py --env {args.env} --task {args.task}`"
+        how = f"make it with `python -m offline_data collect --env {args.env} --task {args.task}`"
         if args.env in ("smacv1", "smacv2"):
             how += " (which needs StarCraft II; `--env smax` has the same tasks without it)"
         if (args.env, args.task, args.quality) in downloadable():
-            how = f"get the public one with `python comadice_data.py download --env {args.env} --task {args.task} --quality {args.quality}`, or {how}"
+            how = f"get the public one with `python -m offline_data download --env {args.env} --task {args.task} --quality {args.quality}`, or {how}"
         raise BadInput(f"no dataset at {path}: {how}, or name a directory with --data")
     rows, card = open_dataset(path, args.env, args.task)
     args.env, args.task, args.quality = card["env"], card["task"], args.quality or card["quality"]

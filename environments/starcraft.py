@@ -28,7 +28,7 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Binary, Composite, Unbounded
 from torchrl.envs.libs.smacv2 import SMACv2Env
 
-from comadice_data import BadInput, NoSimulator
+from environments.checks import BadInput, NoSimulator
 
 # SMACv2's unit types, their weights, and the type that can't be a whole team (Ellis et al. 2023; the package's examples).
 RACES = {

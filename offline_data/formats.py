@@ -1,10 +1,10 @@
 """Conversion of the five formats in which public datasets come into the native one.
 
-    python comadice_data.py convert hopper.vlt/Medium --format vault --env mamujoco --task hopper --quality medium
-    python comadice_data.py convert half.hdf5 --format omiga --env mamujoco --task halfcheetah --quality expert
-    python comadice_data.py convert corridor.npz --format npz --env smacv1 --task corridor --quality good
-    python comadice_data.py convert episodes/ --format pymarl --env smacv2 --task zerg_5_vs_5 --quality mixed
-    python comadice_data.py convert mujoco/ant/expert-v0 --format minari --env mamujoco --task ant_4x2 --quality expert
+    python -m offline_data convert hopper.vlt/Medium --format vault --env mamujoco --task hopper --quality medium
+    python -m offline_data convert half.hdf5 --format omiga --env mamujoco --task halfcheetah --quality expert
+    python -m offline_data convert corridor.npz --format npz --env smacv1 --task corridor --quality good
+    python -m offline_data convert episodes/ --format pymarl --env smacv2 --task zerg_5_vs_5 --quality mixed
+    python -m offline_data convert mujoco/ant/expert-v0 --format minari --env mamujoco --task ant_4x2 --quality expert
 
 What the formats leave unsaid is decided here once, and each card says under "made" what was done:
 
@@ -33,6 +33,7 @@ og_marl/wrapped_environments and dataset cards, OMIGA's datasets/offline_dataset
 import importlib
 import json
 import math
+import os
 import re
 import resource
 import shutil
@@ -51,11 +52,13 @@ import tyro
 from tensordict import TensorDict
 from tqdm import tqdm
 
-from comadice_data import INTERFACE, BadInput, DatasetWriter, dataset_path, read_json, run_script
-from comadice_envs import benchmark_observation, mamujoco_team
-from comadice_published import info
+from environments.checks import BadInput, run_script
+from environments.mamujoco import benchmark_observation, mamujoco_team
+from offline_data.dataset import DATA_ROOT, INTERFACE, dataset_path, read_json
+from offline_data.published import info
+from offline_data.writer import DatasetWriter
 
-DATA_ROOT = Path(__file__).parent / "data"
+ROOT = Path(__file__).parent.parent
 BLOCK = 32 * 2**20  # bytes of a source that are read together
 EPISODE = 2**28  # bytes of one episode, or of a chunk of HDF5; more is a damaged header
 CHILD_MEMORY = 8 * 2**30  # bytes that a conversion may take: a damaged header may ask for terabytes
@@ -284,7 +287,7 @@ def read_omiga(source: Path, env: str, task: str, interface: str, limit: int, la
     """
     h5py = need("h5py")
     if env != "mamujoco":
-        raise BadInput(f"OMIGA's HDF5 has no action masks, which {env} needs: use OG-MARL's copy (python comadice_data.py download)")
+        raise BadInput(f"OMIGA's HDF5 has no action masks, which {env} needs: use OG-MARL's copy (python -m offline_data download)")
     with h5py.File(source, "r") as file:
         arrays = hdf5_arrays(source, file, ["o", "s", "a", "r", "d"], optional=("s",))
         N = len(arrays["o"])
@@ -437,7 +440,7 @@ def read_minari(source: Path, env: str, task: str, interface: str, limit: int, l
     """Minari's single-agent MuJoCo datasets (h5py), split into a MaMuJoCo partition under the benchmark's interface.
 
     A folder with data/main_data.hdf5 (or that folder): groups episode_0, ... with observations [T + 1, D], actions [T, A], rewards,
-    terminations and truncations [T]. The agents see what comadice_envs.benchmark_observation makes of it, and the state is the
+    terminations and truncations [T]. The agents see what environments.mamujoco.benchmark_observation makes of it, and the state is the
     agents' vectors side by side; actions are split in plain order. Ant's contact forces are zero in the benchmark, so they are set to
     zero here (its reward keeps their cost). An episode that ends without either flag was cut by its recorder and counts as truncated.
     """
@@ -519,7 +522,7 @@ def convert_here(source: str, format: str, env: str, task: str, quality: str, ou
         raise BadInput(f"unknown interface '{interface}': it is benchmark, standard or agent_obsk=K")
     if interface is None:  # PyMARL records SMAC's own observations
         interface = "standard" if env == "smax" or (env, format) == ("smacv1", "pymarl") else "benchmark"
-    made = {"by": "comadice_data.py convert", "format": format, "source": path.name, "step_limit": limit}
+    made = {"by": "python -m offline_data convert", "format": format, "source": path.name, "step_limit": limit}
     made["reward"] = "return-to-go: the sum of the rewards from each step on, undiscounted" if return_to_go else "as recorded"
     writer, shapes = DatasetWriter(out), None
     truncated = 0
@@ -590,7 +593,9 @@ def convert(source: tyro.conf.Positional[str], format: Literal["vault", "omiga",
            "limit": limit, "last_row": last_row, "return_to_go": return_to_go}
     partial = path.with_name(path.name + ".partial")
     with tempfile.TemporaryFile() as errors:
-        child = subprocess.Popen([sys.executable, str(Path(__file__).resolve()), json.dumps(job)], stderr=errors)
+        command = [sys.executable, "-m", "offline_data.formats", json.dumps(job)]
+        path_of_modules = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        child = subprocess.Popen(command, stderr=errors, env=os.environ | {"PYTHONPATH": path_of_modules})
         try:
             progress, since = 0, time.monotonic()
             while child.poll() is None:

@@ -1,39 +1,17 @@
-"""The simulators as TorchRL environments: Multi-Agent MuJoCo here, StarCraft II in comadice_smac.py, SMAX in comadice_smax.py.
+"""Multi-Agent MuJoCo as a TorchRL environment: robots whose joints are shared out among agents.
 
-    env = make_env("mamujoco", "hopper", num_envs=32)          # 32 robots in this process
-    env = make_env("mamujoco", "hopper", 16, workers=2)        # 2 processes with 16 robots each
-    env = make_env("smax", "zerg_5_vs_5", 32)                  # 32 battles as one computation
-    env = make_env("smacv2", "zerg_5_vs_5", 1, workers=8)      # 8 games of StarCraft II
-    env.set_seed(0)
-    td = env.reset()
-
-Every environment speaks the same TensorDict keys (n agents, B environments):
-
-    ("agents", "observation")  [B, n, O]  float32
-    ("agents", "action")       [B, n, A]  float32, or [B, n] int64 where actions are discrete
-    ("agents", "action_mask")  [B, n, A]  bool, the available actions (discrete only)
-    "state"                    [B, S]     float32, the global state that the mixers condition on
-    "reward"                   [B, 1]     float32, one reward for the team
-    "done", "terminated", "truncated"  [B, 1]  bool; truncated is the time limit, terminated is a fall or a battle decided
-    "battle_won"               [B, 1]     bool (battles only)
-
-`python comadice_envs.py` lists the tasks and their sizes.
+The keys of its TensorDicts stand in simulators.py.
 """
 
-import importlib.metadata
-import re
 import warnings
-from functools import partial
 
 import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Binary, Bounded, Composite, Unbounded
-from torchrl.envs import EnvBase, ParallelEnv
+from torchrl.envs import EnvBase
 
-import comadice_smac
-import comadice_smax
-from comadice_data import BadInput, NoSimulator
+from environments.checks import BadInput, NoSimulator
 
 # The paper's tasks (Section 6.1). Any other scenario and partition is written out: "walker2d_2x3".
 MAMUJOCO_TASKS = {"hopper": ("Hopper", "3x1"), "ant": ("Ant", "2x4"), "halfcheetah": ("HalfCheetah", "6x1")}
@@ -202,78 +180,3 @@ class MaMuJoCoEnv(EnvBase):
         for robot in self.robots:
             robot.close()
         return super().close(**kwargs)
-
-
-# ---------------------------------------------------------------- any simulator
-
-# What agents see, by env; the first is the default.
-INTERFACES = {"mamujoco": "benchmark|agent_obsk=\\d+", "smacv2": "benchmark", "smacv1": "benchmark|standard", "smax": "standard"}
-
-
-def check_task(env: str, task: str):
-    """Raises NoSimulator for an env or a task that is unknown, or one of MaMuJoCo where that is not installed."""
-    if env not in INTERFACES:
-        raise NoSimulator(f"unknown env '{env}': there are {', '.join(INTERFACES)}")
-    if env == "mamujoco":
-        mamujoco_scenario(task)
-    elif env == "smax":
-        comadice_smax.check_task(task)
-    else:
-        comadice_smac.check_task(env, task)
-
-
-def check_interface(env: str, interface: str | None) -> str:
-    """The interface's name, the env's default for None. Raises BadInput for one that the env does not have."""
-    if interface is None:
-        return INTERFACES[env].split("|")[0]
-    if not re.fullmatch(INTERFACES[env], interface):
-        raise BadInput(f"{env} has no interface '{interface}': use {INTERFACES[env].replace('|', ' or ').replace('d+', 'K').replace(chr(92), '')}")
-    return interface
-
-
-def make_env(env: str, task: str, num_envs: int, workers: int = 1, interface: str | None = None, device="cpu") -> EnvBase:
-    """An environment of batch size [num_envs], or [workers, num_envs] in that many processes (TorchRL's ParallelEnv).
-
-    StarCraft II plays one game in each worker's process, whatever num_envs says: batch size [workers].
-    Raises NoSimulator for an env or a task that is unknown or not installed, BadInput for a partition or interface that does not exist.
-    """
-    check_task(env, task)
-    interface = check_interface(env, interface)
-    if env in ("smacv1", "smacv2"):
-        comadice_smac.check_installed(comadice_smac.game_config(env, task)["map_name"])
-        return ParallelEnv(workers, partial(comadice_smac.StarCraftEnv, env, task, interface), device=device)
-    if env == "smax":
-        make = partial(comadice_smax.SMAXEnv, task, num_envs)
-    else:
-        obsk = None if interface == "benchmark" else int(interface.removeprefix("agent_obsk="))
-        make = partial(MaMuJoCoEnv, task, num_envs, obsk)
-    return make(device=device) if workers == 1 else ParallelEnv(workers, make, device=device)
-
-
-def engine(env: str) -> str:
-    """Name and versions of the simulator, for dataset cards."""
-    if env == "smax":
-        return comadice_smax.engine()
-    if env in ("smacv1", "smacv2"):
-        return comadice_smac.engine()
-    return ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("mujoco", "gymnasium", "gymnasium-robotics"))
-
-
-if __name__ == "__main__":
-    print(f"{'env':<10}{'task':<18}{'agents':<8}{'state':<7}{'obs':<6}action")
-    tasks = [("mamujoco", task) for task in MAMUJOCO_TASKS] + [("smax", task) for task in comadice_smax.TASKS]
-    tasks += [("smacv1", task) for task in comadice_smac.SMACV1_TASKS] + [("smacv2", task) for task in comadice_smac.SMACV2_TASKS]
-    missing = set()
-    for name, task in tasks:
-        try:
-            made = make_env(name, task, 1)
-        except NoSimulator as error:
-            if name not in missing:
-                print(f"{name:<10}{error}")
-            missing.add(name)
-            continue
-        spec = made.observation_spec
-        n, O = spec["agents", "observation"].shape[-2:]
-        choices = spec["agents", "action_mask"] if name != "mamujoco" else made.full_action_spec["agents", "action"]
-        print(f"{name:<10}{task:<18}{n:<8}{spec['state'].shape[-1]:<7}{O:<6}{choices.shape[-1]}")
-        made.close()

@@ -1,14 +1,15 @@
 """What was published of the benchmark's datasets: the numbers of Table 3 and of OG-MARL's cards, and a check of a dataset against them.
 
-    python comadice_data.py info data/mamujoco/hopper/medium-replay      # its row of Table 3 beside the published ones
-    python comadice_data.py plot data/mamujoco/hopper/medium-replay      # histogram of episode returns
+    python -m offline_data info data/mamujoco/hopper/medium-replay      # its row of Table 3 beside the published ones
+    python -m offline_data plot data/mamujoco/hopper/medium-replay      # histogram of episode returns
 """
 
 import json
 
 import tyro
 
-from comadice_data import BadInput, episode_returns, open_dataset, table_row
+from environments.checks import BadInput
+from offline_data.dataset import episode_returns, open_dataset, table_row
 
 # The paper's Table 3, beside the statistics on OG-MARL's dataset cards (docs/dataset_cards: omiga.md, og_marl.md).
 #  env     task        quality     | agents, state, obs, action | thousands of trajectories and samples, return ± | return ± min max rows trajectories

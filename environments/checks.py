@@ -1,0 +1,52 @@
+"""What every script checks: input that can't be used, flags out of range, the device. Importing it does not load torch."""
+
+import math
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+class BadInput(ValueError):
+    """The user's input can't be used; the message says what is wrong and what to do. Scripts exit with code 2."""
+
+
+class NoSimulator(BadInput):
+    """No simulator for this env is installed here, or none exists; the message says which and how to get it."""
+
+
+def run_script(main, *args):
+    """Calls main(*args); input that can't be used ends in one line and exit code 2."""
+    try:
+        main(*args)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def check_positive(args, *names: str):
+    """Raises BadInput for a flag that is not a positive finite number."""
+    for name in names:
+        if not 0 < getattr(args, name) < math.inf:
+            raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a positive number")
+
+
+def pick_device(name: str, tf32: bool = False) -> "torch.device":
+    """Raises BadInput for a device that is not there. With tf32, float32 matrix products use it from now on where they can."""
+    import torch
+
+    if tf32:
+        torch.set_float32_matmul_precision("high")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise BadInput(f"--device {name}: use cpu or cuda")
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # streams and graphs are the current GPU's
+    return device

@@ -1,0 +1,82 @@
+"""An environment by its name: Multi-Agent MuJoCo (mamujoco.py), StarCraft II (starcraft.py) or SMAX (smax.py).
+
+    env = make_env("mamujoco", "hopper", num_envs=32)          # 32 robots in this process
+    env = make_env("mamujoco", "hopper", 16, workers=2)        # 2 processes with 16 robots each
+    env = make_env("smax", "zerg_5_vs_5", 32)                  # 32 battles as one computation
+    env = make_env("smacv2", "zerg_5_vs_5", 1, workers=8)      # 8 games of StarCraft II
+    env.set_seed(0)
+    td = env.reset()
+
+Every environment speaks the same TensorDict keys (n agents, B environments):
+
+    ("agents", "observation")  [B, n, O]  float32
+    ("agents", "action")       [B, n, A]  float32, or [B, n] int64 where actions are discrete
+    ("agents", "action_mask")  [B, n, A]  bool, the available actions (discrete only)
+    "state"                    [B, S]     float32, the global state that the mixers condition on
+    "reward"                   [B, 1]     float32, one reward for the team
+    "done", "terminated", "truncated"  [B, 1]  bool; truncated is the time limit, terminated is a fall or a battle decided
+    "battle_won"               [B, 1]     bool (battles only)
+
+`python -m environments` lists the tasks and their sizes.
+"""
+
+import importlib.metadata
+import re
+from functools import partial
+
+from torchrl.envs import EnvBase, ParallelEnv
+
+from environments import mamujoco, smax, starcraft
+from environments.checks import BadInput, NoSimulator
+
+# What agents see, by env; the first is the default.
+INTERFACES = {"mamujoco": "benchmark|agent_obsk=\\d+", "smacv2": "benchmark", "smacv1": "benchmark|standard", "smax": "standard"}
+
+
+def check_task(env: str, task: str):
+    """Raises NoSimulator for an env or a task that is unknown, or one of MaMuJoCo where that is not installed."""
+    if env not in INTERFACES:
+        raise NoSimulator(f"unknown env '{env}': there are {', '.join(INTERFACES)}")
+    if env == "mamujoco":
+        mamujoco.mamujoco_scenario(task)
+    elif env == "smax":
+        smax.check_task(task)
+    else:
+        starcraft.check_task(env, task)
+
+
+def check_interface(env: str, interface: str | None) -> str:
+    """The interface's name, the env's default for None. Raises BadInput for one that the env does not have."""
+    if interface is None:
+        return INTERFACES[env].split("|")[0]
+    if not re.fullmatch(INTERFACES[env], interface):
+        raise BadInput(f"{env} has no interface '{interface}': use {INTERFACES[env].replace('|', ' or ').replace('d+', 'K').replace(chr(92), '')}")
+    return interface
+
+
+def make_env(env: str, task: str, num_envs: int, workers: int = 1, interface: str | None = None, device="cpu") -> EnvBase:
+    """An environment of batch size [num_envs], or [workers, num_envs] in that many processes (TorchRL's ParallelEnv).
+
+    StarCraft II plays one game in each worker's process, whatever num_envs says: batch size [workers].
+    Raises NoSimulator for an env or a task that is unknown or not installed, BadInput for a partition or interface that does not exist.
+    """
+    check_task(env, task)
+    interface = check_interface(env, interface)
+    if env in ("smacv1", "smacv2"):
+        starcraft.check_installed(starcraft.game_config(env, task)["map_name"])
+        return ParallelEnv(workers, partial(starcraft.StarCraftEnv, env, task, interface), device=device)
+    if env == "smax":
+        make = partial(smax.SMAXEnv, task, num_envs)
+    else:
+        obsk = None if interface == "benchmark" else int(interface.removeprefix("agent_obsk="))
+        make = partial(mamujoco.MaMuJoCoEnv, task, num_envs, obsk)
+    return make(device=device) if workers == 1 else ParallelEnv(workers, make, device=device)
+
+
+def engine(env: str) -> str:
+    """Name and versions of the simulator, for dataset cards."""
+    if env == "smax":
+        return smax.engine()
+    if env in ("smacv1", "smacv2"):
+        return starcraft.engine()
+    return ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("mujoco", "gymnasium", "gymnasium-robotics"))

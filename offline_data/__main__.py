@@ -1,0 +1,55 @@
+"""The commands for datasets: `python -m offline_data COMMAND`. Each command's module is loaded when it is asked for.
+
+    python -m offline_data collect --env mamujoco --task hopper
+    python -m offline_data download --env mamujoco --task hopper --quality medium-replay
+    python -m offline_data convert SOURCE --format omiga --env mamujoco --task hopper --quality expert
+    python -m offline_data info data/mamujoco/hopper/medium-replay
+    python -m offline_data plot data/mamujoco/hopper/medium-replay
+"""
+
+import sys
+
+import environments.threads  # noqa: F401 -- before torch
+from environments.checks import BadInput, run_script
+
+HELP = """usage: python -m offline_data COMMAND ...
+
+commands:
+  collect     train MAPPO in a simulator and record datasets of several qualities
+  download    get a published dataset, check it and convert it
+  convert     convert a public dataset into the native format
+  info        check a dataset, and print its row of Table 3 beside the published ones
+  plot        draw the histogram of a dataset's episode returns
+
+`python -m offline_data COMMAND --help` prints a command's flags."""
+
+
+def main(arguments: list[str]):
+    name, *flags = arguments or [""]
+    if name in ("-h", "--help"):
+        print(HELP)
+        return
+    if name == "collect":
+        from offline_data.collect import Args
+        from offline_data.collect import main as command
+    elif name == "download":
+        from offline_data.download import download as command
+    elif name == "convert":
+        from offline_data.formats import convert as command
+    elif name == "info":
+        from offline_data.published import info as command
+    elif name == "plot":
+        from offline_data.published import plot as command
+    else:
+        raise BadInput(f"there is no command '{name}': see python -m offline_data --help")
+    import tyro
+
+    prog = f"python -m offline_data {name}"
+    if name == "collect":
+        command(tyro.cli(Args, prog=prog, args=flags))
+    else:
+        tyro.cli(command, prog=prog, args=flags)
+
+
+if __name__ == "__main__":
+    run_script(main, sys.argv[1:])

@@ -1,0 +1,88 @@
+"""Replay of a dataset: which rows are drawn, and what a batch holds of them."""
+
+import torch
+from tensordict import TensorDict
+from torchrl.data import TensorDictReplayBuffer, TensorStorage
+from torchrl.data.replay_buffers.samplers import Sampler
+
+from offline_data.dataset import last_rows
+
+DRAW = 16  # batches drawn together, see minibatches
+
+
+def transition_rows(rows: TensorDict) -> torch.Tensor:
+    """[T] int64: the row of each transition, in order; the row after it is its next observation."""
+    return (~last_rows(rows)).nonzero()[:, 0]
+
+
+def initial_rows(rows: TensorDict) -> torch.Tensor:
+    """[E] int64: the rows that begin an episode, samples of p_0."""
+    return rows["is_init"][:, 0].nonzero()[:, 0]
+
+
+class RowSampler(Sampler):
+    """Draws rows out of `first` uniformly with replacement, on their device: rows t alone [B], or pairs of rows (t, t + 1) [B, 2].
+
+    With S generators it draws for S seeds, each from its own: [S, B] or [S, B, 2]. One generator, or none, has no such dimension.
+    """
+
+    def __init__(self, first: torch.Tensor, pairs: bool = False, generators: list[torch.Generator] | None = None):
+        self.first, self.pairs, self.generators = first, pairs, generators or [None]
+
+    def sample(self, storage, batch_size: int) -> tuple[torch.Tensor, dict]:
+        drawn = [torch.randint(len(self.first), (batch_size,), device=self.first.device, generator=g) for g in self.generators]
+        first = self.first[torch.stack(drawn) if len(drawn) > 1 else drawn[0]]
+        return torch.stack([first, first + 1], -1) if self.pairs else first, {}
+
+    def _empty(self):
+        raise NotImplementedError("a dataset is read-only")
+
+    dumps = loads = state_dict = load_state_dict = _empty
+
+
+class RowStorage(TensorStorage):
+    """Reads whole rows, which index_select copies several times faster than an index does."""
+
+    def get(self, index: torch.Tensor) -> TensorDict:
+        flat = index.flatten()
+        return self._storage.apply(lambda x: x.index_select(0, flat).unflatten(0, index.shape), batch_size=index.shape)
+
+
+def as_transition(pairs: TensorDict) -> TensorDict:
+    """[..., 2] rows -> [...] transitions in TorchRL's layout: row t, and what is seen at t + 1 under "next"."""
+    batch, after = pairs.unbind(-1)
+    batch["next"] = after.select("state", ("agents", "observation"), ("agents", "action_mask"), strict=False)
+    return batch
+
+
+def make_replay(rows: TensorDict, keys: list | None = None, pairs: bool = True, generators: list[torch.Generator] | None = None,
+                device: torch.device | None = None, first: torch.Tensor | None = None) -> TensorDictReplayBuffer:
+    """TorchRL replay of a dataset's transitions, or of the rows `first`, drawn as RowSampler does and moved to `device`.
+
+    Rows are read where they lie, on the CPU from the memory map or in a GPU's memory. With `keys`, only those entries (where
+    there are any) are read; without `pairs`, nothing of the next row is.
+    """
+    storage = RowStorage(rows if keys is None else rows.select(*keys, strict=False), device=rows["is_init"].device)
+    sampler = RowSampler(transition_rows(rows) if first is None else first, pairs, generators)
+    elsewhere = device is not None and device.type != rows["is_init"].device.type
+
+    def transform(batch):
+        batch = as_transition(batch) if pairs else batch
+        return batch.to(device) if elsewhere else batch
+
+    return TensorDictReplayBuffer(storage=storage, sampler=sampler, transform=transform)
+
+
+def minibatches(start: int, stops: set[int], *sources: tuple[TensorDictReplayBuffer, int]):
+    """Yields (step, a batch of each source) for the steps from start + 1 to the last of `stops`; a source is (replay, batch size).
+
+    Batches are drawn DRAW at a time, which spreads the cost of a draw, and never across a stop: a run that goes on from one
+    draws what it would have drawn.
+    """
+    step = start
+    for stop in sorted(s for s in stops if s > start):
+        while step < stop:
+            count = min(DRAW, stop - step)
+            for batches in zip(*(replay.sample(count * size).split(size, -1) for replay, size in sources)):
+                step += 1
+                yield step, *batches

@@ -1,0 +1,91 @@
+"""Writes a new dataset, episode by episode. The format stands in dataset.py."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import torch
+from tensordict import TensorDict
+
+from environments.checks import BadInput
+
+REQUIRED = ["state", "agents/observation", "agents/action", "reward", "terminated", "done", "is_init", "episode"]
+OPTIONAL = ["agents/action_mask"]
+
+
+class DatasetWriter:
+    """Appends whole episodes to a new dataset; memory stays bounded, and nothing is at `path` before close().
+
+        writer = DatasetWriter(path)
+        writer.append(episode)    # TensorDict [T + 1], see dataset.py's docstring; flags and "episode" are added
+        writer.close(card)        # completes the card and moves the dataset into place
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.partial = self.path.with_name(self.path.name + ".partial")
+        shutil.rmtree(self.partial, ignore_errors=True)
+        try:
+            (self.partial / "agents").mkdir(parents=True)
+        except OSError as error:
+            raise BadInput(f"can't write a dataset at {self.path}: {error.strerror}") from error
+        self.files, self.template = {}, None
+        self.rows, self.returns = 0, []
+        self.action_low, self.action_high = math.inf, -math.inf
+
+    def append(self, episode: TensorDict):
+        T = episode.shape[0] - 1
+        episode = episode.clone(recurse=False)
+        episode["is_init"] = torch.zeros(T + 1, 1, dtype=torch.bool)
+        episode["is_init"][0] = True
+        episode["episode"] = torch.full((T + 1, 1), len(self.returns))
+        for key in ("reward", "terminated", "done", ("agents", "action")):
+            episode[key] = episode[key].clone()
+            episode[key][T] = 0
+        if not episode["done"][T - 1] or episode["done"][: T - 1].any():
+            raise ValueError("an episode's last transition, and only that one, must be done")
+        for key in REQUIRED + OPTIONAL:
+            value = episode.get(tuple(key.split("/")), None)
+            if value is not None:
+                if key not in self.files:
+                    self.files[key] = open(self.partial / f"{key}.raw", "wb")
+                self.files[key].write(value.contiguous().numpy().tobytes())
+        self.template = episode[:1].select(*(tuple(k.split("/")) for k in self.files))
+        self.rows += T + 1
+        self.returns.append(episode["reward"].sum().item())
+        action = episode["agents", "action"][:T]
+        self.action_low, self.action_high = min(self.action_low, action.min().item()), max(self.action_high, action.max().item())
+
+    def close(self, card: dict) -> Path:
+        """`card` says env, task, quality, engine, interface and made (how); the rest is filled in here."""
+        for file in self.files.values():
+            file.close()
+        # TensorDict writes its own meta.json for the full length; then the recorded bytes take the place of its zeros.
+        self.template.expand(self.rows).memmap_like(str(self.partial))
+        for key in self.files:
+            (self.partial / f"{key}.raw").replace(self.partial / f"{key}.memmap")
+        action = self.template["agents", "action"]
+        discrete = not action.is_floating_point()
+        returns = torch.tensor(self.returns, dtype=torch.float64)
+        card = card | {
+            "n_agents": action.shape[1],
+            "state_dim": self.template["state"].shape[-1],
+            "obs_dim": self.template["agents", "observation"].shape[-1],
+            "action_dim": self.template["agents", "action_mask"].shape[-1] if discrete else action.shape[-1],
+            "discrete": discrete,
+            "action_low": self.action_low,
+            "action_high": self.action_high,
+            "trajectories": len(self.returns),
+            "samples": self.rows - len(self.returns),
+            "return_mean": returns.mean().item(),
+            "return_std": returns.std(correction=0).item(),
+            "return_min": returns.min().item(),
+            "return_max": returns.max().item(),
+            "bytes": {key: (self.partial / f"{key}.memmap").stat().st_size for key in self.files},
+        }
+        (self.partial / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        self.partial.rename(self.path)
+        return self.path
