@@ -37,7 +37,17 @@ from support.runs import (
     save_checkpoints,
     start_runs,
 )
-from support.seeds import Graph, adam, load_seeds, make_generators, name_seeds, per_seed, seed_states, set_gradients, stack
+from support.seeds import (
+    Graph,
+    adam,
+    load_seeds,
+    make_generators,
+    name_seeds,
+    per_seed,
+    seed_states,
+    set_gradients,
+    stack,
+)
 
 # What Eq. 11 needs of a transition.
 POLICY_KEYS = [("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "w"]

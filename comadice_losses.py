@@ -3,8 +3,8 @@
 This file needs torch alone and can be copied into another project as it is.
 
 Everything works on tensors over a batch of transitions (s, a, r, s'), shapes [B], or [B, n] where a value is per agent.
-Expectations over the dataset are batch means. Given probabilities (`rho` over transitions, `p0` over initial states) they
-are exact sums instead, which is how a model that is known is solved, see tests/test_exact.py.
+Expectations over the dataset are batch means. Given probabilities (`rho` over transitions, `p0` over initial states)
+they are exact sums instead, which is how a model that is known is solved, see tests/test_exact.py.
 
 Scales: alpha is in units of the reward (times steps, as nu is). Multiplying rewards and alpha by one factor
 multiplies nu, q and the advantages by it and leaves w unchanged.
@@ -23,7 +23,10 @@ KL_CAP = 10.0  # exp(KL_CAP) = 22,026 is the largest ratio that f_KL gives; see 
 
 
 class Divergence(NamedTuple):
-    """f on t >= 0, strictly convex with f(1) = f'(1) = 0, and what Prop. 4.1 needs of it. All functions are element-wise."""
+    """f on t >= 0, strictly convex with f(1) = f'(1) = 0, and what Prop. 4.1 needs of it.
+
+    All functions are element-wise.
+    """
 
     f: Callable[[Tensor], Tensor]  # f(t)
     f_prime_inverse: Callable[[Tensor], Tensor]  # (f')^-1(y)
@@ -93,11 +96,22 @@ def expectation(x: Tensor, p: Tensor | None = None) -> Tensor:
 
 
 def td_advantage(reward: Tensor, terminated: Tensor, nu_tot: Tensor, nu_tot_next: Tensor, gamma: float) -> Tensor:
-    """A_tot(s, a) = r + gamma nu_tot(s') - nu_tot(s), the TD form. Only termination cuts the bootstrap, a time limit does not."""
+    """A_tot(s, a) = r + gamma nu_tot(s') - nu_tot(s), the TD form.
+
+    Only termination cuts the bootstrap, a time limit does not.
+    """
     return reward + gamma * nu_tot_next * ~terminated - nu_tot  # Eq. 5, with q_tot written out
 
 
-def q_loss(A_tot: Tensor, reward: Tensor, terminated: Tensor, nu_tot: Tensor, nu_tot_next: Tensor, gamma: float, rho: Tensor | None = None) -> Tensor:
+def q_loss(
+    A_tot: Tensor,
+    reward: Tensor,
+    terminated: Tensor,
+    nu_tot: Tensor,
+    nu_tot_next: Tensor,
+    gamma: float,
+    rho: Tensor | None = None,
+) -> Tensor:
     """The MSE that fits q: A_tot = M[q - nu] to the TD form. Its gradient belongs to psi_q alone.
 
     The paper prints a minus sign too many: the residual is A_tot - (r + gamma nu_tot(s') - nu_tot(s)).
@@ -118,38 +132,51 @@ def dual_loss(nu_tot_init: Tensor, A_tot: Tensor, alpha: float | Tensor, f: Dive
 
     lam is the multiplier of E_D[w] = 1 (Table 4's lambda, after OptiDICE): L is minimised over it too.
     """
-    return (1 - gamma) * expectation(nu_tot_init, p0) + expectation(alpha * f.f_star((A_tot - lam) / alpha), rho) + lam  # Prop. 4.1 (exact), Eq. 10 (printed)
+    # Prop. 4.1 (exact), Eq. 10 (printed)
+    return (1 - gamma) * expectation(nu_tot_init, p0) + expectation(alpha * f.f_star((A_tot - lam) / alpha), rho) + lam
 
 
 def semi_loss(nu_tot: Tensor, A_tot: Tensor, alpha: float | Tensor, f: Divergence, rho: Tensor | None = None) -> Tensor:
     """Objective `semi`: E_D[nu_tot(s) + alpha f*(A_tot / alpha)], the semi-gradient of Mao et al. (2024).
 
-    A_tot is the TD form with nu_tot(s') from target networks, so the gradient goes through nu_tot(s) alone. For data that
-    are stationary, (1 - gamma) E_p0[nu_tot] = E_D[nu_tot(s) - gamma nu_tot(s')]; what is left of it without the gradient
-    at s' is nu_tot(s). At its minimum E[w | s] = 1 in every state, so no normaliser is needed, with or without termination.
-    It solves another problem than Eq. 2-3: the policy is held near the behaviour state by state, not in its occupancy.
+    A_tot is the TD form with nu_tot(s') from target networks, so the gradient goes through nu_tot(s) alone. For data
+    that are stationary, (1 - gamma) E_p0[nu_tot] = E_D[nu_tot(s) - gamma nu_tot(s')]; what is left of it without the
+    gradient at s' is nu_tot(s). At its minimum E[w | s] = 1 in every state, so no normaliser is needed, with or without
+    termination. It solves another problem than Eq. 2-3: the policy is held near the behaviour state by state, not in
+    its occupancy.
     """
     return expectation(nu_tot + alpha * f.f_star(A_tot / alpha), rho)
 
 
-def released_loss(nu_init: Tensor, A: Tensor, alpha: float | Tensor, f: Divergence, gamma: float, lam: float | Tensor = 0.0) -> Tensor:
-    """Objective `released`: the rule of the authors' released code, for local values nu_i(s0) and A_i = W_i (q_i - nu_i), [B, n].
+def released_loss(
+    nu_init: Tensor, A: Tensor, alpha: float | Tensor, f: Divergence, gamma: float, lam: float | Tensor = 0.0
+) -> Tensor:
+    """Objective `released`: the rule of the authors' released code, for local values nu_i(s0) and A_i = W_i (q_i -
+    nu_i), [B, n].
 
-    f(w) and the factor A_i beside w are constants here, so nu's gradient is -W_i r'(y) y with y = (A_i - lam) / alpha and
-    r = w*: an asymmetric regression of nu_i onto q_i. The initial states enter unmixed.
+    f(w) and the factor A_i beside w are constants here, so nu's gradient is -W_i r'(y) y with y = (A_i - lam) / alpha
+    and r = w*: an asymmetric regression of nu_i onto q_i. The initial states enter unmixed.
     """
     A = A - (lam.detach() if isinstance(lam, Tensor) else lam)
     w = f.w_star(A / alpha)
-    return (1 - gamma) * nu_init.mean() + (w * A.detach() - alpha * f.f(w).detach()).mean() + (lam * (1 - w.detach())).mean()
+    return (
+        (1 - gamma) * nu_init.mean()
+        + (w * A.detach() - alpha * f.f(w).detach()).mean()
+        + (lam * (1 - w.detach())).mean()
+    )
 
 
 def occupancy_ratio(A_tot: Tensor, alpha: float | Tensor, f: Divergence, lam: float | Tensor = 0.0) -> Tensor:
-    """w_tot*(s, a) = max(0, (f')^-1(A_tot / alpha)), the ratio rho^pi / rho^mu. (Section 5 prints its argument negated.)"""
+    """w_tot*(s, a) = max(0, (f')^-1(A_tot / alpha)), the ratio rho^pi / rho^mu.
+
+    (Section 5 prints its argument negated.)
+    """
     return f.w_star((A_tot - lam) / alpha)  # Prop. 4.1 and Section 4.3
 
 
 def released_ratio(A: Tensor, alpha: float | Tensor, f: Divergence, lam: float | Tensor = 0.0) -> Tensor:
-    """The weight that goes with `released`: local ratios of A_i = W_i (q_i - nu_i) [B, n], summed over agents -> [B]."""
+    """The weight that goes with `released`: local ratios of A_i = W_i (q_i - nu_i) [B, n], summed over agents ->
+    [B]."""
     return f.w_star((A - lam) / alpha).sum(-1)
 
 

@@ -9,10 +9,12 @@ This file needs torch alone and can be copied into another project as it is.
     pi = GaussianPolicy(n_agents, obs_dim, action_dim)                       pi.log_prob(obs, action) -> [..., n]
 
 Shapes: n agents, O observation entries, A actions or action entries, S state entries, any leading batch dimensions:
-obs [..., n, O], state [..., S], action [..., n, A] float (continuous) or [..., n] int64 (discrete), mask [..., n, A] bool.
+obs [..., n, O], state [..., S], action [..., n, A] float (continuous) or [..., n] int64 (discrete), mask [..., n, A]
+bool.
 
 All agents go through one call with shared parameters; a one-hot agent id beside the observation tells them apart.
-Forward passes are pure: no buffers, no branches on data, so everything runs under torch.func.functional_call and torch.vmap.
+Forward passes are pure: no buffers, no branches on data, so everything runs under torch.func.functional_call and
+torch.vmap.
 """
 
 import torch
@@ -56,7 +58,15 @@ class Nu(nn.Module):
 class Q(nn.Module):
     """Local values q_i(o_i, a_i; psi_q): of the given action (continuous), or one output an action (discrete)."""
 
-    def __init__(self, n_agents: int, obs_dim: int, action_dim: int, hidden: int = 256, discrete: bool = False, layer_norm: bool = False):
+    def __init__(
+        self,
+        n_agents: int,
+        obs_dim: int,
+        action_dim: int,
+        hidden: int = 256,
+        discrete: bool = False,
+        layer_norm: bool = False,
+    ):
         super().__init__()
         self.discrete = discrete
         in_dim, out_dim = (obs_dim, action_dim) if discrete else (obs_dim + action_dim, 1)
@@ -74,7 +84,8 @@ def hypernet(state_dim: int, out_dim: int, hidden: int) -> nn.Sequential:
 
 
 class LinearMixer(nn.Module):
-    """The 1-layer mixer of Section 5: M_theta^s[x] = x^T W_theta^s + b_theta^s, W >= 0 from hyper-networks of the state.
+    """The 1-layer mixer of Section 5: M_theta^s[x] = x^T W_theta^s + b_theta^s, W >= 0 from hyper-networks of the
+    state.
 
     Where several values are mixed at one state, `at` = mixer.at(state) evaluates the hyper-networks once.
     """
@@ -106,7 +117,8 @@ class LinearMixer(nn.Module):
 
 
 class TwoLayerMixer(nn.Module):
-    """The 2-layer mixer of Section B.6: M[x] = elu(x W_1 + b_1) W_2 + b_2, with W_1, W_2 >= 0 and biases from the state.
+    """The 2-layer mixer of Section B.6: M[x] = elu(x W_1 + b_1) W_2 + b_2, with W_1, W_2 >= 0 and biases from the
+    state.
 
     ELU is convex and non-decreasing, as Theorem 4.2 asks.
     """
@@ -131,8 +143,8 @@ class TwoLayerMixer(nn.Module):
     def advantage(self, x: Tensor, state: Tensor, at: tuple[Tensor, ...] | None = None) -> Tensor:
         """A_tot = M[x] - M[0] of local advantages x = q - nu [..., n] -> [...].
 
-        With two layers M[q] - M[nu] and M[q - nu] differ. This A_tot keeps what the paper needs of it: it is convex in nu
-        (Theorem 4.2; M[0] does not depend on nu), and it is zero where every agent's advantage is.
+        With two layers M[q] - M[nu] and M[q - nu] differ. This A_tot keeps what the paper needs of it: it is convex in
+        nu (Theorem 4.2; M[0] does not depend on nu), and it is zero where every agent's advantage is.
         """
         at = at or self.at(state)
         return self(x, state, at) - self(torch.zeros_like(x), state, at)
@@ -142,7 +154,8 @@ MIXERS = {1: LinearMixer, 2: TwoLayerMixer}
 
 
 class GaussianPolicy(nn.Module):
-    """pi_i(a_i | o_i; eta) = Normal(mean(o_i), std(o_i)) with independent entries, for continuous actions (Section B.2).
+    """pi_i(a_i | o_i; eta) = Normal(mean(o_i), std(o_i)) with independent entries, for continuous actions (Section
+    B.2).
 
     The mean is not squashed: recorded actions may lie beyond the simulator's bounds, which clips them.
     """
@@ -165,7 +178,8 @@ class GaussianPolicy(nn.Module):
 
 
 class CategoricalPolicy(nn.Module):
-    """pi_i(a_i | o_i; eta) = Categorical over the available actions, unavailable ones at probability exactly 0 (Section B.2).
+    """pi_i(a_i | o_i; eta) = Categorical over the available actions, unavailable ones at probability exactly 0 (Section
+    B.2).
 
     Every agent must have an available action (a dead one has its no-op).
     """
@@ -192,7 +206,18 @@ class CategoricalPolicy(nn.Module):
 class Critics(nn.Module):
     """psi_nu, psi_q and theta together: what lines 3-8 of Algorithm 1 train."""
 
-    def __init__(self, n_agents, obs_dim, state_dim, action_dim, discrete, hidden=256, mixer_hidden=64, mixer_layers=1, layer_norm=False):
+    def __init__(
+        self,
+        n_agents,
+        obs_dim,
+        state_dim,
+        action_dim,
+        discrete,
+        hidden=256,
+        mixer_hidden=64,
+        mixer_layers=1,
+        layer_norm=False,
+    ):
         super().__init__()
         self.nu = Nu(n_agents, obs_dim, hidden, layer_norm)
         self.q = Q(n_agents, obs_dim, action_dim, hidden, discrete, layer_norm)

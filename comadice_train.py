@@ -42,7 +42,18 @@ from support.runs import (
     save_checkpoints,
     start_runs,
 )
-from support.seeds import Graph, adam, load_seeds, make_generators, name_seeds, per_seed, seed_states, set_gradients, split_seeds, stack
+from support.seeds import (
+    Graph,
+    adam,
+    load_seeds,
+    make_generators,
+    name_seeds,
+    per_seed,
+    seed_states,
+    set_gradients,
+    split_seeds,
+    stack,
+)
 
 # What Eq. 9 and Eq. 10 need of a transition.
 CRITIC_KEYS = ["state", ("agents", "observation"), ("agents", "action"), "reward", "terminated"]

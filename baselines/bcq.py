@@ -1,17 +1,19 @@
-"""BCQ (Fujimoto et al. 2019a, Off-Policy Deep RL without Exploration; discrete actions: Fujimoto et al. 2019b, Benchmarking Batch Deep RL).
+"""BCQ (Fujimoto et al. 2019a, Off-Policy Deep RL without Exploration; discrete actions: Fujimoto et al. 2019b,
+Benchmarking Batch Deep RL).
 
     python -m baselines.bcq --env mamujoco --task hopper --quality medium-replay
 
-Q-learning of q_tot = sum_i w_i(s) q_i(o_i, a_i) + b(s) in which the maximum runs over actions that a model of the data holds likely. Since
-w_i >= 0 the team's maximum is every agent's own.
+Q-learning of q_tot = sum_i w_i(s) q_i(o_i, a_i) + b(s) in which the maximum runs over actions that a model of the data
+holds likely. Since w_i >= 0 the team's maximum is every agent's own.
 
-continuous actions: a variational auto-encoder of the recorded actions proposes candidates, a perturbation of at most phi moves them
-    up q_i, and the arg max of q_i among them is played. While training the latents are drawn anew; a policy that is played has
-    its latents drawn once (a buffer), so that its action depends on the observation alone.
-discrete actions: a behaviour-cloned policy G_i; an action is a candidate if it is available and G_i(a) > threshold max_b G_i(b).
+continuous actions: a variational auto-encoder of the recorded actions proposes candidates, a perturbation of at most
+    phi moves them up q_i, and the arg max of q_i among them is played. While training the latents are drawn anew; a
+    policy that is played has its latents drawn once (a buffer), so that its action depends on the observation alone.
+discrete actions: a behaviour-cloned policy G_i; an action is a candidate if it is available and G_i(a) > threshold
+    max_b G_i(b).
 
-The policy is implicit, so it is no network of make_policy: ContinuousBCQ and DiscreteBCQ have `act` themselves, and a checkpoint's
-"policy" holds all of their parameters. `policy_of_run` builds what they load into.
+The policy is implicit, so it is no network of make_policy: ContinuousBCQ and DiscreteBCQ have `act` themselves, and a
+checkpoint's "policy" holds all of their parameters. `policy_of_run` builds what they load into.
 """
 
 from dataclasses import dataclass
@@ -132,7 +134,11 @@ class ContinuousBCQ(nn.Module):
 
     def losses(self, target, batch: TensorDict, args: Args) -> list[tuple]:
         """[(name, loss, the modules that it trains)]."""
-        obs, action, next_obs = batch["agents", "observation"], batch["agents", "action"].clamp(-BOX, BOX), batch["next", "agents", "observation"]
+        obs, action, next_obs = (
+            batch["agents", "observation"],
+            batch["agents", "action"].clamp(-BOX, BOX),
+            batch["next", "agents", "observation"],
+        )
         mean, log_std = self.encoder(torch.cat([obs, action], -1)).chunk(2, -1)
         log_std = log_std.clamp(-4, 15)
         reconstruction = self.decode(obs, mean + log_std.exp() * torch.randn_like(mean))
@@ -147,7 +153,11 @@ class ContinuousBCQ(nn.Module):
         L_q = q_loss(q_tot, q_target(batch["reward"][:, 0], batch["terminated"][:, 0], q_tot_next, args.gamma))
         L_xi = -self.q[0](obs, self.perturb(obs, proposal)).sum(-1).mean()  # Fujimoto et al. 2019a, Eq. 12
         L_vae = vae_loss(reconstruction, action, mean, log_std, args.kl_weight)
-        return [("q_loss", L_q, (self.q, self.mixer)), ("policy_loss", L_xi, (self.perturbation,)), ("vae_loss", L_vae, (self.encoder, self.decoder))]
+        return [
+            ("q_loss", L_q, (self.q, self.mixer)),
+            ("policy_loss", L_xi, (self.perturbation,)),
+            ("vae_loss", L_vae, (self.encoder, self.decoder)),
+        ]
 
 
 class DiscreteBCQ(nn.Module):
@@ -166,7 +176,11 @@ class DiscreteBCQ(nn.Module):
 
     def losses(self, target, batch: TensorDict, args: Args) -> list[tuple]:
         """[(name, loss, the modules that it trains)]."""
-        obs, action, next_obs = batch["agents", "observation"], batch["agents", "action"], batch["next", "agents", "observation"]
+        obs, action, next_obs = (
+            batch["agents", "observation"],
+            batch["agents", "action"],
+            batch["next", "agents", "observation"],
+        )
         with torch.no_grad():  # the networks choose a', the target networks value it
             next_action = self.act(next_obs, batch["next", "agents", "action_mask"])
             q_tot_next = target.mixer(target.q(next_obs, next_action), batch["next", "state"])

@@ -32,18 +32,30 @@ from support.seeds import Graph, adam
 
 
 def check(args: RunArgs, *positive: str):
-    """Raises BadInput for a flag out of its range; `positive` are those of this method that must be positive numbers."""
+    """Raises BadInput for a flag out of its range; `positive` are those of this method that must be positive
+    numbers."""
     check_args(args)
     check_positive(args, *positive)
     check_discount(args)
 
 
-def training(algo: str, parts: dict, rows: TensorDict, keys: list, args: RunArgs, seed: int, card: dict, env: EnvBase | None, metrics: list[dict]):
-    """The run of a method that learns all it has in one stage. A generator of (batch of rows' `keys`, losses), one a step.
+def training(
+    algo: str,
+    parts: dict,
+    rows: TensorDict,
+    keys: list,
+    args: RunArgs,
+    seed: int,
+    card: dict,
+    env: EnvBase | None,
+    metrics: list[dict],
+):
+    """The run of a method that learns all it has in one stage. A generator of (batch of rows' `keys`, losses), one a
+    step.
 
-    The caller makes its update on the batch and puts what metrics.csv shall show into `losses` (name -> scalar tensor). `parts`
-    are the modules and optimisers that a checkpoint holds, "policy" among them is the one that is evaluated. A stopped run
-    goes on where it was; a finished one yields nothing. The rows of metrics.csv go to `metrics`.
+    The caller makes its update on the batch and puts what metrics.csv shall show into `losses` (name -> scalar tensor).
+    `parts` are the modules and optimisers that a checkpoint holds, "policy" among them is the one that is evaluated. A
+    stopped run goes on where it was; a finished one yields nothing. The rows of metrics.csv go to `metrics`.
     """
     run = start_runs(replace(args, seeds=[seed]), algo, card, rows, {})[seed]
     start, seconds, began = run.state["step"], run.state["seconds"], time.perf_counter() - run.state["wall"]
@@ -57,7 +69,13 @@ def training(algo: str, parts: dict, rows: TensorDict, keys: list, args: RunArgs
         set_random_state(run.state["random"])  # after the initialisations of the parts have drawn from it
     at, replay = eval_steps(args), make_replay(rows, keys, device=pick_device(args.device))
     clock = time.perf_counter()
-    for step, batch in tqdm(minibatches(start, at, (replay, args.batch_size)), initial=start, total=args.steps, desc=f"{algo} seed {seed}", mininterval=1):
+    for step, batch in tqdm(
+        minibatches(start, at, (replay, args.batch_size)),
+        initial=start,
+        total=args.steps,
+        desc=f"{algo} seed {seed}",
+        mininterval=1,
+    ):
         losses = {}
         yield batch, losses
         if step in at:
@@ -86,11 +104,19 @@ def train_seed(algo: str, networks: nn.Module, update: Callable, rows: TensorDic
     return metrics
 
 
-def train(algo: str, make_networks: Callable, update: Callable, keys: list, args: RunArgs, prepare: Callable = lambda rows: rows):
+def train(
+    algo: str,
+    make_networks: Callable,
+    update: Callable,
+    keys: list,
+    args: RunArgs,
+    prepare: Callable = lambda rows: rows,
+):
     """Trains a method for args.seeds, one after another, and reports.
 
-    make_networks(card, args) gives all that it learns. update(networks, target, optimizer, batch, args) is one step on a batch
-    of the rows' `keys`, and returns what metrics.csv shall show. prepare(rows) may add keys to the dataset's rows.
+    make_networks(card, args) gives all that it learns. update(networks, target, optimizer, batch, args) is one step on
+    a batch of the rows' `keys`, and returns what metrics.csv shall show. prepare(rows) may add keys to the dataset's
+    rows.
     """
     device = pick_device(args.device, args.tf32)
     rows, card = load_dataset(args, device)

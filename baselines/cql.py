@@ -1,15 +1,18 @@
-"""CQL (Kumar et al. 2020, Conservative Q-Learning for Offline RL), CQL(H), on factorised values as in OMIGA's experiments.
+"""CQL (Kumar et al. 2020, Conservative Q-Learning for Offline RL), CQL(H), on factorised values as in OMIGA's
+experiments.
 
     python -m baselines.cql --env mamujoco --task hopper --quality medium-replay
 
-Q-learning of q_tot = sum_i w_i(s) q_i(o_i, a_i) + b(s), plus cql_alpha times (log sum_a exp q_tot(s, a) - q_tot(s, a_recorded)), Eq. 4: values
-of actions that the data do not hold are pushed down. The sum runs over joint actions, and for a linear mixer it falls apart
-exactly: log sum_a exp q_tot = b + sum_i log sum_a_i exp(w_i q_i(o_i, a_i)), so b cancels and every agent has its own log-sum-exp.
+Q-learning of q_tot = sum_i w_i(s) q_i(o_i, a_i) + b(s), plus cql_alpha times (log sum_a exp q_tot(s, a) - q_tot(s,
+a_recorded)), Eq. 4: values of actions that the data do not hold are pushed down. The sum runs over joint actions, and
+for a linear mixer it falls apart exactly: log sum_a exp q_tot = b + sum_i log sum_a_i exp(w_i q_i(o_i, a_i)), so b
+cancels and every agent has its own log-sum-exp.
 
-discrete actions: the log-sum-exp, the maximum in the target and the arg max that is played run over available actions; the
-    policy is the arg max of q_i, a CategoricalPolicy on q's own network (w_i >= 0: local maxima are the team's).
-continuous actions: the log-sum-exp is estimated by importance sampling (Kumar et al., Appendix F) with actions drawn uniformly and
-    around the policy's, within the box; the policy is a Gaussian that maximises q_tot and its entropy, as in SAC, on which CQL is built.
+discrete actions: the log-sum-exp, the maximum in the target and the arg max that is played run over available actions;
+    the policy is the arg max of q_i, a CategoricalPolicy on q's own network (w_i >= 0: local maxima are the team's).
+continuous actions: the log-sum-exp is estimated by importance sampling (Kumar et al., Appendix F) with actions drawn
+    uniformly and around the policy's, within the box; the policy is a Gaussian that maximises q_tot and its entropy, as
+    in SAC, on which CQL is built.
 """
 
 import math
@@ -38,7 +41,8 @@ BOX = 1.0  # the simulator clips continuous actions to [-1, 1]; recorded ones be
 @dataclass
 class Args(RunArgs):
     cql_alpha: float = 1.0
-    """weight of the conservative term beside the squared Bellman error (OMIGA's experiments); Eq. 4 has half of that error, so 1 is its alpha = 0.5"""
+    """weight of the conservative term beside the squared Bellman error (OMIGA's experiments); Eq. 4 has half of that
+    error, so 1 is its alpha = 0.5"""
     cql_samples: int = 10
     """continuous actions: samples of each kind in the log-sum-exp (Kumar et al., Appendix F)"""
     gamma: float = 0.99
@@ -49,16 +53,18 @@ class Args(RunArgs):
     """hidden units of the mixer's hyper-networks"""
 
 
-# ---------------------------------------------------------------- the losses; w, q and log_prob are [B, n], reward, terminated and *_tot [B]
+# ------------------------------------------- the losses; w, q and log_prob are [B, n], reward, terminated and *_tot [B]
 
 
 def td_loss(q_tot: Tensor, reward: Tensor, terminated: Tensor, q_tot_next: Tensor, gamma: float) -> Tensor:
     """E_D[(r + gamma q_tot(s', a') - q_tot(s, a))^2], a' the policy's action and q_tot(s', a') from target networks."""
-    return (reward + gamma * q_tot_next.masked_fill(terminated, 0) - q_tot).square().mean()  # Kumar et al. 2020, Eq. 4, Bellman error
+    # Kumar et al. 2020, Eq. 4, Bellman error
+    return (reward + gamma * q_tot_next.masked_fill(terminated, 0) - q_tot).square().mean()
 
 
 def conservative_loss(log_sum_exp: Tensor, w: Tensor, q: Tensor) -> Tensor:
-    """E_D[log sum_a exp q_tot(s, a) - q_tot(s, a_recorded)]; log_sum_exp [B, n] is each agent's log sum_a_i exp(w_i q_i)."""
+    """E_D[log sum_a exp q_tot(s, a) - q_tot(s, a_recorded)]; log_sum_exp [B, n] is each agent's log sum_a_i exp(w_i
+    q_i)."""
     return (log_sum_exp - w * q).sum(-1).mean()  # Kumar et al. 2020, Eq. 4, what alpha multiplies
 
 
@@ -70,7 +76,8 @@ def log_sum_exp(w: Tensor, q_all: Tensor, mask: Tensor) -> Tensor:
 def sampled_log_sum_exp(w: Tensor, q: Tensor, log_density: Tensor) -> Tensor:
     """log of the mean of exp(w_i q_i) / density over sampled actions: q and log_density [K, B, n] -> [B, n].
 
-    It estimates log of the integral of exp(w_i q_i) over the box of actions; a sample outside of the box has density inf.
+    It estimates log of the integral of exp(w_i q_i) over the box of actions; a sample outside of the box has density
+    inf.
     """
     return (w * q - log_density).logsumexp(0) - math.log(len(q))  # Kumar et al. 2020, Appendix F
 
@@ -78,10 +85,12 @@ def sampled_log_sum_exp(w: Tensor, q: Tensor, log_density: Tensor) -> Tensor:
 def actor_loss(w: Tensor, q: Tensor, log_prob: Tensor, temperature: Tensor, action: Tensor) -> Tensor:
     """E[temperature log pi_i(a_i) - w_i q_i(o_i, a_i)] of the policy's own actions [B, n, A], summed over agents.
 
-    q sees actions clipped to the box, as the simulator does, so outside of it q has no slope; the last term leads them back in.
+    q sees actions clipped to the box, as the simulator does, so outside of it q has no slope; the last term leads them
+    back in.
     """
     outside = (action - action.clamp(-BOX, BOX)).square().sum(-1)
-    return (temperature * log_prob - w * q + outside).sum(-1).mean()  # SAC's policy improvement, which Kumar et al. keep
+    # SAC's policy improvement, which Kumar et al. keep
+    return (temperature * log_prob - w * q + outside).sum(-1).mean()
 
 
 def temperature_loss(log_temperature: Tensor, log_prob: Tensor, action_dim: int) -> Tensor:
@@ -107,7 +116,11 @@ class Networks(nn.Module):
 
 def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, args: Args) -> dict[str, Tensor]:
     """One Adam step."""
-    obs, action, next_obs = batch["agents", "observation"], batch["agents", "action"], batch["next", "agents", "observation"]
+    obs, action, next_obs = (
+        batch["agents", "observation"],
+        batch["agents", "action"],
+        batch["next", "agents", "observation"],
+    )
     state, reward, terminated = batch["state"], batch["reward"][:, 0], batch["terminated"][:, 0]
     w, b = networks.mixer.at(state)
     critic = [*networks.q.parameters(), *networks.mixer.parameters()]
@@ -124,7 +137,8 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
         with torch.no_grad():
             next_action = networks.policy.distribution(next_obs).rsample().clamp(-BOX, BOX)
             q_next = target.q(next_obs, next_action)
-            # The policy's mean may lie beyond the box, where clipped recorded actions pile up on the edge: samples must reach that edge.
+            # The policy's mean may lie beyond the box, where clipped recorded actions pile up on the edge: samples must
+            # reach that edge.
             near = Normal(pi.loc.clamp(-BOX, BOX), pi.scale, validate_args=False)
             drawn = near.rsample((args.cql_samples,))  # Normal.sample waits for a check on the host
             uniform = torch.empty_like(drawn).uniform_(-BOX, BOX)
@@ -143,7 +157,8 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
         q_tot_next = target.mixer(q_next, batch["next", "state"])
     L_td = td_loss(networks.mixer(q, state, (w, b)), reward, terminated, q_tot_next, args.gamma)
     L_cql = conservative_loss(total, w, q)
-    for loss, parameters in [(L_td + args.cql_alpha * L_cql, critic), *steps]:  # each parameter has the gradient of the one loss that trains it
+    # each parameter has the gradient of the one loss that trains it
+    for loss, parameters in [(L_td + args.cql_alpha * L_cql, critic), *steps]:
         set_gradients(loss, parameters)
     optimizer.step()
     update_target(target.parameters(), networks.parameters(), args.tau)

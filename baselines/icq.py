@@ -2,16 +2,19 @@
 
     python -m baselines.icq --env mamujoco --task hopper --quality medium-replay
 
-Both steps see recorded actions alone. The constrained optimum is pi = mu exp(q / alpha) / Z, so an expectation under pi is one
-under the data with the weight exp(q / alpha) / Z: q_tot = sum_i w_i(s) q_i + b(s) is backed up from the action recorded at s', in
-proportion to that weight, and since q_tot is a weighted sum, pi falls apart into pi_i = mu_i exp(w_i q_i / alpha) / Z_i, which
-weighted behavioural cloning extracts. Z is the sum over the batch, as in the authors' code: both weights are a softmax over it.
+Both steps see recorded actions alone. The constrained optimum is pi = mu exp(q / alpha) / Z, so an expectation under pi
+is one under the data with the weight exp(q / alpha) / Z: q_tot = sum_i w_i(s) q_i + b(s) is backed up from the action
+recorded at s', in proportion to that weight, and since q_tot is a weighted sum, pi falls apart into pi_i = mu_i exp(w_i
+q_i / alpha) / Z_i, which weighted behavioural cloning extracts. Z is the sum over the batch, as in the authors' code:
+both weights are a softmax over it.
 
-discrete actions: pi_i's exponent is the advantage over sum_a pi_i(a) q_i(a) of available actions (ICQ-MA's code on StarCraft); a
-    value of the observation alone cancels against Z where Z is exact, and makes different observations comparable where it is a sum over the batch.
+discrete actions: pi_i's exponent is the advantage over sum_a pi_i(a) q_i(a) of available actions (ICQ-MA's code on
+    StarCraft); a value of the observation alone cancels against Z where Z is exact, and makes different observations
+    comparable where it is a sum over the batch.
 continuous actions: the exponent is w_i q_i itself, as in OMIGA's experiments.
 
-w_i stands within the exponent, where the derivation puts it; ICQ-MA's code on StarCraft multiplies the weight exp(A_i / alpha) / Z by it.
+w_i stands within the exponent, where the derivation puts it; ICQ-MA's code on StarCraft multiplies the weight exp(A_i /
+alpha) / Z by it.
 
 The paper's TD(lambda) needs trajectories; on single transitions it is lambda = 0.
 """
@@ -33,14 +36,23 @@ from environments.checks import run_script
 from support.runs import RunArgs
 from support.seeds import set_gradients
 
-KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated", "next_action", "has_next"]
+KEYS = [
+    "state",
+    ("agents", "observation"),
+    ("agents", "action"),
+    ("agents", "action_mask"),
+    "reward",
+    "terminated",
+    "next_action",
+    "has_next",
+]
 
 
 @dataclass
 class Args(RunArgs):
     alpha: float | None = None
-    """temperature of the policies' weights, in units of the reward (default 0.1 for discrete actions, ICQ-MA's on StarCraft, and 100
-    for continuous ones, that of OMIGA's experiments on MaMuJoCo)"""
+    """temperature of the policies' weights, in units of the reward (default 0.1 for discrete actions, ICQ-MA's on
+    StarCraft, and 100 for continuous ones, that of OMIGA's experiments on MaMuJoCo)"""
     alpha_q: float = 1000.0
     """temperature of the weights in q's target (ICQ-MA's code)"""
     gamma: float = 0.99
@@ -54,8 +66,8 @@ class Args(RunArgs):
 def with_next_action(rows: TensorDict) -> TensorDict:
     """The dataset with two more row keys: the action recorded at the next row, and whether there is one.
 
-    There is none where an episode ends. After termination nothing is backed up; what a time limit cut has a next state whose
-    action nobody recorded, so q can't be backed up there, and q's loss leaves such a transition out.
+    There is none where an episode ends. After termination nothing is backed up; what a time limit cut has a next state
+    whose action nobody recorded, so q can't be backed up there, and q's loss leaves such a transition out.
     """
     rows = rows.clone(recurse=False).unlock_()
     rows["next_action"] = rows["agents", "action"].roll(-1, 0)
@@ -63,16 +75,26 @@ def with_next_action(rows: TensorDict) -> TensorDict:
     return rows.lock_()
 
 
-# ---------------------------------------------------------------- the losses; w, q and log_prob are [B, n], the rest [B]
+# --------------------------------------------------------------- the losses; w, q and log_prob are [B, n], the rest [B]
 
 
 def softmax_weights(x: Tensor, keep: Tensor) -> Tensor:
-    """exp(x) / Z over the kept entries of the batch (dimension 0), times their number: mean 1 over them, 0 elsewhere."""
+    """exp(x) / Z over the kept entries of the batch (dimension 0), times their number: mean 1 over them, 0
+    elsewhere."""
     return keep.sum(0) * x.masked_fill(~keep, torch.finfo(x.dtype).min).softmax(0).masked_fill(~keep, 0)
 
 
-def q_loss(q_tot: Tensor, reward: Tensor, terminated: Tensor, has_next: Tensor, q_tot_next: Tensor, alpha_q: float, gamma: float) -> Tensor:
-    """E_D[(r + gamma exp(q_tot(s', a') / alpha) / Z q_tot(s', a') - q_tot(s, a))^2], a' recorded, q_tot(s', a') from target networks."""
+def q_loss(
+    q_tot: Tensor,
+    reward: Tensor,
+    terminated: Tensor,
+    has_next: Tensor,
+    q_tot_next: Tensor,
+    alpha_q: float,
+    gamma: float,
+) -> Tensor:
+    """E_D[(r + gamma exp(q_tot(s', a') / alpha) / Z q_tot(s', a') - q_tot(s, a))^2], a' recorded, q_tot(s', a') from
+    target networks."""
     backup = softmax_weights(q_tot_next / alpha_q, has_next) * q_tot_next.masked_fill(~has_next, 0)
     known = has_next | terminated
     error = (reward + gamma * backup - q_tot).square()  # Yang et al. 2021, the ICQ-MA loss of q
@@ -86,7 +108,8 @@ def policy_loss(w: Tensor, advantage: Tensor, alpha: float, log_prob: Tensor) ->
 
 
 def advantage(q_all: Tensor, q: Tensor, logits: Tensor) -> Tensor:
-    """q_i(o_i, a_i) - sum_a pi_i(a) q_i(o_i, a): q_all and logits [B, n, A], logits -inf for unavailable actions -> [B, n]."""
+    """q_i(o_i, a_i) - sum_a pi_i(a) q_i(o_i, a): q_all and logits [B, n, A], logits -inf for unavailable actions -> [B,
+    n]."""
     return q - (logits.softmax(-1) * q_all).sum(-1)
 
 
@@ -104,7 +127,11 @@ class Networks(nn.Module):
 
 def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, args: Args) -> dict[str, Tensor]:
     """One Adam step on both losses. No parameter is in both, so their sum has each one's gradient."""
-    obs, action, mask = batch["agents", "observation"], batch["agents", "action"], batch["agents"].get("action_mask", None)
+    obs, action, mask = (
+        batch["agents", "observation"],
+        batch["agents", "action"],
+        batch["agents"].get("action_mask", None),
+    )
     state, reward, terminated = batch["state"], batch["reward"][:, 0], batch["terminated"][:, 0]
     theta = networks.mixer.at(state)
     if networks.q.discrete:
@@ -113,9 +140,19 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
     else:
         q = networks.q(obs, action)
     with torch.no_grad():
-        q_tot_next = target.mixer(target.q(batch["next", "agents", "observation"], batch["next_action"]), batch["next", "state"])
+        q_tot_next = target.mixer(
+            target.q(batch["next", "agents", "observation"], batch["next_action"]), batch["next", "state"]
+        )
         A = advantage(q_all, q, networks.policy.logits(obs, mask)) if networks.q.discrete else q
-    L_q = q_loss(networks.mixer(q, state, theta), reward, terminated, batch["has_next"][:, 0], q_tot_next, args.alpha_q, args.gamma)
+    L_q = q_loss(
+        networks.mixer(q, state, theta),
+        reward,
+        terminated,
+        batch["has_next"][:, 0],
+        q_tot_next,
+        args.alpha_q,
+        args.gamma,
+    )
     alpha = args.alpha or (0.1 if networks.q.discrete else 100.0)
     L_pi = policy_loss(theta[0], A, alpha, networks.policy.log_prob(obs, action, mask))
     set_gradients(L_q + L_pi, list(networks.parameters()))

@@ -4,15 +4,18 @@ Equations and hyperparameters are those of the version that was submitted to ICL
 
     python -m baselines.omar --env mamujoco --task hopper --quality medium-replay
 
-Independent learners: each agent has twin values q_i(o_i, a_i) of the team's reward (TD3) made conservative by CQL(H) (Kumar et al. 2020,
-Eq. 4), and no mixer. A conservative q has many local optima where a policy gradient gets stuck, so the actor is rectified: a
-zeroth-order search looks for an action of high q, and the policy is pulled towards it while it climbs q.
+Independent learners: each agent has twin values q_i(o_i, a_i) of the team's reward (TD3) made conservative by CQL(H)
+(Kumar et al. 2020, Eq. 4), and no mixer. A conservative q has many local optima where a policy gradient gets stuck, so
+the actor is rectified: a zeroth-order search looks for an action of high q, and the policy is pulled towards it while
+it climbs q.
 
-continuous actions: as published. The policy is deterministic (the mean of a Gaussian whose deviation is not trained); the search
-    samples actions from a Gaussian that moves to their softmax-weighted mean, and takes the best of the last ones and the policy's own.
-discrete actions (published for continuous ones): with A actions the search is exhaustive and exact, a_hat = arg max of q_i over
-    available actions. The gradient step climbs sum_a pi_i(a) q_i(a), exactly instead of through one action's slope, and the squared
-    distance to a_hat becomes -log pi_i(a_hat). The target takes the target policy's most likely action.
+continuous actions: as published. The policy is deterministic (the mean of a Gaussian whose deviation is not trained);
+    the search samples actions from a Gaussian that moves to their softmax-weighted mean, and takes the best of the last
+    ones and the policy's own.
+discrete actions (published for continuous ones): with A actions the search is exhaustive and exact, a_hat = arg max of
+    q_i over available actions. The gradient step climbs sum_a pi_i(a) q_i(a), exactly instead of through one action's
+    slope, and the squared distance to a_hat becomes -log pi_i(a_hat). The target takes the target policy's most likely
+    action.
 """
 
 import math
@@ -40,7 +43,8 @@ BOX = 1.0  # the simulator clips continuous actions to [-1, 1]; recorded ones be
 @dataclass
 class Args(RunArgs):
     rectification: float = 0.5
-    """weight of the distance to the search's action; 1 less it is q's (Pan et al.'s tau: 0.5 on medium-replay, 0.7 medium, 0.9 expert)"""
+    """weight of the distance to the search's action; 1 less it is q's (Pan et al.'s tau: 0.5 on medium-replay, 0.7
+    medium, 0.9 expert)"""
     search_steps: int = 3
     """continuous actions: steps of the search (Pan et al.)"""
     search_samples: int = 10
@@ -59,11 +63,12 @@ class Args(RunArgs):
     """step of the target networks towards the networks"""
 
 
-# ---------------------------------------------------------------- the losses; q_j and log_sum_exp are [2, B, n], reward and terminated [B]
+# --------------------------------------------- the losses; q_j and log_sum_exp are [2, B, n], reward and terminated [B]
 
 
 def td_loss(q_j: Tensor, reward: Tensor, terminated: Tensor, q_next_j: Tensor, gamma: float) -> Tensor:
-    """E_D[(r + gamma min_j q_j(o_i', a_i') - q_j(o_i, a_i))^2], summed over the twins; q_next_j [2, B, n] from target networks."""
+    """E_D[(r + gamma min_j q_j(o_i', a_i') - q_j(o_i, a_i))^2], summed over the twins; q_next_j [2, B, n] from target
+    networks."""
     target = reward.unsqueeze(-1) + gamma * q_next_j.amin(0).masked_fill(terminated.unsqueeze(-1), 0)
     return (target - q_j).square().sum(0).mean()  # Pan et al. 2022, Eq. 1, the Bellman error, for TD3's twins
 
@@ -74,19 +79,25 @@ def conservative_loss(log_sum_exp: Tensor, q_j: Tensor) -> Tensor:
 
 
 def sampled_log_sum_exp(q_j: Tensor, log_density: Tensor) -> Tensor:
-    """log of the mean of exp(q) / density over sampled actions: q_j [2, K, B, n] and log_density [K, B, n] -> [2, B, n]."""
+    """log of the mean of exp(q) / density over sampled actions: q_j [2, K, B, n] and log_density [K, B, n] -> [2, B,
+    n]."""
     return (q_j - log_density).logsumexp(1) - math.log(len(log_density))  # Kumar et al. 2020, Appendix F
 
 
 def actor_loss(q: Tensor, action: Tensor, a_hat: Tensor, rectification: float) -> Tensor:
-    """E_D[-(1 - c) q_i(o_i, pi_i(o_i)) + c |pi_i(o_i) - a_hat_i|^2]: q [B, n] of the policy's action, action and a_hat [B, n, A]."""
-    return (-(1 - rectification) * q + rectification * (action - a_hat).square().sum(-1)).mean()  # Pan et al. 2022, Eq. 2
+    """E_D[-(1 - c) q_i(o_i, pi_i(o_i)) + c |pi_i(o_i) - a_hat_i|^2]: q [B, n] of the policy's action, action and a_hat
+    [B, n, A]."""
+    # Pan et al. 2022, Eq. 2
+    return (-(1 - rectification) * q + rectification * (action - a_hat).square().sum(-1)).mean()
 
 
 def discrete_actor_loss(q_all: Tensor, logits: Tensor, a_hat: Tensor, rectification: float) -> Tensor:
     """E_D[-(1 - c) sum_a pi_i(a) q_i(o_i, a) - c log pi_i(a_hat_i)]: q_all and logits [B, n, A], a_hat [B, n]."""
     log_pi = logits.log_softmax(-1)
-    return (-(1 - rectification) * (logits.softmax(-1) * q_all).sum(-1) - rectification * log_pi.gather(-1, a_hat.unsqueeze(-1))[..., 0]).mean()
+    return (
+        -(1 - rectification) * (logits.softmax(-1) * q_all).sum(-1)
+        - rectification * log_pi.gather(-1, a_hat.unsqueeze(-1))[..., 0]
+    ).mean()
 
 
 @torch.no_grad()
@@ -120,7 +131,11 @@ class Networks(nn.Module):
 
 def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, args: Args) -> dict[str, Tensor]:
     """One Adam step."""
-    obs, action, next_obs = batch["agents", "observation"], batch["agents", "action"], batch["next", "agents", "observation"]
+    obs, action, next_obs = (
+        batch["agents", "observation"],
+        batch["agents", "action"],
+        batch["next", "agents", "observation"],
+    )
     reward, terminated = batch["reward"][:, 0], batch["terminated"][:, 0]
     if networks.q[0].discrete:
         mask = batch["agents", "action_mask"]
@@ -130,7 +145,12 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
         q_j = q_all_j.gather(-1, action.expand(2, *action.shape).unsqueeze(-1))[..., 0]
         total = q_all_j.masked_fill(~mask, -torch.inf).logsumexp(-1)
         q_all = q_all_j[0].detach()
-        L_pi = discrete_actor_loss(q_all, networks.policy.logits(obs, mask), q_all.masked_fill(~mask, -torch.inf).argmax(-1), args.rectification)
+        L_pi = discrete_actor_loss(
+            q_all,
+            networks.policy.logits(obs, mask),
+            q_all.masked_fill(~mask, -torch.inf).argmax(-1),
+            args.rectification,
+        )
     else:
         mean = networks.policy.act(obs)
         with torch.no_grad():
@@ -138,19 +158,32 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
             noise = args.cql_std * torch.randn_like(mean.expand(args.cql_samples, *mean.shape))
             uniform, drawn = torch.empty_like(noise).uniform_(-BOX, BOX), mean.clamp(-BOX, BOX) + noise
             density = -0.5 * (noise / args.cql_std).square() - math.log(args.cql_std * math.sqrt(2 * math.pi))
-            inside = (drawn.abs() <= BOX).all(-1)  # a sample outside of the box has density inf: it is no part of the integral
-            log_density = torch.cat([torch.full_like(noise[..., 0], -mean.shape[-1] * math.log(2 * BOX)), density.sum(-1).masked_fill(~inside, torch.inf)])
+            # a sample outside of the box has density inf: it is no part of the integral
+            inside = (drawn.abs() <= BOX).all(-1)
+            log_density = torch.cat(
+                [
+                    torch.full_like(noise[..., 0], -mean.shape[-1] * math.log(2 * BOX)),
+                    density.sum(-1).masked_fill(~inside, torch.inf),
+                ]
+            )
             samples = torch.cat([uniform, drawn])
         q_j = networks.q_j(obs, action.clamp(-BOX, BOX))
         total = sampled_log_sum_exp(networks.q_j(obs.expand(len(samples), *obs.shape), samples), log_density)
-        clipped = mean.clamp(-BOX, BOX)  # what the simulator does with it; outside of the box a_hat leads the mean back in
-        L_pi = actor_loss(networks.q[0](obs, clipped), mean, search(networks.q[0], obs, clipped.detach(), args), args.rectification)
+        # what the simulator does with it; outside of the box a_hat leads the mean back in
+        clipped = mean.clamp(-BOX, BOX)
+        L_pi = actor_loss(
+            networks.q[0](obs, clipped), mean, search(networks.q[0], obs, clipped.detach(), args), args.rectification
+        )
     L_td, L_cql = td_loss(q_j, reward, terminated, q_next_j, args.gamma), conservative_loss(total, q_j)
-    for loss, module in ((L_td + args.cql_alpha * L_cql, networks.q), (L_pi, networks.policy)):  # each parameter has the gradient of its own loss alone
+    # each parameter has the gradient of its own loss alone
+    for loss, module in ((L_td + args.cql_alpha * L_cql, networks.q), (L_pi, networks.policy)):
         set_gradients(loss, list(module.parameters()))
     optimizer.step()
     update_target(target.parameters(), networks.parameters(), args.tau)
-    return {k: v.detach() for k, v in {"td_loss": L_td, "conservative_loss": L_cql, "policy_loss": L_pi, "mean_q": q_j.mean()}.items()}
+    return {
+        k: v.detach()
+        for k, v in {"td_loss": L_td, "conservative_loss": L_cql, "policy_loss": L_pi, "mean_q": q_j.mean()}.items()
+    }
 
 
 # ---------------------------------------------------------------- the script

@@ -2,10 +2,11 @@
 
     python -m baselines.omiga --env mamujoco --task hopper --quality medium-replay
 
-The team maximises its return less alpha KL(pi_tot, mu_tot). With q_tot = sum_i w_i(s) q_i + b(s) and v_tot = sum_i w_i(s) v_i + b(s)
-that regularisation of the team splits into one for each agent, at the temperature alpha / w_i: v_i(o_i) is the soft maximum
-(alpha / w_i) log E_mu_i[exp(w_i q_i / alpha)], learned in-sample by a convex loss, and pi_i is mu_i exp(w_i (q_i - v_i) / alpha),
-extracted by weighted behavioural cloning. Only recorded actions are ever evaluated, so no mask is needed but the policy's own.
+The team maximises its return less alpha KL(pi_tot, mu_tot). With q_tot = sum_i w_i(s) q_i + b(s) and v_tot = sum_i
+w_i(s) v_i + b(s) that regularisation of the team splits into one for each agent, at the temperature alpha / w_i:
+v_i(o_i) is the soft maximum (alpha / w_i) log E_mu_i[exp(w_i q_i / alpha)], learned in-sample by a convex loss, and
+pi_i is mu_i exp(w_i (q_i - v_i) / alpha), extracted by weighted behavioural cloning. Only recorded actions are ever
+evaluated, so no mask is needed but the policy's own.
 
 For continuous and discrete actions alike: q_i, v_i and pi_i differ in their heads only. The policy is make_policy's.
 """
@@ -43,12 +44,13 @@ class Args(RunArgs):
     """hidden units of the mixer's hyper-networks"""
 
 
-# ---------------------------------------------------------------- the losses; w, q, v and log_prob are [B, n], the rest [B]
+# ------------------------------------------------------------ the losses; w, q, v and log_prob are [B, n], the rest [B]
 
 
 def q_loss(q_tot: Tensor, reward: Tensor, terminated: Tensor, v_tot_next: Tensor, gamma: float) -> Tensor:
     """E_D[(r + gamma v_tot(s') - q_tot(s, a))^2], v_tot(s') from target networks. Trains q and the mixer."""
-    return (reward + gamma * v_tot_next.masked_fill(terminated, 0) - q_tot).square().mean()  # Wang et al. 2023, the loss of Q_tot
+    # Wang et al. 2023, the loss of Q_tot
+    return (reward + gamma * v_tot_next.masked_fill(terminated, 0) - q_tot).square().mean()
 
 
 def exponent(w: Tensor, q: Tensor, v: Tensor, alpha: float) -> Tensor:
@@ -57,9 +59,11 @@ def exponent(w: Tensor, q: Tensor, v: Tensor, alpha: float) -> Tensor:
 
 
 def v_loss(w: Tensor, q: Tensor, v: Tensor, alpha: float) -> Tensor:
-    """E_D[exp(z_i) + w_i v_i / alpha], summed over agents; w_i and q_i are constants. Its minimum has E_mu_i[exp(z_i)] = 1.
+    """E_D[exp(z_i) + w_i v_i / alpha], summed over agents; w_i and q_i are constants. Its minimum has E_mu_i[exp(z_i)]
+    = 1.
 
-    Beyond Z_MAX exp is continued by its tangent: nothing overflows, and v_i is still pulled up where q_i is far above it.
+    Beyond Z_MAX exp is continued by its tangent: nothing overflows, and v_i is still pulled up where q_i is far above
+    it.
     """
     z = exponent(w, q, v, alpha)
     exp_z = z.clamp(max=Z_MAX).exp() * (1 + (z - Z_MAX).relu())
@@ -68,7 +72,8 @@ def v_loss(w: Tensor, q: Tensor, v: Tensor, alpha: float) -> Tensor:
 
 def policy_loss(w: Tensor, q: Tensor, v: Tensor, alpha: float, log_prob: Tensor) -> Tensor:
     """-E_D[exp(z_i) log pi_i(a_i | o_i)], summed over agents; the weight exp(z_i) = pi_i / mu_i is a constant."""
-    return -(exponent(w, q, v, alpha).clamp(max=Z_MAX).exp().detach() * log_prob).sum(-1).mean()  # Wang et al. 2023, the loss of pi_i
+    # Wang et al. 2023, the loss of pi_i
+    return -(exponent(w, q, v, alpha).clamp(max=Z_MAX).exp().detach() * log_prob).sum(-1).mean()
 
 
 # ---------------------------------------------------------------- one update
@@ -86,7 +91,11 @@ class Networks(nn.Module):
 
 def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, args: Args) -> dict[str, Tensor]:
     """One Adam step on the three losses. No parameter is in more than one, so their sum has each one's gradient."""
-    obs, action, mask = batch["agents", "observation"], batch["agents", "action"], batch["agents"].get("action_mask", None)
+    obs, action, mask = (
+        batch["agents", "observation"],
+        batch["agents", "action"],
+        batch["agents"].get("action_mask", None),
+    )
     state, reward, terminated = batch["state"], batch["reward"][:, 0], batch["terminated"][:, 0]
     with torch.no_grad():
         v_tot_next = target.mixer(target.v(batch["next", "agents", "observation"]), batch["next", "state"])
@@ -98,7 +107,13 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
     set_gradients(L_q + L_v + L_pi, list(networks.parameters()))
     optimizer.step()
     update_target(target.parameters(), networks.parameters(), args.tau)
-    return {"q_loss": L_q.detach(), "v_loss": L_v.detach(), "policy_loss": L_pi.detach(), "mean_q": q.mean(), "mean_v": v.detach().mean()}
+    return {
+        "q_loss": L_q.detach(),
+        "v_loss": L_v.detach(),
+        "policy_loss": L_pi.detach(),
+        "mean_q": q.mean(),
+        "mean_v": v.detach().mean(),
+    }
 
 
 # ---------------------------------------------------------------- the script

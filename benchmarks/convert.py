@@ -1,12 +1,13 @@
 """Full-size rehearsal: conversion of sources with Table 3's sizes, and 200 updates of training on what comes out.
 
-    python -m benchmarks.convert                        # hopper, ant and corridor at full size: 17 GB of disk, some minutes
+    python -m benchmarks.convert                        # hopper, ant, corridor at full size: 17 GB, some minutes
     python -m benchmarks.convert --scale 0.02           # a fiftieth of the episodes
     python -m benchmarks.convert --names corridor --folder /mnt/big
 
-Sources hold noise: hopper medium-expert as a vault, ant medium-expert as OMIGA's HDF5, corridor medium as the authors' padded .npz.
-For each it prints the most anonymous memory (RssAnon) that conversion and training took above an interpreter with torch loaded, and the speed of
-conversion next to that of a plain copy of the same bytes in the same run (both start from a warm page cache where memory allows).
+Sources hold noise: hopper medium-expert as a vault, ant medium-expert as OMIGA's HDF5, corridor medium as the authors'
+padded .npz. For each it prints the most anonymous memory (RssAnon) that conversion and training took above an
+interpreter with torch loaded, and the speed of conversion next to that of a plain copy of the same bytes in the same
+run (both start from a warm page cache where memory allows).
 """
 
 import json
@@ -77,7 +78,9 @@ def measure(job: dict):
             import comadice_train
 
             start = time.perf_counter()
-            args = comadice_train.Args(data=job["convert"]["out"], out=job["runs"], steps=job["steps"], evals=1, eval_episodes=1, device="cpu")
+            args = comadice_train.Args(
+                data=job["convert"]["out"], out=job["runs"], steps=job["steps"], evals=1, eval_episodes=1, device="cpu"
+            )
             comadice_train.main(args)
         seconds = time.perf_counter() - start
     finally:
@@ -113,13 +116,20 @@ def write_source(name: str, folder: Path, scale: float) -> Path:
     sizes = lengths(round(rows * count / SOURCES[name][3]), count, limit + (format != "npz"))
     N = sum(sizes)
     if format == "npz":
-        shapes = {"obs": (limit + 1, n, O), "states": (limit + 1, n, S), "avails": (limit + 1, n, A), "actions": (limit, n, 1)}
+        shapes = {
+            "obs": (limit + 1, n, O),
+            "states": (limit + 1, n, S),
+            "avails": (limit + 1, n, A),
+            "actions": (limit, n, 1),
+        }
         shapes |= {"rewards": (limit, n, 1), "dones": (limit, n), "actives": (limit + 1, n, 1)}
         with zipfile.ZipFile(folder / "source.npz", "w") as archive:
             for key, shape in shapes.items():
                 dtype = {"actions": "i8", "dones": "?"}.get(key, "f4")
                 with archive.open(f"{key}.npy", "w", force_zip64=True) as file:
-                    np.lib.format.write_array_header_2_0(file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (count, *shape)})
+                    np.lib.format.write_array_header_2_0(
+                        file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (count, *shape)}
+                    )
                     for T in sizes:
                         array = np.zeros(shape, dtype)
                         if key in ("obs", "states"):
@@ -154,7 +164,9 @@ def write_source(name: str, folder: Path, scale: float) -> Path:
 
     path = folder / "3hopper.vlt" / "Medium-Expert"
     path.mkdir(parents=True)
-    shapes = {"observations.": (n, O), "infos.state.": (S,), "actions.": (n, A)} | dict.fromkeys(("rewards.", "terminals.", "truncations."), (n,))
+    shapes = {"observations.": (n, O), "infos.state.": (S,), "actions.": (n, A)} | dict.fromkeys(
+        ("rewards.", "terminals.", "truncations."), (n,)
+    )
     shapes["vault_index"] = None
     for key, shape in shapes.items():
         spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"file://{path}", "path": key}}
@@ -181,7 +193,10 @@ def main(args: Args):
     unknown = sorted(set(args.names) - set(SOURCES))
     if unknown or not 0 < args.scale <= 1:
         raise BadInput(f"--names are of {', '.join(SOURCES)}, --scale is above 0 and at most 1")
-    print("| source | source GB | dataset GB | converting | MB/s | plain copy | MB/s | share of a copy's speed | RssAnon converting | RssAnon training |")
+    print(
+        "| source | source GB | dataset GB | converting | MB/s | plain copy | MB/s | share of a copy's speed | RssAnon "
+        "converting | RssAnon training |"
+    )
     print("| --- " * 10 + "|")
     for name in args.names:
         (env, task, quality), format, *_ = SOURCES[name]
@@ -196,7 +211,14 @@ def main(args: Args):
                 shutil.copyfile(file, folder / "copy" / str(i))
             copying = time.perf_counter() - start
             shutil.rmtree(folder / "copy")
-            convert = {"source": str(source), "format": format, "env": env, "task": task, "quality": quality, "out": str(folder / "out")}
+            convert = {
+                "source": str(source),
+                "format": format,
+                "env": env,
+                "task": task,
+                "quality": quality,
+                "out": str(folder / "out"),
+            }
             job = {"convert": convert, "runs": str(folder / "runs"), "steps": args.steps, "threads": args.threads}
             measured = {}
             for stage in ("convert", "train"):
@@ -206,8 +228,12 @@ def main(args: Args):
             written = sum(file.stat().st_size for file in (folder / "out").rglob("*") if file.is_file())
         seconds, peaks = measured["convert"]["seconds"], [m["peak"] / 1e6 for m in measured.values()]
         speed, copy = size / seconds / 1e6, size / copying / 1e6
-        print(f"| {task} {quality} ({format}) | {size / 1e9:.2f} | {written / 1e9:.2f} | {seconds:.1f} s | {speed:.0f} | {copying:.1f} s "
-              f"| {copy:.0f} | {speed / copy:.2f} | {peaks[0]:.0f} MB | {peaks[1]:.0f} MB |", flush=True)
+        print(
+            f"| {task} {quality} ({format}) | {size / 1e9:.2f} | {written / 1e9:.2f} | {seconds:.1f} s | {speed:.0f} | "
+            f"{copying:.1f} s "
+            f"| {copy:.0f} | {speed / copy:.2f} | {peaks[0]:.0f} MB | {peaks[1]:.0f} MB |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

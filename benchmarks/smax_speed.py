@@ -2,7 +2,8 @@
 
     python -m benchmarks.smax_speed --task zerg_10_vs_11 --battles 32
 
-Steps are counted over all battles. On a machine that does other work as well, look at the ratios and at steps a CPU second.
+Steps are counted over all battles. On a machine that does other work as well, look at the ratios and at steps a CPU
+second.
 """
 
 import time
@@ -73,7 +74,10 @@ def main(args: Args):
     torch.manual_seed(0)
     env = SMAXEnv(args.task, args.battles)
     env.set_seed(0)
-    n, A, O = *env.observation_spec["agents", "action_mask"].shape[-2:], env.observation_spec["agents", "observation"].shape[-1]
+    n, A, O = (
+        *env.observation_spec["agents", "action_mask"].shape[-2:],
+        env.observation_spec["agents", "observation"].shape[-1],
+    )
     actions = torch.randint(A, (64, args.battles, n))
     policy = CategoricalPolicy(n, O, A)
     print(f"{engine()}, {args.task}, {args.battles} battles")
@@ -89,7 +93,12 @@ def main(args: Args):
 
     base = measure("JaxMARL", raw_player(env, actions), args)
     measure("SMAXEnv", play(lambda t, td: actions[t % len(actions)]), args, base)
-    measure("SMAXEnv and policy", play(lambda t, td: policy.act(td["agents", "observation"], td["agents", "action_mask"])), args, base)
+    measure(
+        "SMAXEnv and policy",
+        play(lambda t, td: policy.act(td["agents", "observation"], td["agents", "action_mask"])),
+        args,
+        base,
+    )
 
 
 if __name__ == "__main__":

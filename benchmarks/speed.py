@@ -1,12 +1,14 @@
-"""How near an update is to the machine's limit: updates/s, the share of each part, and FLOP/s against bare matrix products.
+"""How near an update is to the machine's limit: updates/s, the share of each part, and FLOP/s against bare matrix
+products.
 
-    python -m benchmarks.speed                                                     # three shapes, 1 and 5 seeds, this machine's best device
-    python -m benchmarks.speed --shapes hopper --seeds 1 --pair "python other.py"  # beside another implementation, in turn
+    python -m benchmarks.speed                                                     # three shapes, 1 and 5 seeds
+    python -m benchmarks.speed --shapes hopper --seeds 1 --pair "python other.py"  # beside another, in turn
 
-The FLOP of an update are those of the fewest network evaluations that the equations need: a layer k -> n on m rows costs
-2mkn forward, 2mkn for its weight's gradient and 2mkn for its input's, which a network's first layer does not need.
-The peak is the same products alone, torch.mm into memory that is there. Steps and products are timed in turn, in one run,
-and medians are compared: a shared machine drifts. The outside command prints "NUMBER updates/s" once a stage, critics and policy.
+The FLOP of an update are those of the fewest network evaluations that the equations need: a layer k -> n on m rows
+costs 2mkn forward, 2mkn for its weight's gradient and 2mkn for its input's, which a network's first layer does not
+need. The peak is the same products alone, torch.mm into memory that is there. Steps and products are timed in turn, in
+one run, and medians are compared: a shared machine drifts. The outside command prints "NUMBER updates/s" once a stage,
+critics and policy.
 """
 
 import re
@@ -62,12 +64,19 @@ def random_rows(card: dict, N: int) -> TensorDict:
     """Episodes of 100 transitions of noise, in the dataset's layout."""
     N, n, A = max(N // 101, 1) * 101, card["n_agents"], card["action_dim"]
     t = torch.arange(N) % 101
-    agents = {"observation": torch.randn(N, n, card["obs_dim"]), "action": torch.randint(A, (N, n)) if card["discrete"] else torch.randn(N, n, A)}
+    agents = {
+        "observation": torch.randn(N, n, card["obs_dim"]),
+        "action": torch.randint(A, (N, n)) if card["discrete"] else torch.randn(N, n, A),
+    }
     if card["discrete"]:
         agents["action_mask"] = torch.ones(N, n, A, dtype=torch.bool)
     done = (t == 99)[:, None]
     flags = {"done": done, "terminated": done, "is_init": (t == 0)[:, None]}
-    return TensorDict({"state": torch.randn(N, card["state_dim"]), "agents": TensorDict(agents, [N, n]), "reward": torch.randn(N, 1)} | flags, [N])
+    return TensorDict(
+        {"state": torch.randn(N, card["state_dim"]), "agents": TensorDict(agents, [N, n]), "reward": torch.randn(N, 1)}
+        | flags,
+        [N],
+    )
 
 
 def products(rows: int, sizes: list[int], trained: bool = True) -> list[tuple[int, int, int]]:
@@ -88,7 +97,13 @@ def needed(card: dict, args: comadice_train.Args) -> tuple[list, list]:
         rows = 2 * B + args.init_batch_size
         critics = q + products(rows * n, [O + n, H, H, 1]) + mixer(rows, True)
     else:  # semi: at s, and the target networks at s'
-        critics = q + products(B * n, [O + n, H, H, 1]) + products(B * n, [O + n, H, H, 1], False) + mixer(B, True) + mixer(B, False)
+        critics = (
+            q
+            + products(B * n, [O + n, H, H, 1])
+            + products(B * n, [O + n, H, H, 1], False)
+            + mixer(B, True)
+            + mixer(B, False)
+        )
     return critics, products(B * n, [O + n, H, H, A if card["discrete"] else 2 * A])
 
 
@@ -114,7 +129,8 @@ class Timer:
 
 
 def product_pass(shapes: list, seeds: int, device: torch.device):
-    """A function that does the products once for every seed: one by one, or batched over seeds where there are several; on a GPU in a graph."""
+    """A function that does the products once for every seed: one by one, or batched over seeds where there are several;
+    on a GPU in a graph."""
     lead = (seeds,) if seeds > 1 else ()
     tensor = lambda *shape: torch.randn(*lead, *shape, device=device)
     buffers = [(tensor(m, k), tensor(k, n), tensor(m, n)) for m, k, n in shapes]
@@ -149,12 +165,23 @@ def critics_stage(rows: TensorDict, card: dict, seeds: int, args: Args, device: 
             update(batch, init)
 
     _, batch, init = next(draw())
-    alpha, networks, targets = torch.full_like(critics.lam, train.alpha * train.reward_scale), list(critics.parameters()), list(target.parameters())
-    losses_of = per_seed(lambda *inputs: comadice_train.critic_losses(*inputs, train), [critics, target], seeds, train.compile)
+    alpha, networks, targets = (
+        torch.full_like(critics.lam, train.alpha * train.reward_scale),
+        list(critics.parameters()),
+        list(target.parameters()),
+    )
+    losses_of = per_seed(
+        lambda *inputs: comadice_train.critic_losses(*inputs, train), [critics, target], seeds, train.compile
+    )
     losses = lambda: losses_of(batch, init, alpha)
-    parts = {"sample": lambda: [None for _ in draw()], "losses": losses, "q": lambda: set_gradients(losses()[0].sum(), list(critics.q.parameters())),
-             "nu, theta": lambda: set_gradients(losses()[1].sum(), [*critics.nu.parameters(), *critics.mixer.parameters()]), "optimiser": optimizer.step,
-             "targets": lambda: comadice_train.update_target(targets, networks, train.tau)}
+    parts = {
+        "sample": lambda: [None for _ in draw()],
+        "losses": losses,
+        "q": lambda: set_gradients(losses()[0].sum(), list(critics.q.parameters())),
+        "nu, theta": lambda: set_gradients(losses()[1].sum(), [*critics.nu.parameters(), *critics.mixer.parameters()]),
+        "optimiser": optimizer.step,
+        "targets": lambda: comadice_train.update_target(targets, networks, train.tau),
+    }
     return steps, parts
 
 
@@ -162,9 +189,14 @@ def policy_stage(rows: TensorDict, card: dict, seeds: int, args: Args, device: t
     """The same of the policies' stage."""
     sizes = card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], args.train.hidden
     policy = stack([make_policy(*sizes).to(device) for _ in range(seeds)])
-    optimizer, generators = adam(list(policy.parameters()), args.train.lr, device), make_generators(list(range(seeds)), 2, rows)
+    optimizer, generators = (
+        adam(list(policy.parameters()), args.train.lr, device),
+        make_generators(list(range(seeds)), 2, rows),
+    )
     update = Graph(comadice_bc.make_policy_update(policy, optimizer, seeds, args.train.compile), args.train.graph)
-    replay = make_replay(comadice_bc.with_ratios(rows, dict.fromkeys(range(seeds))), comadice_bc.POLICY_KEYS, False, generators, device)
+    replay = make_replay(
+        comadice_bc.with_ratios(rows, dict.fromkeys(range(seeds))), comadice_bc.POLICY_KEYS, False, generators, device
+    )
     draw = lambda: minibatches(0, {args.steps}, (replay, args.train.batch_size))
 
     def steps():
@@ -179,7 +211,9 @@ def outside(command: str) -> list[float]:
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     found = [float(x) for x in re.findall(r"([\d.]+) (?:updates|steps)/s", done.stdout)]
     if done.returncode or not found:
-        raise BadInput(f"--pair: the command ended with {done.returncode} and printed {len(found)} times 'NUMBER updates/s'")
+        raise BadInput(
+            f"--pair: the command ended with {done.returncode} and printed {len(found)} times 'NUMBER updates/s'"
+        )
     return found
 
 
@@ -219,23 +253,38 @@ def measure(shape: str, seeds: int, args: Args, device: torch.device):
     for name in stages:
         seconds, single = median(step[name]) / seeds, median(peak[name][1])
         G = flop(work[name]) / 1e9
-        print(f"  {name}: {1 / (seconds * seeds):.1f} updates/s, {1 / seconds:.1f} seed-updates/s; {G:.3f} GFLOP a seed, {G / seconds:.1f} GFLOP/s, "
-              f"{100 * single / seconds:.0f}% of the products' {G / single:.1f}"
-              + (f" (batched over seeds these reach {G / median(peak[name][seeds]):.1f})" if seeds > 1 else ""))
+        print(
+            f"  {name}: {1 / (seconds * seeds):.1f} updates/s, {1 / seconds:.1f} seed-updates/s; {G:.3f} GFLOP a seed, "
+            f"{G / seconds:.1f} GFLOP/s, "
+            f"{100 * single / seconds:.0f}% of the products' {G / single:.1f}"
+            + (f" (batched over seeds these reach {G / median(peak[name][seeds]):.1f})" if seeds > 1 else "")
+        )
         if device.type == "cuda":
             print(f"    kernels run {100 * kernel_share(made[name][0]):.0f}% of the time")
             if args.train.graph:
                 continue  # its parts run eagerly here and would be no parts of a replay: --train.no-graph shows them
-        parts = {part: timer(run, 1 if part == "sample" else args.steps) / (args.steps if part == "sample" else 1) for part, run in made[name][1].items()}
+        parts = {
+            part: timer(run, 1 if part == "sample" else args.steps) / (args.steps if part == "sample" else 1)
+            for part, run in made[name][1].items()
+        }
         if "losses" in parts:  # a gradient needs its losses computed anew, so they are taken off
             parts |= {f"gradient of {part}": parts.pop(part) - parts["losses"] for part in ("q", "nu, theta")}
         print("    " + ", ".join(f"{part} {100 * value / (seconds * seeds):.0f}%" for part, value in parts.items()))
     both, single = sum(median(x) for x in step.values()) / seeds, sum(median(peak[name][1]) for name in stages)
     print(f"  both stages: {100 * single / both:.0f}% of the products' peak, {1 / both:.1f} seed-updates/s of both")
     if others:
-        ratios = [sum(1 / x for x in other) * seeds / sum(step[name][i] for name in stages) for i, other in enumerate(others)]
-        print(f"  {min(ratios):.2f}, {median(ratios):.2f}, {max(ratios):.2f} times the updates/s of `{args.pair}` (least, median, most of {len(ratios)})")
-    memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        ratios = [
+            sum(1 / x for x in other) * seeds / sum(step[name][i] for name in stages) for i, other in enumerate(others)
+        ]
+        print(
+            f"  {min(ratios):.2f}, {median(ratios):.2f}, {max(ratios):.2f} times the updates/s of `{args.pair}` "
+            f"(least, median, most of {len(ratios)})"
+        )
+    memory = (
+        torch.cuda.max_memory_allocated() / 2**20
+        if device.type == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    )
     print(f"  peak memory so far {memory:.0f} MiB")
 
 
@@ -249,7 +298,10 @@ def main(args: Args):
     device = pick_device(args.device, args.train.tf32)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{args.threads} CPU threads"
     print(f"batch {args.train.batch_size}, {where}, torch {torch.__version__}")
-    print("FLOP of a layer k -> n on m rows: 2mkn forward, 2mkn for the weight's gradient, 2mkn for the input's (not of a first layer)")
+    print(
+        "FLOP of a layer k -> n on m rows: 2mkn forward, 2mkn for the weight's gradient, 2mkn for the input's (not of "
+        "a first layer)"
+    )
     for shape in args.shapes:
         for seeds in args.seeds:
             measure(shape, seeds, args, device)

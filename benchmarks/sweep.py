@@ -1,12 +1,13 @@
-"""The grid objective x advantage x alpha x seed on one dataset, each objective's members trained as one batched computation.
+"""The grid objective x advantage x alpha x seed on one dataset, each objective's members trained as one batched
+computation.
 
     python -m benchmarks.sweep --data data/mamujoco/hopper/medium-replay --steps 20000 --out sweep.csv
 
-Every member is what `python comadice_train.py` with its flags and seed trains, but for the batches drawn, which depend there on
-when a run is evaluated; of the --train flags, alpha, objective, advantage and those of every script but lr, hidden and batch_size
-have no effect here. Plain BC is a member too, once per --bc-lr. A member's score is the mean return over its last evaluations,
-since a policy's return swings from one checkpoint to the next. On a GPU the update is one CUDA graph, while the evaluations run
-in processes beside it.
+Every member is what `python comadice_train.py` with its flags and seed trains, but for the batches drawn, which depend
+there on when a run is evaluated; of the --train flags, alpha, objective, advantage and those of every script but lr,
+hidden and batch_size have no effect here. Plain BC is a member too, once per --bc-lr. A member's score is the mean
+return over its last evaluations, since a policy's return swings from one checkpoint to the next. On a GPU the update is
+one CUDA graph, while the evaluations run in processes beside it.
 """
 
 import csv
@@ -42,7 +43,9 @@ class Args:
     """dataset directory"""
     out: str = "sweep.csv"
     """a row a member"""
-    objectives: list[Literal["exact", "printed", "released", "semi"]] = field(default_factory=lambda: ["exact", "printed", "released", "semi"])
+    objectives: list[Literal["exact", "printed", "released", "semi"]] = field(
+        default_factory=lambda: ["exact", "printed", "released", "semi"]
+    )
     """objectives to try"""
     advantages: list[Literal["td", "q"]] = field(default_factory=lambda: ["td", "q"])
     """what w* is extracted from (`released` has its own)"""
@@ -67,7 +70,10 @@ class Args:
 
 
 def train_critics(objective: str, rows: TensorDict, card: dict, args: Args) -> list[tuple[dict, torch.Tensor]]:
-    """Lines 3-8 for alphas x seeds at once. Returns (name of the cell and seed, w* of all transitions) of each member and advantage."""
+    """Lines 3-8 for alphas x seeds at once.
+
+    Returns (name of the cell and seed, w* of all transitions) of each member and advantage.
+    """
     train = fill_in(replace(args.train, objective=objective), rows, card)
     members = [(alpha, seed) for alpha in args.alphas for seed in args.seeds]
     device, each = rows["state"].device, []
@@ -76,7 +82,9 @@ def train_critics(objective: str, rows: TensorDict, card: dict, args: Args) -> l
         each.append(comadice_train.make_critics(card, train).to(device))
     critics, target = stack(each), stack(deepcopy(each))
     alpha = torch.tensor([a * train.reward_scale for a, _ in members], device=device).reshape(critics.lam.shape)
-    update = Graph(comadice_train.make_critic_update(critics, target, comadice_train.make_optimizer(critics, train), train, alpha))
+    update = Graph(
+        comadice_train.make_critic_update(critics, target, comadice_train.make_optimizer(critics, train), train, alpha)
+    )
     generators = make_generators([seed for _, seed in members], 1, rows)
     replay = make_replay(rows, comadice_train.CRITIC_KEYS, True, generators)
     initial = make_replay(rows, comadice_train.INIT_KEYS, False, generators, first=initial_rows(rows))
@@ -89,26 +97,52 @@ def train_critics(objective: str, rows: TensorDict, card: dict, args: Args) -> l
         for advantage in args.advantages if objective != "released" else ["q"]:
             w = comadice_train.dataset_ratio(model, rows, replace(train, alpha=a, advantage=advantage))
             with torch.no_grad():
-                nu_init = model.mixer(model.nu(first["agents", "observation"]), first["state"]).mean().item() / train.reward_scale
-            results.append(({"objective": objective, "advantage": advantage, "alpha": a, "seed": seed, "lr": args.train.lr, "nu_init": nu_init}, w))
+                nu_init = (
+                    model.mixer(model.nu(first["agents", "observation"]), first["state"]).mean().item()
+                    / train.reward_scale
+                )
+            results.append(
+                (
+                    {
+                        "objective": objective,
+                        "advantage": advantage,
+                        "alpha": a,
+                        "seed": seed,
+                        "lr": args.train.lr,
+                        "nu_init": nu_init,
+                    },
+                    w,
+                )
+            )
     return results
 
 
-def train_policies(members: list[tuple[dict, torch.Tensor]], rows: TensorDict, card: dict, args: Args, pool) -> list[dict]:
+def train_policies(
+    members: list[tuple[dict, torch.Tensor]], rows: TensorDict, card: dict, args: Args, pool
+) -> list[dict]:
     """Lines 9-12 for members of one learning rate at once. Returns a row each."""
     device, each = rows["state"].device, []
     for name, _ in members:
         torch.manual_seed(name["seed"])
-        each.append(make_policy(card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], args.train.hidden).to(device))
+        each.append(
+            make_policy(card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], args.train.hidden).to(
+                device
+            )
+        )
     policy = stack(each)
-    # A ratio that is zero or not finite trains nothing, and comadice_train.py refuses it: its member is trained on 1 and not played.
+    # A ratio that is zero or not finite trains nothing, and comadice_train.py refuses it: its member is trained on 1
+    # and not played.
     finite = [bool(torch.isfinite(w).all()) and bool(w.mean() > 0) for _, w in members]
     weighted = with_ratios(rows, {m: members[m][1] if ok else None for m, ok in enumerate(finite)})
     generators = make_generators([name["seed"] for name, _ in members], 2, rows)
-    update = Graph(make_policy_update(policy, adam(list(policy.parameters()), members[0][0]["lr"], device), len(members)))
+    update = Graph(
+        make_policy_update(policy, adam(list(policy.parameters()), members[0][0]["lr"], device), len(members))
+    )
     at = {args.steps - round(i * args.steps / 5 / args.last) for i in range(args.last)}
     jobs = []
-    batches = minibatches(0, {args.steps}, (make_replay(weighted, POLICY_KEYS, False, generators), args.train.batch_size))
+    batches = minibatches(
+        0, {args.steps}, (make_replay(weighted, POLICY_KEYS, False, generators), args.train.batch_size)
+    )
     for step, batch in tqdm(batches, total=args.steps, desc=f"{len(members)} policies", mininterval=2):
         update(batch)
         if step in at:
@@ -139,15 +173,23 @@ def play(card: dict, parameters: dict, hidden: int, episodes: int, seed: int) ->
 
 def main(args: Args):
     if args.steps < 5 * args.last:
-        raise BadInput(f"--steps {args.steps} has no {args.last} evaluations in its last fifth: give at least {5 * args.last}")
+        raise BadInput(
+            f"--steps {args.steps} has no {args.last} evaluations in its last fifth: give at least {5 * args.last}"
+        )
     device = pick_device(args.device)
     rows, card = open_dataset(args.data)
     if device.type == "cuda":
         rows = rows.to(device)
     table, began = [], time.time()
     with ProcessPoolExecutor(args.processes, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
-        members = [({"objective": "bc", "advantage": "", "alpha": "", "seed": seed, "lr": lr, "nu_init": math.nan}, torch.ones(card["samples"], device=device))
-                   for lr in args.bc_lrs for seed in args.seeds]
+        members = [
+            (
+                {"objective": "bc", "advantage": "", "alpha": "", "seed": seed, "lr": lr, "nu_init": math.nan},
+                torch.ones(card["samples"], device=device),
+            )
+            for lr in args.bc_lrs
+            for seed in args.seeds
+        ]
         for objective in args.objectives:
             members += train_critics(objective, rows, card, args)
         for lr in dict.fromkeys(name["lr"] for name, _ in members):
@@ -156,10 +198,16 @@ def main(args: Args):
         writer = csv.DictWriter(file, list(table[0]))
         writer.writeheader()
         writer.writerows(table)
-    print(f"\n{card['env']} {card['task']} {card['quality']}: behaviour {card['return_mean']:.4g}, {args.steps} steps a stage, "
-          f"{time.time() - began:.0f} s on {torch.cuda.get_device_name(device) if device.type == 'cuda' else device}")
+    print(
+        f"\n{card['env']} {card['task']} {card['quality']}: behaviour {card['return_mean']:.4g}, {args.steps} steps a "
+        "stage, "
+        f"{time.time() - began:.0f} s on {torch.cuda.get_device_name(device) if device.type == 'cuda' else device}"
+    )
     battles = card["discrete"]
-    print(f"| objective | w* from | alpha | lr | return |{' won % |' * battles} E[w] | w = 0 | ess | nu_tot(s0) |\n|{'---|' * (9 + battles)}")
+    print(
+        f"| objective | w* from | alpha | lr | return |{' won % |' * battles} E[w] | w = 0 | ess | nu_tot(s0) "
+        f"|\n|{'---|' * (9 + battles)}"
+    )
     cells = {}
     for row in table:
         cells.setdefault((row["objective"], row["advantage"], row["alpha"], row["lr"]), []).append(row)

@@ -1,1 +1,4 @@
-"""The simulators as TorchRL environments, and what every script checks. Nothing of this project lies below this folder."""
+"""The simulators as TorchRL environments, and what every script checks.
+
+Nothing of this project lies below this folder.
+"""

@@ -8,7 +8,9 @@ from environments.simulators import make_env
 def main():
     print(f"{'env':<10}{'task':<18}{'agents':<8}{'state':<7}{'obs':<6}action")
     tasks = [("mamujoco", task) for task in mamujoco.MAMUJOCO_TASKS] + [("smax", task) for task in smax.TASKS]
-    tasks += [("smacv1", task) for task in starcraft.SMACV1_TASKS] + [("smacv2", task) for task in starcraft.SMACV2_TASKS]
+    tasks += [("smacv1", task) for task in starcraft.SMACV1_TASKS] + [
+        ("smacv2", task) for task in starcraft.SMACV2_TASKS
+    ]
     missing = set()
     for name, task in tasks:
         try:

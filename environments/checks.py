@@ -1,4 +1,7 @@
-"""What every script checks: input that can't be used, flags out of range, the device. Importing it does not load torch."""
+"""What every script checks: input that can't be used, flags out of range, the device.
+
+Importing it does not load torch.
+"""
 
 import math
 import sys
@@ -33,7 +36,10 @@ def check_positive(args, *names: str):
 
 
 def pick_device(name: str, tf32: bool = False) -> "torch.device":
-    """Raises BadInput for a device that is not there. With tf32, float32 matrix products use it from now on where they can."""
+    """Raises BadInput for a device that is not there.
+
+    With tf32, float32 matrix products use it from now on where they can.
+    """
     import torch
 
     if tf32:

@@ -25,7 +25,9 @@ def mamujoco_scenario(task: str) -> tuple[str, str]:
     try:
         from gymnasium_robotics.envs.multiagent_mujoco import mujoco_multi
     except ImportError as error:
-        raise NoSimulator(f"mamujoco needs gymnasium-robotics and mujoco ({error}): pip install -r requirements.txt") from None
+        raise NoSimulator(
+            f"mamujoco needs gymnasium-robotics and mujoco ({error}): pip install -r requirements.txt"
+        ) from None
 
     if task in MAMUJOCO_TASKS:
         return MAMUJOCO_TASKS[task]
@@ -43,7 +45,8 @@ def mamujoco_scenario(task: str) -> tuple[str, str]:
 def mamujoco_team(task: str) -> tuple[str, str, int, int]:
     """(scenario, partition, agents, entries of an agent's action) of a task.
 
-    Raises NoSimulator as mamujoco_scenario does, BadInput for a partition that does not exist or has agents of different sizes.
+    Raises NoSimulator as mamujoco_scenario does, BadInput for a partition that does not exist or has agents of
+    different sizes.
     """
     scenario, partition = mamujoco_scenario(task)
     from gymnasium_robotics.envs.multiagent_mujoco.obsk import get_parts_and_edges
@@ -51,7 +54,9 @@ def mamujoco_team(task: str) -> tuple[str, str, int, int]:
     try:
         parts, _, _ = get_parts_and_edges(scenario, partition)
     except Exception as error:  # gymnasium-robotics has no other type for a partition that it does not know
-        raise BadInput(f"mamujoco task '{task}': {scenario} has no partition '{partition}' in gymnasium-robotics") from error
+        raise BadInput(
+            f"mamujoco task '{task}': {scenario} has no partition '{partition}' in gymnasium-robotics"
+        ) from error
     if any(len(part) != len(parts[0]) for part in parts):
         raise BadInput(f"mamujoco task '{task}': agents with {[len(p) for p in parts]} actions can't share one network")
     return scenario, partition, len(parts), len(parts[0])
@@ -63,7 +68,11 @@ def benchmark_observation(raw: np.ndarray, n: int) -> np.ndarray:
     That is the whole observation and the agent's one-hot id, standardised over the entries of that vector.
     """
     B = len(raw)
-    obs = np.concatenate([np.broadcast_to(raw[:, None], (B, n, raw.shape[1])), np.broadcast_to(np.eye(n), (B, n, n))], -1, dtype=np.float64)
+    obs = np.concatenate(
+        [np.broadcast_to(raw[:, None], (B, n, raw.shape[1])), np.broadcast_to(np.eye(n), (B, n, n))],
+        -1,
+        dtype=np.float64,
+    )
     return (obs - obs.mean(-1, keepdims=True)) / obs.std(-1, keepdims=True)
 
 
@@ -99,12 +108,18 @@ class MaMuJoCoEnv(EnvBase):
         try:
             self.robots = [mamujoco_v1.parallel_env(scenario, partition, agent_obsk, **kwargs) for _ in range(num_envs)]
         except (IndexError, ValueError) as error:  # a scenario's model that this version of MuJoCo does not take
-            raise BadInput(f"mamujoco task '{task}': gymnasium-robotics can't build it with this MuJoCo ({error})") from error
+            raise BadInput(
+                f"mamujoco task '{task}': gymnasium-robotics can't build it with this MuJoCo ({error})"
+            ) from error
         if agent_obsk is not None and self.robots[0].observation_factorization is None:
-            raise BadInput(f"gymnasium-robotics has no agent_obsk observations for {scenario}: use the benchmark's (--interface benchmark)")
+            raise BadInput(
+                f"gymnasium-robotics has no agent_obsk observations for {scenario}: use the benchmark's (--interface "
+                "benchmark)"
+            )
         self.simulators = [robot.single_agent_env for robot in self.robots]
         self.seeds = [None] * num_envs
-        # Raw single-agent observations of all robots, as MuJoCo has them; 84 entries for Ant's contact forces stay zero.
+        # Raw single-agent observations of all robots, as MuJoCo has them; 84 entries for Ant's contact forces stay
+        # zero.
         D = self.simulators[0].observation_space.shape[0]
         self.raw = np.zeros((num_envs, D + 84 if kwargs else D))
         self.D = D
@@ -131,7 +146,9 @@ class MaMuJoCoEnv(EnvBase):
         )
         self.reward_spec = Unbounded((B, 1), device=device)
         flag = Binary(n=1, shape=(B, 1), dtype=torch.bool, device=device)
-        self.done_spec = Composite(done=flag, terminated=flag.clone(), truncated=flag.clone(), shape=(B,), device=device)
+        self.done_spec = Composite(
+            done=flag, terminated=flag.clone(), truncated=flag.clone(), shape=(B,), device=device
+        )
 
     def _view(self) -> TensorDict:
         """What the agents and the mixers see of self.raw."""
@@ -143,7 +160,9 @@ class MaMuJoCoEnv(EnvBase):
             obs = np.where(self.index < 0, 0.0, self.raw[:, self.index])
             state = self.raw
         obs, state = (torch.as_tensor(np.ascontiguousarray(x), dtype=torch.float32) for x in (obs, state))
-        return TensorDict({"agents": TensorDict({"observation": obs}, [B, self.n]), "state": state}, [B]).to(self.device)
+        return TensorDict({"agents": TensorDict({"observation": obs}, [B, self.n]), "state": state}, [B]).to(
+            self.device
+        )
 
     def _set_seed(self, seed: int | None):
         """Seeds every robot apart, from its next reset on."""
@@ -173,7 +192,12 @@ class MaMuJoCoEnv(EnvBase):
                 action = robot.map_local_actions_to_global_action(dict(zip(robot.possible_agents, actions[i])))
             self.raw[i, : self.D], reward[i], terminated[i], truncated[i], _ = self.simulators[i].step(action)
         terminated, truncated = torch.as_tensor(terminated), torch.as_tensor(truncated)
-        out = {"reward": torch.as_tensor(reward, dtype=torch.float32), "terminated": terminated, "truncated": truncated, "done": terminated | truncated}
+        out = {
+            "reward": torch.as_tensor(reward, dtype=torch.float32),
+            "terminated": terminated,
+            "truncated": truncated,
+            "done": terminated | truncated,
+        }
         return self._view().update(TensorDict(out, [B]).to(self.device))
 
     def close(self, **kwargs):

@@ -14,7 +14,7 @@ Every environment speaks the same TensorDict keys (n agents, B environments):
     ("agents", "action_mask")  [B, n, A]  bool, the available actions (discrete only)
     "state"                    [B, S]     float32, the global state that the mixers condition on
     "reward"                   [B, 1]     float32, one reward for the team
-    "done", "terminated", "truncated"  [B, 1]  bool; truncated is the time limit, terminated is a fall or a battle decided
+    "done", "terminated", "truncated"  [B, 1]  bool; truncated is the time limit, terminated a fall or a battle decided
     "battle_won"               [B, 1]     bool (battles only)
 
 `python -m environments` lists the tasks and their sizes.
@@ -30,7 +30,12 @@ from environments import mamujoco, smax, starcraft
 from environments.checks import BadInput, NoSimulator
 
 # What agents see, by env; the first is the default.
-INTERFACES = {"mamujoco": "benchmark|agent_obsk=\\d+", "smacv2": "benchmark", "smacv1": "benchmark|standard", "smax": "standard"}
+INTERFACES = {
+    "mamujoco": "benchmark|agent_obsk=\\d+",
+    "smacv2": "benchmark",
+    "smacv1": "benchmark|standard",
+    "smax": "standard",
+}
 
 
 def check_task(env: str, task: str):
@@ -50,15 +55,21 @@ def check_interface(env: str, interface: str | None) -> str:
     if interface is None:
         return INTERFACES[env].split("|")[0]
     if not re.fullmatch(INTERFACES[env], interface):
-        raise BadInput(f"{env} has no interface '{interface}': use {INTERFACES[env].replace('|', ' or ').replace('d+', 'K').replace(chr(92), '')}")
+        raise BadInput(
+            f"{env} has no interface '{interface}': use "
+            f"{INTERFACES[env].replace('|', ' or ').replace('d+', 'K').replace(chr(92), '')}"
+        )
     return interface
 
 
-def make_env(env: str, task: str, num_envs: int, workers: int = 1, interface: str | None = None, device="cpu") -> EnvBase:
+def make_env(
+    env: str, task: str, num_envs: int, workers: int = 1, interface: str | None = None, device="cpu"
+) -> EnvBase:
     """An environment of batch size [num_envs], or [workers, num_envs] in that many processes (TorchRL's ParallelEnv).
 
     StarCraft II plays one game in each worker's process, whatever num_envs says: batch size [workers].
-    Raises NoSimulator for an env or a task that is unknown or not installed, BadInput for a partition or interface that does not exist.
+    Raises NoSimulator for an env or a task that is unknown or not installed, BadInput for a partition or interface that
+    does not exist.
     """
     check_task(env, task)
     interface = check_interface(env, interface)

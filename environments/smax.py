@@ -1,27 +1,32 @@
-"""SMAX as a TorchRL environment: StarCraft-like battles of JaxMARL (github.com/FLAIROX/JaxMARL), with no game installed.
+"""SMAX as a TorchRL environment: StarCraft-like battles of JaxMARL (github.com/FLAIROX/JaxMARL), with no game
+installed.
 
     env = SMAXEnv("zerg_10_vs_11", num_envs=32)     # 32 battles, stepped by one compiled call
     env.set_seed(0)
     td = env.reset()
 
-SMAX is not StarCraft II: six unit types with stats of their own neither heal, splash nor explode; they move in four directions on
-an empty 32 x 32 map whose edge kills; the enemy is scripted (shoot the closest, else walk to whom it sees); battles end after 101
-steps (JaxMARL's limit of 100 counts from 0). A task's name says which of SMAC's tasks it follows, and results name the engine().
+SMAX is not StarCraft II: six unit types with stats of their own neither heal, splash nor explode; they move in four
+directions on an empty 32 x 32 map whose edge kills; the enemy is scripted (shoot the closest, else walk to whom it
+sees); battles end after 101 steps (JaxMARL's limit of 100 counts from 0). A task's name says which of SMAC's tasks it
+follows, and results name the engine().
 
 TensorDict keys of B battles with n agents against m enemies:
 
     ("agents", "observation")  [B, n, O]  float32; all zero for a dead agent
     ("agents", "action_mask")  [B, n, A]  bool, the available actions; a dead agent has its stop (action 4) alone
     ("agents", "action")       [B, n]     int64: 0-3 move up, right, down and left, 4 stops, 5 + j attacks enemy j
-    "state"                    [B, S]     float32, JaxMARL's world state, with positions over the map's size and cooldowns from 0 on
+    "state"                    [B, S]     float32, JaxMARL's world state, with positions over the map's size and
+                                          cooldowns from 0 on
     "battle_won"               [B, 1]     bool, the allies have won this battle; it stays so until the battle is reset
-    "reward"                   [B, 1]     float32: the share of its health that an enemy lost, averaged over enemies, and 1 for the victory
+    "reward"                   [B, 1]     float32: the share of its health that an enemy lost, averaged over enemies,
+                                          and 1 for the victory
     "done", "terminated", "truncated"  [B, 1]  bool; truncated is the time limit, terminated is a battle decided
 
-Nothing checks an action against its mask: SMAX lets an attack on a dead or distant enemy pass as a stop, and a dead agent do nothing.
+Nothing checks an action against its mask: SMAX lets an attack on a dead or distant enemy pass as a stop, and a dead
+agent do nothing.
 
-JAX computes on its own default device. On a GPU it claims most of the memory at its first use; set the environment variable
-XLA_PYTHON_CLIENT_PREALLOCATE=false where PyTorch needs some.
+JAX computes on its own default device. On a GPU it claims most of the memory at its first use; set the environment
+variable XLA_PYTHON_CLIENT_PREALLOCATE=false where PyTorch needs some.
 """
 
 import functools
@@ -60,7 +65,8 @@ TASKS = [f"{race}_{size}" for race in RACES for size in SIZES] + list(SMACV1_TAS
 
 
 def import_jaxmarl():
-    """Imports JaxMARL's SMAX without the lines that it prints, and keeps sys.stdout and sys.stderr, which it sets anew on the way."""
+    """Imports JaxMARL's SMAX without the lines that it prints, and keeps sys.stdout and sys.stderr, which it sets anew
+    on the way."""
     streams = sys.stdout, sys.stderr, sys.__stdout__
     sys.stdout = sys.__stdout__ = io.StringIO()
     try:
@@ -74,11 +80,17 @@ def check_task(task: str):
     if task == "2c_vs_64zg":
         raise NoSimulator("smax can't play 2c_vs_64zg: it has no colossus")
     if task not in TASKS:
-        raise NoSimulator(f"unknown smax task '{task}': use RACE_SIZE with {', '.join(RACES)} and {', '.join(SIZES)}, or one of {', '.join(SMACV1_TASKS)}")
+        raise NoSimulator(
+            f"unknown smax task '{task}': use RACE_SIZE with {', '.join(RACES)} and {', '.join(SIZES)}, or one of "
+            f"{', '.join(SMACV1_TASKS)}"
+        )
     try:
         import_jaxmarl()
     except ImportError as error:
-        remedy = "pip install -r requirements-smax.txt, in an environment of its own (its protobuf and smacv2's exclude each other)"
+        remedy = (
+            "pip install -r requirements-smax.txt, in an environment of its own "
+            "(its protobuf and smacv2's exclude each other)"
+        )
         raise NoSimulator(f"smax needs jaxmarl ({error}): {remedy}") from None
 
 
@@ -101,16 +113,20 @@ def make_simulator(task: str):
         n, m = (sum(team.values()) for team in teams)
         return HeuristicEnemySMAX(scenario=Scenario(jnp.array(types, jnp.uint8), n, m, False, False))
 
-    # Every unit type is equally likely, as SMACv2's weights have it without a third type. The tables keep the race's rows alone.
+    # Every unit type is equally likely, as SMACv2's weights have it without a third type. The tables keep the race's
+    # rows alone.
     race, size = task.split("_", 1)
     n, m = SIZES[size]
     rows = [names.index(unit) for unit in RACES[race]]
     tables = {name: defaults[name] for name in defaults if name.startswith("unit_type_")}
-    tables = {name: [table[i] for i in rows] if isinstance(table, list) else table[jnp.array(rows)] for name, table in tables.items()}
+    tables = {
+        name: [table[i] for i in rows] if isinstance(table, list) else table[jnp.array(rows)]
+        for name, table in tables.items()
+    }
     simulator = HeuristicEnemySMAX(scenario=Scenario(jnp.zeros(n + m, jnp.uint8), n, m, True, True), **tables)
 
-    # JaxMARL mirrors the allies' types to the first n enemies, as SMACv2 does, but leaves the others at type 0 instead of
-    # drawing them (its draw is dropped).
+    # JaxMARL mirrors the allies' types to the first n enemies, as SMACv2 does, but leaves the others at type 0 instead
+    # of drawing them (its draw is dropped).
     generator = simulator.unit_type_generator
     mirrored = generator.generate
 
@@ -139,14 +155,22 @@ def compiled(task: str):
     simulator = make_simulator(task)
     n = simulator.num_allies
     teams = lambda alive: (alive[:n].any(), alive[n:].any())
-    # Battles from JaxMARL's reset and step differ in weak types, which would compile step twice; chosen beside an old battle they are alike.
+    # Battles from JaxMARL's reset and step differ in weak types, which would compile step twice; chosen beside an old
+    # battle they are alike.
     choose = lambda which, new, old: jax.tree.map(lambda x, y: jnp.where(which, x, y), new, old)
 
     def scaled_state(world):
-        """JaxMARL leaves positions at up to 32 and lets cooldowns of weapons at rest fall without end, which no mixer takes well."""
+        """JaxMARL leaves positions at up to 32 and lets cooldowns of weapons at rest fall without end, which no mixer
+        takes well."""
         state, F = simulator.get_world_state(world), len(simulator.own_features)
         units, rest = jnp.split(state, [F * simulator.num_agents])
-        units = units.reshape(-1, F).at[:, 1:3].divide(jnp.array([simulator.map_width, simulator.map_height])).at[:, 3].max(0)
+        units = (
+            units.reshape(-1, F)
+            .at[:, 1:3]
+            .divide(jnp.array([simulator.map_width, simulator.map_height]))
+            .at[:, 3]
+            .max(0)
+        )
         return jnp.concatenate([units.reshape(-1), rest])
 
     def view(world):
@@ -172,7 +196,12 @@ def compiled(task: str):
         battle = choose(playing, {"key": key, "world": world}, battle)
         allies, enemies = teams(battle["world"].state.unit_alive)
         terminated, over = ~which | ~(allies & enemies), battle["world"].state.done
-        out = {"reward": jnp.where(playing, reward["ally_0"], 0.0), "terminated": terminated, "truncated": over & ~terminated, "done": over | terminated}
+        out = {
+            "reward": jnp.where(playing, reward["ally_0"], 0.0),
+            "terminated": terminated,
+            "truncated": over & ~terminated,
+            "done": over | terminated,
+        }
         return battle, view(battle["world"]) | {name: x[None] for name, x in out.items()}
 
     batched = lambda function: jax.jit(jax.vmap(function), donate_argnums=0)
@@ -180,9 +209,11 @@ def compiled(task: str):
 
 
 class SMAXEnv(EnvBase):
-    """`num_envs` battles of one task, stepped together by one compiled call. JaxMARL's own resets in mid-step are not used.
+    """`num_envs` battles of one task, stepped together by one compiled call. JaxMARL's own resets in mid-step are not
+    used.
 
-    Battles that "_step" does not select stand still, as in every environment here; so do battles that are over, until their reset.
+    Battles that "_step" does not select stand still, as in every environment here; so do battles that are over, until
+    their reset.
     """
 
     batch_locked = True
@@ -195,10 +226,15 @@ class SMAXEnv(EnvBase):
 
         self.simulator, self.compiled_reset, self.compiled_step = compiled(task)
         self.n = self.simulator.num_allies
-        # Empty battles, which the first reset replaces. They are committed to a device as compiled calls' results are, or step would compile twice.
+        # Empty battles, which the first reset replaces. They are committed to a device as compiled calls' results are,
+        # or step would compile twice.
         _, world = jax.eval_shape(self.simulator.reset, jax.random.PRNGKey(0))
         self.jax_device = jax.devices()[0]
-        self.battles = {"world": jax.device_put(jax.tree.map(lambda x: jnp.zeros((num_envs, *x.shape), x.dtype), world), self.jax_device)}
+        self.battles = {
+            "world": jax.device_put(
+                jax.tree.map(lambda x: jnp.zeros((num_envs, *x.shape), x.dtype), world), self.jax_device
+            )
+        }
         self._set_seed(None)
         # JAX takes over actions and flags without a copy where they already are on this device.
         self.torch_device = torch.from_dlpack(self.battles["key"]).device
@@ -208,22 +244,34 @@ class SMAXEnv(EnvBase):
         flag = Binary(n=1, shape=(B, 1), dtype=torch.bool, device=device)
         mask = Binary(n=A, shape=(B, n, A), dtype=torch.bool, device=device)
         self.observation_spec = Composite(
-            agents=Composite(observation=Unbounded((B, n, O), device=device), action_mask=mask, shape=(B, n), device=device),
-            state=Unbounded((B, S), device=device), battle_won=flag, shape=(B,), device=device,
+            agents=Composite(
+                observation=Unbounded((B, n, O), device=device), action_mask=mask, shape=(B, n), device=device
+            ),
+            state=Unbounded((B, S), device=device),
+            battle_won=flag,
+            shape=(B,),
+            device=device,
         )
         self.action_spec = Composite(
-            agents=Composite(action=Categorical(A, shape=(B, n), dtype=torch.int64, device=device), shape=(B, n), device=device),
-            shape=(B,), device=device,
+            agents=Composite(
+                action=Categorical(A, shape=(B, n), dtype=torch.int64, device=device), shape=(B, n), device=device
+            ),
+            shape=(B,),
+            device=device,
         )
         self.reward_spec = Unbounded((B, 1), device=device)
-        self.done_spec = Composite(done=flag.clone(), terminated=flag.clone(), truncated=flag.clone(), shape=(B,), device=device)
+        self.done_spec = Composite(
+            done=flag.clone(), terminated=flag.clone(), truncated=flag.clone(), shape=(B,), device=device
+        )
 
     def _set_seed(self, seed: int | None):
         """Gives every battle a random stream of its own, from which all its later steps and resets draw."""
         import jax
 
         streams = np.random.SeedSequence(seed).spawn(self.batch_size[0])
-        self.battles["key"] = jax.device_put(np.stack([stream.generate_state(2) for stream in streams]), self.jax_device)
+        self.battles["key"] = jax.device_put(
+            np.stack([stream.generate_state(2) for stream in streams]), self.jax_device
+        )
 
     def _to_jax(self, x: torch.Tensor):
         import jax
@@ -232,7 +280,9 @@ class SMAXEnv(EnvBase):
 
     def _to_torch(self, view: dict) -> TensorDict:
         view = {name: torch.from_dlpack(x).to(self.device) for name, x in view.items()}
-        agents = TensorDict({name: view.pop(name) for name in ("observation", "action_mask")}, [*self.batch_size, self.n])
+        agents = TensorDict(
+            {name: view.pop(name) for name in ("observation", "action_mask")}, [*self.batch_size, self.n]
+        )
         return TensorDict(view | {"agents": agents}, self.batch_size, device=self.device)
 
     def _selected(self, tensordict: TensorDictBase | None, name: str):

@@ -1,6 +1,8 @@
-"""StarCraft II battles as a TorchRL environment: SMACv2's and SMACv1's tasks, on TorchRL's SMACv2Env and the smacv2 package.
+"""StarCraft II battles as a TorchRL environment: SMACv2's and SMACv1's tasks, on TorchRL's SMACv2Env and the smacv2
+package.
 
-smacv2 (github.com/oxwhirl/smacv2), the game and the SMAC maps are installed apart from requirements.txt, see the README.
+smacv2 (github.com/oxwhirl/smacv2), the game and the SMAC maps are installed apart from requirements.txt, see the
+README.
 
 TensorDict keys of one game (n agents, A actions); several games run side by side in TorchRL's ParallelEnv:
 
@@ -11,7 +13,8 @@ TensorDict keys of one game (n agents, A actions); several games run side by sid
     "reward"                   [1]     float32
     "done", "terminated", "truncated"  [1]  bool; truncated is the time limit, terminated is a battle decided
     "battle_won"               [1]     bool, on the step that won the battle
-    "game_died"                [1]     bool: the game crashed, what it played since the reset is no battle and must be played again
+    "game_died"                [1]     bool: the game crashed, what it played since the reset is no battle and must be
+                                       played again
 
 What TorchRL's wrapper and smacv2 leave open is closed here: seeds (set_seed), a time limit that reads as termination, a
 crashed game that reads as a lost battle, a reset that fails or starts a second game, and the reward's scale.
@@ -30,7 +33,8 @@ from torchrl.envs.libs.smacv2 import SMACv2Env
 
 from environments.checks import BadInput, NoSimulator
 
-# SMACv2's unit types, their weights, and the type that can't be a whole team (Ellis et al. 2023; the package's examples).
+# SMACv2's unit types, their weights, and the type that can't be a whole team (Ellis et al. 2023; the package's
+# examples).
 RACES = {
     "protoss": (["stalker", "zealot", "colossus"], [0.45, 0.45, 0.1], ["colossus"]),
     "terran": (["marine", "marauder", "medivac"], [0.45, 0.45, 0.1], ["medivac"]),
@@ -41,18 +45,25 @@ SMACV2_TASKS = [f"{race}_{size}" for race in RACES for size in SIZES]
 SMACV1_TASKS = ["2c_vs_64zg", "5m_vs_6m", "6h_vs_8z", "corridor"]  # the paper's; every other SMAC map works too
 RESTARTS = 3  # games launched in a row before a reset gives up
 
-HOW_TO_INSTALL = "install smacv2, the game and the SMAC maps as the README says, or play without the game with --env smax"
+HOW_TO_INSTALL = (
+    "install smacv2, the game and the SMAC maps as the README says, or play without the game with --env smax"
+)
 
 
 def check_task(env: str, task: str):
-    """Raises NoSimulator for a task that does not exist. Names of SMAC maps beyond the paper's are known to smacv2 alone."""
+    """Raises NoSimulator for a task that does not exist.
+
+    Names of SMAC maps beyond the paper's are known to smacv2 alone.
+    """
     if env == "smacv2" and task not in SMACV2_TASKS:
         raise NoSimulator(f"unknown smacv2 task '{task}': use RACE_SIZE with {', '.join(RACES)} and {', '.join(SIZES)}")
     if env == "smacv1" and task not in SMACV1_TASKS:
         try:
             from smacv2.env.starcraft2.maps.smac_maps import get_smac_map_registry
         except ImportError:
-            raise NoSimulator(f"unknown smacv1 task '{task}': use {', '.join(SMACV1_TASKS)}, or {HOW_TO_INSTALL} for other SMAC maps") from None
+            raise NoSimulator(
+                f"unknown smacv1 task '{task}': use {', '.join(SMACV1_TASKS)}, or {HOW_TO_INSTALL} for other SMAC maps"
+            ) from None
         maps = [name for name in get_smac_map_registry() if "gen_" not in name]
         if task not in maps:
             raise NoSimulator(f"unknown smacv1 task '{task}': use one of {', '.join(maps)}")
@@ -61,8 +72,16 @@ def check_task(env: str, task: str):
 def game_config(env: str, task: str) -> dict:
     """smacv2's arguments for a task; the benchmark's configuration for SMACv2, SMAC's own defaults for SMACv1."""
     common = {
-        "difficulty": "7", "step_mul": 8, "move_amount": 2, "reward_win": 200, "reward_death_value": 10, "reward_scale_rate": 20,
-        "obs_all_health": True, "obs_own_health": True, "obs_last_action": False, "state_last_action": True,
+        "difficulty": "7",
+        "step_mul": 8,
+        "move_amount": 2,
+        "reward_win": 200,
+        "reward_death_value": 10,
+        "reward_scale_rate": 20,
+        "obs_all_health": True,
+        "obs_own_health": True,
+        "obs_last_action": False,
+        "state_last_action": True,
         "continuing_episode": True,  # its one effect is that info names the time limit, which nothing else does
     }
     if env == "smacv1":
@@ -70,10 +89,21 @@ def game_config(env: str, task: str) -> dict:
     race, size = task.split("_", 1)
     n_units, n_enemies = (int(number) for number in size.split("_vs_"))
     units, weights, exceptions = RACES[race]
-    team = {"dist_type": "weighted_teams", "unit_types": units, "weights": weights, "exception_unit_types": exceptions, "observe": True}
+    team = {
+        "dist_type": "weighted_teams",
+        "unit_types": units,
+        "weights": weights,
+        "exception_unit_types": exceptions,
+        "observe": True,
+    }
     start = {"dist_type": "surrounded_and_reflect", "p": 0.5, "map_x": 32, "map_y": 32}
     return common | {
-        "map_name": f"10gen_{race}", "obs_own_pos": True, "use_unit_ranges": True, "min_attack_range": 2, "conic_fov": False, "num_fov_actions": 12,
+        "map_name": f"10gen_{race}",
+        "obs_own_pos": True,
+        "use_unit_ranges": True,
+        "min_attack_range": 2,
+        "conic_fov": False,
+        "num_fov_actions": 12,
         "capability_config": {"n_units": n_units, "n_enemies": n_enemies, "team_gen": team, "start_positions": start},
     }
 
@@ -108,28 +138,33 @@ def engine() -> str:
 
 
 def unit_features(game, units: dict, allies: bool) -> dict[str, np.ndarray]:
-    """What the observations say of each unit, [units, ...]: alive, x, y, health, and cooldown, shield and type where they exist."""
+    """What the observations say of each unit, [units, ...]: alive, x, y, health, and cooldown, shield and type where
+    they exist."""
     units = list(units.values())
     shields = game.shield_bits_ally if allies else game.shield_bits_enemy
     features = {
         "alive": np.array([u.health > 0 for u in units]),
         "xy": np.array([(u.pos.x, u.pos.y) for u in units]),
-        "health": np.array([[u.health / u.health_max] + ([u.shield / game.unit_max_shield(u)] if shields else []) for u in units]),
+        "health": np.array(
+            [[u.health / u.health_max] + ([u.shield / game.unit_max_shield(u)] if shields else []) for u in units]
+        ),
     }
     types = np.zeros((len(units), game.unit_type_bits))
     if game.unit_type_bits:
         types[np.arange(len(units)), [game.get_unit_type_id(u, allies) for u in units]] = 1
     healer = [allies and game.map_type == "MMM" and u.unit_type == game.medivac_id for u in units]
-    cooldown = [(u.energy if heals else u.weapon_cooldown) / game.unit_max_cooldown(u) for u, heals in zip(units, healer)]
+    cooldown = [
+        (u.energy if heals else u.weapon_cooldown) / game.unit_max_cooldown(u) for u, heals in zip(units, healer)
+    ]
     return features | {"type": types, "cooldown": np.array(cooldown)[:, None] if allies else None}
 
 
 def benchmark_view(game) -> tuple[np.ndarray, np.ndarray]:
     """Observations [n, O] and agents' states [n, S] of the public SMACv1 datasets, from smacv2's game object.
 
-    That is the SMAC variant of the MAPPO code (github.com/marlbenchmark/on-policy), with agent ids and last actions: blocks of
-    allies, enemies, moves, self and id. The state of agent i sees units beyond its sight too, and says where they are on the map;
-    both are zero but for the id once the agent is dead.
+    That is the SMAC variant of the MAPPO code (github.com/marlbenchmark/on-policy), with agent ids and last actions:
+    blocks of allies, enemies, moves, self and id. The state of agent i sees units beyond its sight too, and says where
+    they are on the map; both are zero but for the id once the agent is dead.
     """
     n, sight = game.n_agents, 9.0
     ally, enemy = unit_features(game, game.agents, True), unit_features(game, game.enemies, False)
@@ -146,7 +181,10 @@ def benchmark_view(game) -> tuple[np.ndarray, np.ndarray]:
             others = np.arange(n) != i
             a, e = {k: v[others] for k, v in ally.items()}, enemy
             a_delta, e_delta = (a["xy"] - ally["xy"][i]) / sight, (e["xy"] - ally["xy"][i]) / sight
-            a_distance, e_distance = np.linalg.norm(a_delta, axis=1, keepdims=True), np.linalg.norm(e_delta, axis=1, keepdims=True)
+            a_distance, e_distance = (
+                np.linalg.norm(a_delta, axis=1, keepdims=True),
+                np.linalg.norm(e_delta, axis=1, keepdims=True),
+            )
             a_seen, e_seen = a_distance < 1, e_distance < 1
             a_center, e_center = (a["xy"] - center) / extent, (e["xy"] - center) / extent
 
@@ -156,9 +194,13 @@ def benchmark_view(game) -> tuple[np.ndarray, np.ndarray]:
             of_ally, of_enemy = of_ally * (a_seen & a["alive"][:, None]), of_enemy * (e_seen & e["alive"][:, None])
             observations.append(np.concatenate([of_ally.ravel(), of_enemy.ravel(), available[2:6], own, np.zeros(n)]))
 
-            of_ally = np.hstack([a_seen, a_distance, a_delta, a["cooldown"], a["health"], a_center, a["type"], last[others]])
+            of_ally = np.hstack(
+                [a_seen, a_distance, a_delta, a["cooldown"], a["health"], a_center, a["type"], last[others]]
+            )
             of_enemy = np.hstack([attackable, e_distance, e_delta, e_seen, e["health"], e["type"], e_center])
-            own = np.concatenate([[1, 0, 0, 0], ally["health"][i], (ally["xy"][i] - center) / extent, ally["type"][i], last[i]])
+            own = np.concatenate(
+                [[1, 0, 0, 0], ally["health"][i], (ally["xy"][i] - center) / extent, ally["type"][i], last[i]]
+            )
             of_ally, of_enemy = of_ally * a["alive"][:, None], of_enemy * e["alive"][:, None]
             states.append(np.concatenate([of_ally.ravel(), of_enemy.ravel(), available[2:6], own, np.zeros(n)]))
         observations[i][-n + i] = states[i][-n + i] = 1
@@ -175,12 +217,18 @@ def benchmark_sizes(game) -> tuple[int, int]:
 
 
 def unit_type_id(game, unit, ally: bool) -> int:
-    """A unit's type on a SMAC map as SMAC counts it. (smacv2 takes allies, whose types have ids of their own, for enemies.)"""
+    """A unit's type on a SMAC map as SMAC counts it.
+
+    (smacv2 takes allies, whose types have ids of their own, for enemies.)
+    """
     return unit.unit_type - game._min_unit_type if ally else type(game).get_unit_type_id(game, unit, ally)
 
 
 def empty_map(game):
-    """Kills all units of a SMAC map, whose trigger then puts new ones there at once. (smacv2 waits until it sees none: its issue 55.)"""
+    """Kills all units of a SMAC map, whose trigger then puts new ones there at once.
+
+    (smacv2 waits until it sees none: its issue 55.)
+    """
     game._obs = game._controller.observe()  # what smacv2 saw last may be a game that has died since
     game._kill_units([unit.tag for unit in game._obs.observation.raw_data.units])
     game._controller.step(2)
@@ -192,8 +240,9 @@ def empty_map(game):
 class StarCraftEnv(SMACv2Env):
     """One game of StarCraft II; the game starts with the first reset.
 
-    env "smacv2": the paper's 15 tasks RACE_SIZE. env "smacv1": SMAC's maps, with interface "benchmark" (the public datasets'
-    observations; the state is the first agent's, as in OG-MARL's copies) or "standard" (SMAC's own observation and state).
+    env "smacv2": the paper's 15 tasks RACE_SIZE. env "smacv1": SMAC's maps, with interface "benchmark" (the public
+    datasets' observations; the state is the first agent's, as in OG-MARL's copies) or "standard" (SMAC's own
+    observation and state).
 
     set_seed takes effect at the next reset, which starts the game anew: a game takes its seed when it is launched.
     """
@@ -205,7 +254,8 @@ class StarCraftEnv(SMACv2Env):
         self.benchmark = env == "smacv1" and interface == "benchmark"
         super().__init__(**config, device=device)
         self.game = self._env.env if env == "smacv2" else self._env
-        # smacv2's wrapper draws teams and positions, and repeats a reset that fails without an end; here reset draws them.
+        # smacv2's wrapper draws teams and positions, and repeats a reset that fails without an end; here reset draws
+        # them.
         self.distributions = list(getattr(self._env, "env_key_to_distribution_map", {}).values())
         if env == "smacv1":
             self.game.get_unit_type_id = partial(unit_type_id, self.game)
@@ -249,13 +299,20 @@ class StarCraftEnv(SMACv2Env):
         source = np.random.SeedSequence(seed)
         game, python, numpy, teams = source.spawn(4)
         self.game._seed = int(game.generate_state(1)[0] >> 1)  # the game takes a non-negative int32
-        self.streams = (random.Random(int(python.generate_state(1)[0])).getstate(), np.random.RandomState(int(numpy.generate_state(1)[0])).get_state())
+        self.streams = (
+            random.Random(int(python.generate_state(1)[0])).getstate(),
+            np.random.RandomState(int(numpy.generate_state(1)[0])).get_state(),
+        )
         pending = list(self.distributions)
         while pending:  # a distribution may hold others
             distribution = pending.pop()
             if hasattr(distribution, "rng"):
                 distribution.rng = np.random.default_rng(teams.spawn(1)[0])
-            pending += [value for value in vars(distribution).values() if hasattr(value, "generate") and value is not distribution]
+            pending += [
+                value
+                for value in vars(distribution).values()
+                if hasattr(value, "generate") and value is not distribution
+            ]
         self.launch = True
 
     def _view(self, battle_won: bool = False, game_died: bool = False) -> TensorDict:
@@ -264,12 +321,20 @@ class StarCraftEnv(SMACv2Env):
             state = states[0]
         else:
             observation, state = np.stack(self.game.get_obs()), self.game.get_state()
-        agents = {"observation": torch.as_tensor(observation, dtype=torch.float32), "action_mask": self._update_action_mask()}
+        agents = {
+            "observation": torch.as_tensor(observation, dtype=torch.float32),
+            "action_mask": self._update_action_mask(),
+        }
         flags = {"battle_won": torch.tensor([battle_won]), "game_died": torch.tensor([game_died])}
-        return TensorDict({"agents": TensorDict(agents, [self.n_agents]), "state": torch.as_tensor(state, dtype=torch.float32)} | flags, []).to(self.device)
+        return TensorDict(
+            {"agents": TensorDict(agents, [self.n_agents]), "state": torch.as_tensor(state, dtype=torch.float32)}
+            | flags,
+            [],
+        ).to(self.device)
 
     def _start_battle(self):
-        """A new battle in a game that lives; raises what smacv2 raises, and ConnectionError for a game that died on the way."""
+        """A new battle in a game that lives; raises what smacv2 raises, and ConnectionError for a game that died on the
+        way."""
         from pysc2.lib.protocol import ConnectionError as GameDied
 
         game, restarts = self.game, self.game.force_restarts
@@ -288,9 +353,11 @@ class StarCraftEnv(SMACv2Env):
                 raise
         if game.force_restarts > restarts:
             raise GameDied("the game died in a reset")
-        # smacv2 takes the scale from its first battle's enemies, and adds them up again each time it waits for units: here
-        # it is this battle's, so that a battle won without a scratch is worth reward_scale_rate.
-        game.max_reward = self.undecided_reward + sum(unit.health_max + unit.shield_max for unit in game.enemies.values())
+        # smacv2 takes the scale from its first battle's enemies, and adds them up again each time it waits for units:
+        # here it is this battle's, so that a battle won without a scratch is worth reward_scale_rate.
+        game.max_reward = self.undecided_reward + sum(
+            unit.health_max + unit.shield_max for unit in game.enemies.values()
+        )
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs) -> TensorDict:
         from pysc2.lib import protocol
@@ -302,9 +369,16 @@ class StarCraftEnv(SMACv2Env):
                 try:
                     self._start_battle()
                     return self._view()
-                except (protocol.ConnectionError, protocol.ProtocolError, SC2LaunchError, CannotResetException) as error:
+                except (
+                    protocol.ConnectionError,
+                    protocol.ProtocolError,
+                    SC2LaunchError,
+                    CannotResetException,
+                ) as error:
                     failure, self.launch = error, True
-        raise BadInput(f"StarCraft II failed {RESTARTS} times in a row to start a battle ({failure}): look at the game's own log")
+        raise BadInput(
+            f"StarCraft II failed {RESTARTS} times in a row to start a battle ({failure}): look at the game's own log"
+        )
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
         restarts = self.game.force_restarts

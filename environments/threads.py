@@ -1,7 +1,8 @@
-"""Threads that wait for work sleep soon, instead of spinning. Scripts import this before torch, which reads it as it loads.
+"""Threads that wait for work sleep soon, instead of spinning. Scripts import this before torch, which reads it as it
+loads.
 
-GNU OpenMP's threads spin while they wait, which stalls an update where other work shares the machine (README, Speed). A value
-that is set already stays.
+GNU OpenMP's threads spin while they wait, which stalls an update where other work shares the machine (README, Speed). A
+value that is set already stays.
 """
 
 import os

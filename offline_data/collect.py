@@ -3,12 +3,12 @@
     python -m offline_data collect --env mamujoco --task hopper --out data
     python -m offline_data collect --env smax --task zerg_5_vs_5 --steps 2000000
 
-MAPPO (Yu et al. 2022) runs with TorchRL's own parts: MAPPOLoss, MultiAgentGAE, Collector, MultiAgentMLP. Its policy is an
-unsquashed Gaussian, like the benchmark's behaviour policies, so recorded actions go beyond [-1, 1]; where actions are
-discrete it is a categorical over the available ones.
+MAPPO (Yu et al. 2022) runs with TorchRL's own parts: MAPPOLoss, MultiAgentGAE, Collector, MultiAgentMLP. Its policy is
+an unsquashed Gaussian, like the benchmark's behaviour policies, so recorded actions go beyond [-1, 1]; where actions
+are discrete it is a categorical over the available ones.
 
-The protocol, fixed before any offline training looks at the data. A checkpoint's return is that of the stochastic policy,
-the mean of the last 100 training episodes. Robots:
+The protocol, fixed before any offline training looks at the data. A checkpoint's return is that of the stochastic
+policy, the mean of the last 100 training episodes. Robots:
 
     expert          the checkpoint with the highest return
     medium          the first checkpoint whose return is at least a third of expert's
@@ -19,13 +19,14 @@ Battles (the paper's SMACv2 data are 1,000 trajectories of MAPPO's policy after 
 
     medium          the first checkpoint that wins 40% of its battles, the one that wins most where none does
     medium-replay   training's battles up to that checkpoint, evenly thinned to about --replay-trajectories
-    poor, good      SMACv1's tasks only, where medium too is cut from training by return, as the public datasets are: up to
-                    half of the return of a battle won without a scratch, up to three quarters, and more
+    poor, good      SMACv1's tasks only, where medium too is cut from training by return, as the public datasets are: up
+                    to half of the return of a battle won without a scratch, up to three quarters, and more
 
 Expert and medium of robots are `--samples` transitions each, a battle's medium is `--trajectories` battles, of whole
-episodes, by the stochastic policy. demo (only with --demo-samples: about so many transitions) is every K-th episode of medium-replay. Everything lies
-under OUT/ENV/TASK: the datasets, and behaviour/ with checkpoints, the learning curve (curve.csv, curve.png) and the episodes
-of training in one dataset a checkpoint. A run that was stopped goes on with the same command.
+episodes, by the stochastic policy. demo (only with --demo-samples: about so many transitions) is every K-th episode of
+medium-replay. Everything lies under OUT/ENV/TASK: the datasets, and behaviour/ with checkpoints, the learning curve
+(curve.csv, curve.png) and the episodes of training in one dataset a checkpoint. A run that was stopped goes on with the
+same command.
 """
 
 import csv
@@ -60,7 +61,8 @@ class Args:
     task: str = "hopper"
     """task of that simulator"""
     interface: str | None = None
-    """what agents see: benchmark (default), agent_obsk=K (mamujoco: gymnasium-robotics' own, joints up to K away), standard (smacv1: SMAC's own)"""
+    """what agents see: benchmark (default), agent_obsk=K (mamujoco: gymnasium-robotics' own, joints up to K away),
+    standard (smacv1: SMAC's own)"""
     steps: int | None = None
     """environment steps of MAPPO (default 3 million; 10 million of battles, as the paper)"""
     samples: int = 1_000_000
@@ -70,7 +72,8 @@ class Args:
     replay_trajectories: int = 10_000
     """battles: trajectories of medium-replay, about"""
     record_every: int | None = None
-    """training's every K-th episode is kept for medium-replay (default 1; for battles what --replay-trajectories needs)"""
+    """training's every K-th episode is kept for medium-replay (default 1; for battles what --replay-trajectories
+    needs)"""
     demo_samples: int = 0
     """transitions of the demo dataset; 0: none"""
     seed: int = 0
@@ -120,29 +123,46 @@ BATTLES = ("smacv1", "smacv2", "smax")
 def fill_in(args: Args) -> Args:
     """The defaults that depend on the simulator."""
     battles = args.env in BATTLES
-    defaults = {"steps": 10_000_000 if battles else 3_000_000, "entropy": 0.01 if battles else 0.0, "reward_scale": 1.0 if battles else 0.1}
-    filled = replace(args, interface=check_interface(args.env, args.interface), **{k: v for k, v in defaults.items() if getattr(args, k) is None})
+    defaults = {
+        "steps": 10_000_000 if battles else 3_000_000,
+        "entropy": 0.01 if battles else 0.0,
+        "reward_scale": 1.0 if battles else 0.1,
+    }
+    filled = replace(
+        args,
+        interface=check_interface(args.env, args.interface),
+        **{k: v for k, v in defaults.items() if getattr(args, k) is None},
+    )
     if filled.record_every is None:
         filled.record_every = max(filled.steps // (SHORT_BATTLE * filled.replay_trajectories), 1) if battles else 1
     return filled
 
 
 def make_actor(env, hidden: int) -> ProbabilisticActor:
-    """pi_i(a_i | o_i), one network for all agents; a Gaussian's standard deviation does not depend on the observation."""
+    """pi_i(a_i | o_i), one network for all agents; a Gaussian's standard deviation does not depend on the
+    observation."""
     n, O = env.observation_spec[OBS].shape[-2:]
     if MASK in env.observation_spec.keys(True, True):
         A = env.observation_spec[MASK].shape[-1]
-        logits = MultiAgentMLP(O, A, n, centralized=False, share_params=True, depth=2, num_cells=hidden, activation_class=torch.nn.Tanh)
+        logits = MultiAgentMLP(
+            O, A, n, centralized=False, share_params=True, depth=2, num_cells=hidden, activation_class=torch.nn.Tanh
+        )
         return ProbabilisticActor(
             TensorDictModule(logits, in_keys=[OBS], out_keys=[("agents", "logits")]),
             in_keys={"logits": ("agents", "logits"), "mask": MASK}, out_keys=[ACTION],
             distribution_class=MaskedCategorical, return_log_prob=True, log_prob_key=("agents", "log_prob"),
         )
     A = env.full_action_spec[ACTION].shape[-1]
-    mean = MultiAgentMLP(O, A, n, centralized=False, share_params=True, depth=2, num_cells=hidden, activation_class=torch.nn.Tanh)
+    mean = MultiAgentMLP(
+        O, A, n, centralized=False, share_params=True, depth=2, num_cells=hidden, activation_class=torch.nn.Tanh
+    )
     head = TensorDictSequential(
         TensorDictModule(mean, in_keys=[OBS], out_keys=[("agents", "loc")]),
-        TensorDictModule(AddStateIndependentNormalScale((n, A)), in_keys=[("agents", "loc")], out_keys=[("agents", "loc"), ("agents", "scale")]),
+        TensorDictModule(
+            AddStateIndependentNormalScale((n, A)),
+            in_keys=[("agents", "loc")],
+            out_keys=[("agents", "loc"), ("agents", "scale")],
+        ),
     )
     return ProbabilisticActor(
         head, in_keys=[("agents", "loc"), ("agents", "scale")], out_keys=[ACTION],
@@ -153,7 +173,9 @@ def make_actor(env, hidden: int) -> ProbabilisticActor:
 def make_critic(env, hidden: int) -> TensorDictModule:
     """V(o_1, ..., o_n), one value for the team, repeated for each agent."""
     n, O = env.observation_spec[OBS].shape[-2:]
-    value = MultiAgentMLP(O, 1, n, centralized=True, share_params=True, depth=2, num_cells=hidden, activation_class=torch.nn.Tanh)
+    value = MultiAgentMLP(
+        O, 1, n, centralized=True, share_params=True, depth=2, num_cells=hidden, activation_class=torch.nn.Tanh
+    )
     return TensorDictModule(value, in_keys=[OBS], out_keys=[("agents", "state_value")])
 
 
@@ -192,7 +214,10 @@ class EpisodeSplitter:
 
 
 def train(args: Args, root: Path) -> list[dict]:
-    """MAPPO for args.steps. Returns the learning curve: step, return and winrate (of the last 100 episodes) at each checkpoint."""
+    """MAPPO for args.steps.
+
+    Returns the learning curve: step, return and winrate (of the last 100 episodes) at each checkpoint.
+    """
     torch.manual_seed(args.seed)
     env = make_env(args.env, args.task, args.num_envs, args.workers, args.interface)
     env.set_seed(args.seed)
@@ -222,9 +247,17 @@ def train(args: Args, root: Path) -> list[dict]:
     done_steps = curve[-1]["step"] if curve else 0
     if done_steps >= args.steps:
         return curve
-    collector = Collector(env, actor, frames_per_batch=frames, total_frames=-1, policy_device=args.device, auto_register_policy_transforms=False)
+    collector = Collector(
+        env,
+        actor,
+        frames_per_batch=frames,
+        total_frames=-1,
+        policy_device=args.device,
+        auto_register_policy_transforms=False,
+    )
     splitter, every = EpisodeSplitter(), max(args.steps // args.checkpoints, frames)
-    writer, finished, kept, next_checkpoint = DatasetWriter(root / f"episodes-{len(curve):03d}"), 0, 0, done_steps + every
+    writer = DatasetWriter(root / f"episodes-{len(curve):03d}")
+    finished, kept, next_checkpoint = 0, 0, done_steps + every
     bar = tqdm(total=args.steps, initial=done_steps, unit="step", desc=f"MAPPO {args.task}", mininterval=1)
     steps = done_steps
     for batch in collector:
@@ -241,12 +274,26 @@ def train(args: Args, root: Path) -> list[dict]:
             group["lr"] = args.lr * max(0.0, 1 - steps / args.steps)
         bar.update(frames)
         if recent:
-            bar.set_postfix({"return": f"{sum(recent) / len(recent):.2f}"} | ({"won": f"{sum(wins) / len(wins):.0%}"} if args.env in BATTLES else {}))
+            bar.set_postfix(
+                {"return": f"{sum(recent) / len(recent):.2f}"}
+                | ({"won": f"{sum(wins) / len(wins):.0%}"} if args.env in BATTLES else {})
+            )
         if (steps >= next_checkpoint or steps >= args.steps) and kept:
             writer.close(card(args, "training", {"steps": steps}))
-            curve.append({"step": steps, "return": sum(recent) / len(recent), "winrate": sum(wins) / len(wins) if args.env in BATTLES else None})
+            curve.append(
+                {
+                    "step": steps,
+                    "return": sum(recent) / len(recent),
+                    "winrate": sum(wins) / len(wins) if args.env in BATTLES else None,
+                }
+            )
             torch.save(actor.state_dict(), root / f"actor-{len(curve) - 1:03d}.pt")
-            state = {"args": asdict(args), "loss": loss.state_dict(), "optimizer": optimizer.state_dict(), "curve": curve}
+            state = {
+                "args": asdict(args),
+                "loss": loss.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "curve": curve,
+            }
             torch.save(state | {"recent": list(recent), "wins": list(wins)}, root / "state.pt.partial")
             (root / "state.pt.partial").rename(root / "state.pt")
             with open(root / "curve.csv", "w", newline="") as file:
@@ -300,7 +347,8 @@ def update(loss: MAPPOLoss, optimizer, batch: TensorDict, args: Args):
 
 
 def record(args: Args, root: Path, checkpoint: int, quality: str, made: dict):
-    """Whole episodes of a checkpoint's stochastic policy: args.trajectories battles, or at least args.samples transitions of robots."""
+    """Whole episodes of a checkpoint's stochastic policy: args.trajectories battles, or at least args.samples
+    transitions of robots."""
     env = make_env(args.env, args.task, args.num_envs, args.workers, args.interface)
     seed = args.seed + 1 + checkpoint
     torch.manual_seed(seed)
@@ -331,7 +379,8 @@ def record(args: Args, root: Path, checkpoint: int, quality: str, made: dict):
 
 def merge(args: Args, sources: list[Path], quality: str, root: Path, made: dict,
           every: int = 1, limit: int | None = None, between=(-math.inf, math.inf)) -> bool:
-    """One dataset of the sources' episodes with low < return <= high: every `every`-th, or about `limit`, evenly spread. False where there are none."""
+    """One dataset of the sources' episodes with low < return <= high: every `every`-th, or about `limit`, evenly
+    spread. False where there are none."""
     low, high = between
     opened = [open_dataset(source)[0] for source in sources]
     returns = torch.cat([episode_returns(rows) for rows in opened])
@@ -354,7 +403,14 @@ def card(args: Args, quality: str, made: dict) -> dict:
     arguments = {k: v for k, v in asdict(args).items() if k != "out"}
     versions = {package: importlib.metadata.version(package) for package in ("torch", "torchrl", "tensordict", "numpy")}
     made = {"by": "python -m offline_data collect", "arguments": arguments, "versions": versions, **made}
-    return {"env": args.env, "task": args.task, "quality": quality, "engine": engine(args.env), "interface": args.interface, "made": made}
+    return {
+        "env": args.env,
+        "task": args.task,
+        "quality": quality,
+        "engine": engine(args.env),
+        "interface": args.interface,
+        "made": made,
+    }
 
 
 def robots(args: Args, root: Path, curve: list[dict]) -> list[str]:
@@ -362,7 +418,10 @@ def robots(args: Args, root: Path, curve: list[dict]) -> list[str]:
     returns = [point["return"] for point in curve]
     expert = max(range(len(curve)), key=returns.__getitem__)
     if returns[expert] <= 0:
-        raise BadInput(f"the best return of {args.task} is {returns[expert]:.1f}, and a third of it makes no medium policy: train for more --steps")
+        raise BadInput(
+            f"the best return of {args.task} is {returns[expert]:.1f}, and a third of it makes no medium policy: train "
+            "for more --steps"
+        )
     medium = next(i for i, r in enumerate(returns) if r >= returns[expert] / 3)
     print(f"expert: checkpoint {expert}, step {curve[expert]['step']:,}, return {returns[expert]:.1f}")
     print(f"medium: checkpoint {medium}, step {curve[medium]['step']:,}, return {returns[medium]:.1f}")
@@ -378,15 +437,37 @@ def battles(args: Args, root: Path, curve: list[dict]) -> list[str]:
     """Writes the qualities of a StarCraft task; returns their names."""
     best = max(range(len(curve)), key=lambda i: curve[i]["winrate"])
     medium = next((i for i, point in enumerate(curve) if point["winrate"] >= MEDIUM_WINRATE), best)
-    print(f"medium: checkpoint {medium}, step {curve[medium]['step']:,}, return {curve[medium]['return']:.2f}, {curve[medium]['winrate']:.0%} of battles won")
+    print(
+        f"medium: checkpoint {medium}, step {curve[medium]['step']:,}, return {curve[medium]['return']:.2f}, "
+        f"{curve[medium]['winrate']:.0%} of battles won"
+    )
     shards = [root / f"episodes-{i:03d}" for i in range(len(curve))]
-    merge(args, shards[: medium + 1], "medium-replay", root, {"up to checkpoint": medium, **curve[medium]}, limit=args.replay_trajectories)
+    merge(
+        args,
+        shards[: medium + 1],
+        "medium-replay",
+        root,
+        {"up to checkpoint": medium, **curve[medium]},
+        limit=args.replay_trajectories,
+    )
     if args.task in starcraft.SMACV2_TASKS:
         record(args, root, medium, "medium", {"checkpoint": medium, **curve[medium]})
         return ["medium-replay", "medium"]
     made, full = ["medium-replay"], FULL_RETURN[args.env]
-    for quality, low, high in (("poor", -math.inf, full / 2), ("medium", full / 2, full * 3 / 4), ("good", full * 3 / 4, math.inf)):
-        if merge(args, shards, quality, root, {"of": f"training, returns from {low} to {high}"}, limit=args.trajectories, between=(low, high)):
+    for quality, low, high in (
+        ("poor", -math.inf, full / 2),
+        ("medium", full / 2, full * 3 / 4),
+        ("good", full * 3 / 4, math.inf),
+    ):
+        if merge(
+            args,
+            shards,
+            quality,
+            root,
+            {"of": f"training, returns from {low} to {high}"},
+            limit=args.trajectories,
+            between=(low, high),
+        ):
             made.append(quality)
         else:
             print(f"{quality}: training had no battle with a return from {low} to {high}, no dataset is written")
@@ -396,8 +477,9 @@ def battles(args: Args, root: Path, curve: list[dict]) -> list[str]:
 def main(args: Args):
     check_task(args.env, args.task)  # an unknown task ends here, before anything is written
     args = fill_in(args)
-    check_positive(args, "steps", "samples", "trajectories", "replay_trajectories", "num_envs", "workers", "checkpoints", "horizon", "epochs",
-                   "minibatch", "hidden", "lr", "clip", "reward_scale", "record_every")
+    check_positive(args, "steps", "samples", "trajectories", "replay_trajectories", "num_envs", "workers")
+    check_positive(args, "checkpoints", "horizon", "epochs", "minibatch", "hidden", "lr", "clip", "reward_scale")
+    check_positive(args, "record_every")
     if args.seed < 0 or args.demo_samples < 0 or not 0 <= args.gamma <= 1 or not 0 <= args.gae_lambda <= 1:
         raise BadInput("--seed and --demo-samples must be at least 0, --gamma and --gae-lambda in [0, 1]")
     args.device = str(pick_device(args.device))
@@ -412,7 +494,14 @@ def main(args: Args):
     made = (battles if args.env in BATTLES else robots)(args, root, curve)
     if args.demo_samples:
         every = max(open_dataset(root.parent / "medium-replay")[1]["samples"] // args.demo_samples, 1)
-        merge(args, [root.parent / "medium-replay"], "demo", root, {"of": f"every {every}th episode of medium-replay"}, every)
+        merge(
+            args,
+            [root.parent / "medium-replay"],
+            "demo",
+            root,
+            {"of": f"every {every}th episode of medium-replay"},
+            every,
+        )
         made.append("demo")
     for quality in made:
         print(f"\n{root.parent / quality}")

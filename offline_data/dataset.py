@@ -17,8 +17,8 @@ An episode of T transitions is T + 1 rows, one after another. Row t holds what t
     is_init [1], the episode's first row,
     episode [1] int64, the episode's number.
 
-The last row of an episode holds its last observation alone (action and reward zero, no flag set). It is never sampled as
-a transition; the row after any transition is its next observation, so nothing is stored twice.
+The last row of an episode holds its last observation alone (action and reward zero, no flag set). It is never sampled
+as a transition; the row after any transition is its next observation, so nothing is stored twice.
 
     python -m offline_data info data/mamujoco/hopper/medium-replay      # the dataset's row of Table 3
 """
@@ -60,10 +60,11 @@ def read_json(path: Path) -> dict:
 def open_dataset(path: str | Path, env: str | None = None, task: str | None = None) -> tuple[TensorDict, dict]:
     """Validates a dataset and maps it read-only: (rows [N], card).
 
-    Everything is checked before anything is mapped, since TensorDict's own loader grows a file that was cut and fills it
-    with zeros; no byte of the files changes, and nothing is unpickled. Raises BadInput with one line that says what is
-    wrong: a missing or cut file, another dtype or shape, a value that is not finite, an episode that does not close,
-    an action out of the card's bounds or forbidden by its mask, statistics that differ from the card's, a dataset of another task.
+    Everything is checked before anything is mapped, since TensorDict's own loader grows a file that was cut and fills
+    it with zeros; no byte of the files changes, and nothing is unpickled. Raises BadInput with one line that says what
+    is wrong: a missing or cut file, another dtype or shape, a value that is not finite, an episode that does not close,
+    an action out of the card's bounds or forbidden by its mask, statistics that differ from the card's, a dataset of
+    another task.
     """
     path = Path(path)
     if not path.is_dir():
@@ -73,10 +74,14 @@ def open_dataset(path: str | Path, env: str | None = None, task: str | None = No
         if not isinstance(card.get(name), str):
             raise BadInput(f"{path}/card.json: '{name}' is {card.get(name)!r}, not a name")
     if not re.fullmatch(INTERFACE, card["interface"]):
-        raise BadInput(f"{path}/card.json: 'interface' is '{card['interface']}', not benchmark, standard or agent_obsk=K")
+        raise BadInput(
+            f"{path}/card.json: 'interface' is '{card['interface']}', not benchmark, standard or agent_obsk=K"
+        )
     for name, value in (("env", env), ("task", task)):
         if value is not None and card.get(name) != value:
-            raise BadInput(f"{path} is a dataset of {name} '{card.get(name)}', not '{value}': give the matching --{name} or --data")
+            raise BadInput(
+                f"{path} is a dataset of {name} '{card.get(name)}', not '{value}': give the matching --{name} or --data"
+            )
 
     # Layout: card.json, TensorDict's meta.json and the sizes on disk must agree.
     meta, agents = read_json(path / "meta.json"), read_json(path / "agents" / "meta.json")
@@ -113,12 +118,20 @@ def open_dataset(path: str | Path, env: str | None = None, task: str | None = No
             raise BadInput(f"{file} is missing: make or copy the dataset again")
         if size != wanted or card["bytes"][key] != wanted:
             said = card["bytes"][key]
-            raise BadInput(f"{file} has {size} bytes, {wanted} are needed (the card says {said}): the file was cut, make or copy the dataset again")
+            raise BadInput(
+                f"{file} has {size} bytes, {wanted} are needed (the card says {said}): the file was cut, make or copy "
+                "the dataset again"
+            )
 
     # A private mapping: opened for reading alone, so that nothing done to the tensors can reach the files.
     rows = TensorDict({"agents": TensorDict({}, [N, n])}, [N])
     for key, (dtype, shape) in expected.items():
-        mapped = torch.from_file(str(path / f"{key}.memmap"), shared=False, size=math.prod(shape), dtype=torch.uint8 if dtype is torch.bool else dtype)
+        mapped = torch.from_file(
+            str(path / f"{key}.memmap"),
+            shared=False,
+            size=math.prod(shape),
+            dtype=torch.uint8 if dtype is torch.bool else dtype,
+        )
         if dtype is torch.bool:
             for start in range(0, len(mapped), CHUNK):
                 if (mapped[start : start + CHUNK] > 1).any():
@@ -134,10 +147,17 @@ def _check_episodes(path: Path, rows: TensorDict, card: dict):
     done, init, last = rows["done"][:, 0], rows["is_init"][:, 0], last_rows(rows)
     starts, ends = init.nonzero()[:, 0], last.nonzero()[:, 0]
     E = card["trajectories"]
-    closed = len(starts) == len(ends) == E and bool(init[0]) and int(ends[-1]) == len(rows) - 1 and not bool((done & last).any())
+    closed = (
+        len(starts) == len(ends) == E
+        and bool(init[0])
+        and int(ends[-1]) == len(rows) - 1
+        and not bool((done & last).any())
+    )
     closed = closed and torch.equal(starts[1:], ends[:-1] + 1) and bool((ends - starts >= 1).all())
     if not closed:
-        raise BadInput(f"{path}: the episodes do not close ({len(starts)} starts and {len(ends)} ends, {E} on the card)")
+        raise BadInput(
+            f"{path}: the episodes do not close ({len(starts)} starts and {len(ends)} ends, {E} on the card)"
+        )
     if bool((rows["terminated"] & ~rows["done"]).any()):
         raise BadInput(f"{path}: a step is terminated but not done")
     length = torch.diff(starts, append=torch.tensor([len(rows)]))
@@ -160,17 +180,23 @@ def _check_values(path: Path, rows: TensorDict, card: dict):
                 raise BadInput(f"{path}: {key if isinstance(key, str) else '/'.join(key)} is not finite at row {row}")
         action = chunk["agents", "action"][~last]
         if len(action) and not (low <= action.min() and action.max() <= high):
-            raise BadInput(f"{path}: actions from {action.min():g} to {action.max():g} leave the card's bounds [{low}, {high}]")
+            raise BadInput(
+                f"{path}: actions from {action.min():g} to {action.max():g} leave the card's bounds [{low}, {high}]"
+            )
         if card["discrete"]:
             if len(action) and not (0 <= action.min() and action.max() < card["action_dim"]):
                 raise BadInput(f"{path}: an action is outside of 0 to {card['action_dim'] - 1}")
             action = chunk["agents", "action"].where(~last[:, None], 0)
             allowed = chunk["agents", "action_mask"].gather(-1, action.unsqueeze(-1))[..., 0].all(-1) | last
             if not allowed.all():
-                raise BadInput(f"{path}: the action at row {start + int((~allowed).nonzero()[0])} is one that its mask forbids")
+                raise BadInput(
+                    f"{path}: the action at row {start + int((~allowed).nonzero()[0])} is one that its mask forbids"
+                )
     returns = episode_returns(rows)
     for name, value in (("return_mean", returns.mean().item()), ("return_std", returns.std(correction=0).item())):
-        if not isinstance(card.get(name), float | int) or not math.isclose(value, card[name], rel_tol=1e-4, abs_tol=1e-3):
+        if not isinstance(card.get(name), float | int) or not math.isclose(
+            value, card[name], rel_tol=1e-4, abs_tol=1e-3
+        ):
             raise BadInput(f"{path}: the card says {name} {card.get(name)}, the rewards give {value:.4f}")
 
 
@@ -190,13 +216,17 @@ def episodes(data: TensorDict):
 def episode_returns(rows: TensorDict) -> torch.Tensor:
     """[E] float64: undiscounted return of each episode."""
     episode = rows["episode"][:, 0]
-    return torch.zeros(int(episode[-1]) + 1, dtype=torch.float64, device=episode.device).index_add_(0, episode, rows["reward"][:, 0].double())
+    return torch.zeros(int(episode[-1]) + 1, dtype=torch.float64, device=episode.device).index_add_(
+        0, episode, rows["reward"][:, 0].double()
+    )
 
 
 def table_row(card: dict) -> str:
     """The dataset's row of the paper's Table 3 (samples are transitions of the team)."""
-    header = ["Instance", "Quality", "Trajectories", "Samples", "Agents", "State dim", "Obs dim", "Action dim", "Average returns"]
-    row = [card["task"], card["quality"], *(card[k] for k in ("trajectories", "samples", "n_agents", "state_dim", "obs_dim", "action_dim"))]
+    header = ["Instance", "Quality", "Trajectories", "Samples", "Agents", "State dim", "Obs dim", "Action dim"]
+    header.append("Average returns")
+    counts = ("trajectories", "samples", "n_agents", "state_dim", "obs_dim", "action_dim")
+    row = [card["task"], card["quality"], *(card[k] for k in counts)]
     digits = 1 if card["return_max"] > 10 else 2  # a battle of SMAX is worth at most about 2
     row.append(f"{card['return_mean']:.{digits}f} ± {card['return_std']:.{digits}f}")
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (header, ["---"] * len(header), row))

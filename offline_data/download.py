@@ -32,16 +32,30 @@ def uid(quality: str) -> str:
 
 
 def vault_url(env: str, task: str, quality: str, base_url: str = BASE_URL) -> str:
-    """Where OG-MARL's copy of a published dataset lies. Raises BadInput for one that nobody published, with how to make it."""
+    """Where OG-MARL's copy of a published dataset lies.
+
+    Raises BadInput for one that nobody published, with how to make it.
+    """
     qualities = [q for (e, t, q), parts in published().items() if (e, t) == (env, task) and parts[2]]
     if not qualities:
         tasks = sorted({f"{e} {t}" for (e, t, _), parts in published().items() if parts[2]})
-        how = f"make it with `python -m offline_data collect --env {env} --task {task}`" if env in ("smacv2", "smax", "mamujoco") else "there is no public copy"
+        how = (
+            f"make it with `python -m offline_data collect --env {env} --task {task}`"
+            if env in ("smacv2", "smax", "mamujoco")
+            else "there is no public copy"
+        )
         raise BadInput(f"nobody published data of {env} {task}: {how}; published are {', '.join(tasks)}")
     if quality not in qualities:
-        how = f"; the paper's own were not published, make them with `python -m offline_data collect --env smacv2 --task {task}`" if env == "smacv2" else ""
+        how = (
+            "; the paper's own were not published, make them with `python -m offline_data collect --env smacv2 --task "
+            f"{task}`"
+            if env == "smacv2"
+            else ""
+        )
         raise BadInput(f"{env} {task} was published as {', '.join(qualities)}, not as '{quality}'{how}")
-    folder = {"mamujoco": "prior_work/omiga/mamujoco", "smacv1": "prior_work/omiga/smac_v1", "smacv2": "core/smac_v2"}[env]
+    folder = {"mamujoco": "prior_work/omiga/mamujoco", "smacv1": "prior_work/omiga/smac_v1", "smacv2": "core/smac_v2"}[
+        env
+    ]
     return f"{base_url.rstrip('/')}/{folder}/{VAULTS.get(task, task)}.zip"
 
 
@@ -49,7 +63,10 @@ def room(folder: Path, wanted: int):
     """Raises BadInput where the disk has less than `wanted` bytes left."""
     free = shutil.disk_usage(folder).free
     if wanted > free:
-        raise BadInput(f"no space in {folder}: {wanted / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; make room and run the command again")
+        raise BadInput(
+            f"no space in {folder}: {wanted / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; make room and run "
+            "the command again"
+        )
 
 
 def fetch(url: str, path: Path):
@@ -95,7 +112,9 @@ def fetch(url: str, path: Path):
             break
     else:
         of = f"{total:,}" if total and total > 0 else "?"
-        raise BadInput(f"{url} broke off{why}: {size:,} of {of} bytes are here; run the command again to go on from there")
+        raise BadInput(
+            f"{url} broke off{why}: {size:,} of {of} bytes are here; run the command again to go on from there"
+        )
     try:
         with zipfile.ZipFile(partial) as archive:
             broken = archive.testzip()
@@ -105,33 +124,53 @@ def fetch(url: str, path: Path):
         start = partial.read_bytes()[:20] if size < 2**20 else b""
         partial.unlink()
         what = f"{error}, it starts with {start!r}" if start else error
-        raise BadInput(f"{url} did not give a sound zip ({what}): what came was deleted, run the command again") from None
+        raise BadInput(
+            f"{url} did not give a sound zip ({what}): what came was deleted, run the command again"
+        ) from None
     partial.rename(path)
 
 
 def extract(archive_path: Path, name: str, folder: Path) -> Path:
     """Unpacks the vault called `name` from a zip into `folder` and returns the vault's path. Raises BadInput.
 
-    Nothing is written outside of `folder`: absolute paths, "..", links and special files are refused wherever they lie in the zip, and
-    so is one that would unpack to more than 100 times its size.
+    Nothing is written outside of `folder`: absolute paths, "..", links and special files are refused wherever they lie
+    in the zip, and so is one that would unpack to more than 100 times its size.
     """
     with zipfile.ZipFile(archive_path) as archive:
         members = archive.infolist()
         for member in members:
             path = PurePosixPath(member.filename)
             kind = stat.S_IFMT(member.external_attr >> 16)
-            if path.is_absolute() or ".." in path.parts or set(":\\") & set(member.filename) or kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-                raise BadInput(f"{archive_path} has an unsafe member {member.filename!r}: it is not a dataset, delete it")
+            if (
+                path.is_absolute()
+                or ".." in path.parts
+                or set(":\\") & set(member.filename)
+                or kind not in (0, stat.S_IFREG, stat.S_IFDIR)
+            ):
+                raise BadInput(
+                    f"{archive_path} has an unsafe member {member.filename!r}: it is not a dataset, delete it"
+                )
         if len({member.filename for member in members}) < len(members):
             raise BadInput(f"{archive_path} has two members of one name: it is not a dataset, delete it")
         size = sum(member.file_size for member in members)
         if size > max(100 * archive_path.stat().st_size, 2**20):
             raise BadInput(f"{archive_path} would unpack to {size:,} bytes: it is not a dataset, delete it")
-        roots = {PurePosixPath(m.filename).parent for m in members if PurePosixPath(m.filename).name == "metadata.json" and "__MACOSX" not in m.filename}
+        roots = {
+            PurePosixPath(m.filename).parent
+            for m in members
+            if PurePosixPath(m.filename).name == "metadata.json" and "__MACOSX" not in m.filename
+        }
         chosen = [root for root in roots if root.name == name]
         if len(chosen) != 1:
-            raise BadInput(f"{archive_path} has no vault '{name}': it has {', '.join(sorted(root.name for root in roots)) or 'none'}")
-        wanted = [member for member in members if PurePosixPath(member.filename).is_relative_to(chosen[0]) and not member.is_dir()]
+            raise BadInput(
+                f"{archive_path} has no vault '{name}': it has "
+                f"{', '.join(sorted(root.name for root in roots)) or 'none'}"
+            )
+        wanted = [
+            member
+            for member in members
+            if PurePosixPath(member.filename).is_relative_to(chosen[0]) and not member.is_dir()
+        ]
         folder.mkdir(parents=True)
         room(folder, sum(member.file_size for member in wanted))
         for member in wanted:
@@ -142,15 +181,25 @@ def extract(archive_path: Path, name: str, folder: Path) -> Path:
     return folder / chosen[0]
 
 
-def download(env: str, task: str, quality: str, out: str | None = None, base_url: str = BASE_URL, downloads: str = str(DATA_ROOT / "downloads"),
-             return_to_go: bool = False, overwrite: bool = False) -> Path:
+def download(
+    env: str,
+    task: str,
+    quality: str,
+    out: str | None = None,
+    base_url: str = BASE_URL,
+    downloads: str = str(DATA_ROOT / "downloads"),
+    return_to_go: bool = False,
+    overwrite: bool = False,
+) -> Path:
     """Download a published dataset (OG-MARL's vaults), check it and convert it into the native format.
 
-    The zip holds all qualities of a task; it stays in --downloads, where the next quality finds it. Delete it when you have them.
+    The zip holds all qualities of a task; it stays in --downloads, where the next quality finds it. Delete it when you
+    have them.
 
     Args:
         env: mamujoco, smacv1 or smacv2
-        task: hopper, ant, halfcheetah; 2c_vs_64zg, 5m_vs_6m, 6h_vs_8z, corridor; terran_5_vs_5, terran_10_vs_10, zerg_5_vs_5
+        task: hopper, ant, halfcheetah; 2c_vs_64zg, 5m_vs_6m, 6h_vs_8z, corridor; terran_5_vs_5, terran_10_vs_10,
+            zerg_5_vs_5
         quality: expert, medium, medium-replay, medium-expert; good, medium, poor; replay, random
         out: directory to write, instead of data/ENV/TASK/QUALITY
         base_url: where the zips lie
@@ -170,7 +219,17 @@ def download(env: str, task: str, quality: str, out: str | None = None, base_url
     try:
         vault = extract(archive, uid(quality), unpacked)
         last_row = "observation" if env == "mamujoco" else "transition"  # see formats.py
-        return convert(str(vault), "vault", env, task, quality, str(path), last_row=last_row, return_to_go=return_to_go, overwrite=overwrite)
+        return convert(
+            str(vault),
+            "vault",
+            env,
+            task,
+            quality,
+            str(path),
+            last_row=last_row,
+            return_to_go=return_to_go,
+            overwrite=overwrite,
+        )
     except OSError as error:
         raise BadInput(f"can't unpack {archive} to {unpacked}: {error.strerror or error}") from error
     except (zipfile.BadZipFile, EOFError, RuntimeError) as error:

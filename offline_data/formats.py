@@ -8,26 +8,31 @@
 
 What the formats leave unsaid is decided here once, and each card says under "made" what was done:
 
-- Rewards are as recorded. Agents' rewards must agree: the team has one. --return-to-go puts the sum of the rewards that are still
-  to come in their place (what the released ComaDICE trains SMAC on) and marks the card.
-- Actions are as recorded, beyond [-1, 1] too (the card's bounds say so). They go to the actuators in the order in which they lie.
-- Terminal or time limit: where a format has one flag for both (vault, omiga, npz), an episode that ends at the step limit was cut by
-  it, and any other end is final. A fall or a victory on that very step can't be told apart. pymarl and minari keep them apart.
-- A last observation that was not recorded is a copy of the one before it (the card counts them). Nothing reads it where the episode
-  terminated, since there is no value beyond; where the episode was truncated, that one bootstrap is off by one step.
-- Row formats (vault, omiga), --last-row: does the row that says done hold a transition, or the last observation with nothing behind
-  it? The benchmark has both. Its MuJoCo episodes have 1,001 rows for 1,000 steps, and Table 3 counts rows less trajectories
-  (2ant: 1,001,000 rows, 1000K samples): an observation. Its StarCraft rows are all samples in Table 3: transitions.
-  "auto" looks at the longest episode: limit + 1 rows are an observation, exactly limit rows a transition, and less says nothing: then
-  mamujoco is read as the benchmark's MuJoCo and the rest as its StarCraft.
-- The state: [S] a row is taken as it is. With an axis of agents it is the agents' vectors side by side in MuJoCo (Table 3: 3 x 14 =
-  42) and the first agent's in StarCraft (OG-MARL's copies of the same data). In MuJoCo under the benchmark's interface a state of
-  another size, or none, gives way to the observations side by side, which is what that interface has.
+- Rewards are as recorded. Agents' rewards must agree: the team has one. --return-to-go puts the sum of the rewards that
+  are still to come in their place (what the released ComaDICE trains SMAC on) and marks the card.
+- Actions are as recorded, beyond [-1, 1] too (the card's bounds say so). They go to the actuators in the order in which
+  they lie.
+- Terminal or time limit: where a format has one flag for both (vault, omiga, npz), an episode that ends at the step
+  limit was cut by it, and any other end is final. A fall or a victory on that very step can't be told apart. pymarl and
+  minari keep them apart.
+- A last observation that was not recorded is a copy of the one before it (the card counts them). Nothing reads it where
+  the episode terminated, since there is no value beyond; where the episode was truncated, that one bootstrap is off by
+  one step.
+- Row formats (vault, omiga), --last-row: does the row that says done hold a transition, or the last observation with
+  nothing behind it? The benchmark has both. Its MuJoCo episodes have 1,001 rows for 1,000 steps, and Table 3 counts
+  rows less trajectories (2ant: 1,001,000 rows, 1000K samples): an observation. Its StarCraft rows are all samples in
+  Table 3: transitions. "auto" looks at the longest episode: limit + 1 rows are an observation, exactly limit rows a
+  transition, and less says nothing: then mamujoco is read as the benchmark's MuJoCo and the rest as its StarCraft.
+- The state: [S] a row is taken as it is. With an axis of agents it is the agents' vectors side by side in MuJoCo (Table
+  3: 3 x 14 = 42) and the first agent's in StarCraft (OG-MARL's copies of the same data). In MuJoCo under the
+  benchmark's interface a state of another size, or none, gives way to the observations side by side, which is what that
+  interface has.
 
-No format is ever unpickled. The C libraries under h5py and tensorstore can crash or hang on damaged files, so `convert` reads in a process
-of its own, whose memory is limited and which is stopped when it writes nothing for long; all that is seen of it is one line.
-Memory is bounded by BLOCK whatever the size of a source. Formats: Flashbax' flashbax/vault/vault.py, OG-MARL's
-og_marl/wrapped_environments and dataset cards, OMIGA's datasets/offline_dataset.py, Minari's minari/dataset/_storages/hdf5_storage.py.
+No format is ever unpickled. The C libraries under h5py and tensorstore can crash or hang on damaged files, so `convert`
+reads in a process of its own, whose memory is limited and which is stopped when it writes nothing for long; all that is
+seen of it is one line. Memory is bounded by BLOCK whatever the size of a source. Formats: Flashbax'
+flashbax/vault/vault.py, OG-MARL's og_marl/wrapped_environments and dataset cards, OMIGA's datasets/offline_dataset.py,
+Minari's minari/dataset/_storages/hdf5_storage.py.
 """
 
 import importlib
@@ -64,7 +69,8 @@ EPISODE = 2**28  # bytes of one episode, or of a chunk of HDF5; more is a damage
 CHILD_MEMORY = 8 * 2**30  # bytes that a conversion may take: a damaged header may ask for terabytes
 STALL = 300  # seconds without progress after which a conversion counts as hanging
 
-# Steps after which an episode is cut. SMAC: smac_maps.py of smac and smacv2; MuJoCo: gymnasium's registration and OMIGA's episode_limit.
+# Steps after which an episode is cut. SMAC: smac_maps.py of smac and smacv2; MuJoCo: gymnasium's registration and
+# OMIGA's episode_limit.
 LIMITS = {"mamujoco": 1000, "smacv2": 200, "2c_vs_64zg": 400, "5m_vs_6m": 70, "6h_vs_8z": 150, "corridor": 400}
 
 # ---------------------------------------------------------------- what all readers share
@@ -79,7 +85,10 @@ def need(package: str):
 
 
 def per_step(x: np.ndarray, name: str) -> np.ndarray:
-    """[T, ...] with one value a step or one an agent -> [T] float32. Raises BadInput where the agents' values differ."""
+    """[T, ...] with one value a step or one an agent -> [T] float32.
+
+    Raises BadInput where the agents' values differ.
+    """
     x = np.asarray(x, np.float32).reshape(len(x), -1)
     if x.shape[1] == 0 or (x != x[:, :1]).any():
         raise BadInput(f"'{name}' differs between agents (or is not a number): a team has one")
@@ -87,7 +96,8 @@ def per_step(x: np.ndarray, name: str) -> np.ndarray:
 
 
 def all_agents(x: np.ndarray, name: str) -> np.ndarray:
-    """[T, ...] flags of 0 and 1 -> [T] bool, true where every agent's is: SMAC's agents are done one by one as they die."""
+    """[T, ...] flags of 0 and 1 -> [T] bool, true where every agent's is: SMAC's agents are done one by one as they
+    die."""
     x = np.asarray(x).reshape(len(x), -1)
     if x.shape[1] == 0 or not np.isin(x, (0, 1)).all():
         raise BadInput(f"'{name}' has values other than 0 and 1")
@@ -108,7 +118,9 @@ def team_state(state: np.ndarray | None, observation: np.ndarray, env: str, inte
     if env == "mamujoco" and interface == "benchmark" and (state is None or state.shape[1:] != (n * O,)):
         state, how = observation.reshape(T, -1), "the observations side by side"
     if state is None or state.ndim != 2:
-        raise BadInput(f"the state is {'missing' if state is None else f'of shape {list(state.shape)}, not [time, entries]'}")
+        raise BadInput(
+            f"the state is {'missing' if state is None else f'of shape {list(state.shape)}, not [time, entries]'}"
+        )
     made["state"] = how
     return state
 
@@ -116,9 +128,10 @@ def team_state(state: np.ndarray | None, observation: np.ndarray, env: str, inte
 def team_episode(parts: dict, T: int, terminated: bool, env: str, interface: str, made: dict) -> TensorDict:
     """One episode of T transitions, [T + 1] rows.
 
-    `parts` are arrays with time first: "observation" [T or more, n, O], "action" [T, n, A] or [T, n], "reward" [T], and where there are
-    any "state" and "mask" [T or more, n, A]. Without a row T, the observation that was not recorded, row T - 1 stands in for it.
-    Raises BadInput for shapes that do not fit, values that are not finite, actions that are no numbers of actions or that the mask forbids.
+    `parts` are arrays with time first: "observation" [T or more, n, O], "action" [T, n, A] or [T, n], "reward" [T], and
+    where there are any "state" and "mask" [T or more, n, A]. Without a row T, the observation that was not recorded,
+    row T - 1 stands in for it. Raises BadInput for shapes that do not fit, values that are not finite, actions that are
+    no numbers of actions or that the mask forbids.
     """
     observation = parts["observation"]
     if observation.ndim != 3 or 0 in observation.shape[1:]:
@@ -129,13 +142,21 @@ def team_episode(parts: dict, T: int, terminated: bool, env: str, interface: str
     rows = np.minimum(np.arange(T + 1), len(observation) - 1)
     made["last_observations_copied"] = made.get("last_observations_copied", 0) + (len(observation) == T)
     state = team_state(parts.get("state"), observation, env, interface, made)
-    if len(state) != len(observation) or len(action) < T or len(parts["reward"]) < T or (mask is not None and len(mask) < len(observation)):
+    if (
+        len(state) != len(observation)
+        or len(action) < T
+        or len(parts["reward"]) < T
+        or (mask is not None and len(mask) < len(observation))
+    ):
         raise BadInput("observation, state, action, reward and mask differ in length")
     discrete = env != "mamujoco"
     if discrete:
         action = action[..., 0] if action.ndim == 3 and action.shape[2] == 1 else action
         if mask is None or mask.ndim != 3 or mask.shape[1] != n or action.shape[1:] != (n,):
-            raise BadInput(f"actions {list(action.shape)} and masks {list(np.shape(mask))} are not [time, {n}] and [time, {n}, actions]")
+            raise BadInput(
+                f"actions {list(action.shape)} and masks {list(np.shape(mask))} are not [time, {n}] and [time, {n}, "
+                "actions]"
+            )
         if not np.isin(mask, (0, 1)).all():
             raise BadInput("an action mask has values other than 0 and 1")
         if not ((action[:T] == np.round(action[:T])) & (action[:T] >= 0) & (action[:T] < mask.shape[2])).all():
@@ -143,35 +164,56 @@ def team_episode(parts: dict, T: int, terminated: bool, env: str, interface: str
     else:
         action = action[..., None] if action.ndim == 2 else action
         if action.ndim != 3 or action.shape[1] != n or not action.shape[2]:
-            raise BadInput(f"actions of shape {list(action.shape)} for {n} agents: they must be [time, agents, entries]")
+            raise BadInput(
+                f"actions of shape {list(action.shape)} for {n} agents: they must be [time, agents, entries]"
+            )
     tensor = lambda x, dtype: torch.from_numpy(np.ascontiguousarray(x, dtype))
-    step = np.minimum(np.arange(T + 1), T - 1)  # the last row's action and reward count for nothing: DatasetWriter zeroes them
-    agents = {"observation": tensor(observation[rows], np.float32), "action": tensor(action[step], np.int64 if discrete else np.float32)}
+    # the last row's action and reward count for nothing: DatasetWriter zeroes them
+    step = np.minimum(np.arange(T + 1), T - 1)
+    agents = {
+        "observation": tensor(observation[rows], np.float32),
+        "action": tensor(action[step], np.int64 if discrete else np.float32),
+    }
     if discrete:
         agents["action_mask"] = tensor(mask[rows], np.bool_)
         if not agents["action_mask"][:T].gather(-1, agents["action"][:T, :, None]).all():
             raise BadInput("an action is one that its mask forbids")
     end = torch.zeros(T + 1, 1, dtype=torch.bool)
     end[T - 1] = True
-    team = {"state": tensor(state[rows], np.float32), "reward": tensor(parts["reward"][step, None], np.float32), "done": end, "terminated": end & terminated}
+    team = {
+        "state": tensor(state[rows], np.float32),
+        "reward": tensor(parts["reward"][step, None], np.float32),
+        "done": end,
+        "terminated": end & terminated,
+    }
     for name, value in [*team.items(), *agents.items()]:
         if not torch.isfinite(value).all():
-            raise BadInput(f"the {name} is not finite at step {int((~torch.isfinite(value)).reshape(T + 1, -1).any(-1).nonzero()[0])}")
+            raise BadInput(
+                f"the {name} is not finite at step "
+                f"{int((~torch.isfinite(value)).reshape(T + 1, -1).any(-1).nonzero()[0])}"
+            )
     return TensorDict(team | {"agents": TensorDict(agents, [T + 1, n])}, [T + 1])
 
 
 # ---------------------------------------------------------------- rows flat in time: vault, omiga
 
 
-def row_episodes(read: dict[str, Callable], N: int, row_bytes: int, env: str, interface: str, limit: int, last_row: str, made: dict) -> Iterator[TensorDict]:
-    """Episodes of N rows. `read` has a function (start, stop) -> array for "observation", "action", "reward", "terminal", and where
-    there are any "truncation", "state" and "mask". Raises BadInput where no episode closes or one is longer than the limit allows.
+def row_episodes(
+    read: dict[str, Callable], N: int, row_bytes: int, env: str, interface: str, limit: int, last_row: str, made: dict
+) -> Iterator[TensorDict]:
+    """Episodes of N rows. `read` has a function (start, stop) -> array for "observation", "action", "reward",
+    "terminal", and where there are any "truncation", "state" and "mask". Raises BadInput where no episode closes or one
+    is longer than the limit allows.
     """
     B = max(BLOCK // row_bytes, 1)
 
     def flags(start: int) -> tuple[np.ndarray, np.ndarray]:
         terminal = all_agents(read["terminal"](start, min(start + B, N)), "terminal")
-        truncation = all_agents(read["truncation"](start, min(start + B, N)), "truncation") if "truncation" in read else np.zeros_like(terminal)
+        truncation = (
+            all_agents(read["truncation"](start, min(start + B, N)), "truncation")
+            if "truncation" in read
+            else np.zeros_like(terminal)
+        )
         return terminal | truncation, terminal
 
     # A first pass over the flags alone: how long the longest episode is decides what its last row holds.
@@ -183,21 +225,32 @@ def row_episodes(read: dict[str, Callable], N: int, row_bytes: int, env: str, in
     if not count:
         raise BadInput("no row says that an episode is done")
     if max(longest, N - 1 - end) > limit + 1:
-        raise BadInput(f"an episode has {max(longest, N - 1 - end)} rows where a step limit of {limit} allows {limit + 1}: give the data's own --limit")
+        raise BadInput(
+            f"an episode has {max(longest, N - 1 - end)} rows where a step limit of {limit} allows {limit + 1}: give "
+            "the data's own --limit"
+        )
     why = f"the longest episode has {longest} rows, the step limit is {limit}"
     if last_row == "auto" and longest >= limit:
         last_row = "observation" if longest > limit else "transition"
     elif last_row == "auto":
-        last_row, why = ("observation" if env == "mamujoco" else "transition"), f"as in the benchmark's data of this kind; {why}"
+        last_row, why = (
+            ("observation" if env == "mamujoco" else "transition"),
+            f"as in the benchmark's data of this kind; {why}",
+        )
     if last_row == "transition" and longest > limit:
-        raise BadInput(f"an episode has {longest} transitions where the step limit is {limit}: give the data's own --limit, or --last-row observation")
+        raise BadInput(
+            f"an episode has {longest} transitions where the step limit is {limit}: give the data's own --limit, or "
+            "--last-row observation"
+        )
     made["last_row"] = f"{last_row} ({why})"
     made["rows"], made["rows_after_the_last_done_left_out"] = N, N - 1 - end
     left_out = []
 
     kept = {}
     for start in range(0, N, B):
-        block = {key: get(start, min(start + B, N)) for key, get in read.items() if key not in ("terminal", "truncation")}
+        block = {
+            key: get(start, min(start + B, N)) for key, get in read.items() if key not in ("terminal", "truncation")
+        }
         block["done"], block["terminal"] = flags(start)
         block["reward"] = per_step(block["reward"], "reward")
         if kept:
@@ -213,19 +266,29 @@ def row_episodes(read: dict[str, Callable], N: int, row_bytes: int, env: str, in
             first = int(last) + 1
         kept = {key: value[first:].copy() for key, value in block.items()}
     if last_row == "observation":
-        made["rewards_beside_last_observations_left_out"] = {"rows": len(left_out), "mean_magnitude": float(np.mean(left_out))}
+        made["rewards_beside_last_observations_left_out"] = {
+            "rows": len(left_out),
+            "mean_magnitude": float(np.mean(left_out)),
+        }
 
 
-def read_vault(source: Path, env: str, task: str, interface: str, limit: int, last_row: str, made: dict) -> Iterator[TensorDict]:
-    """Flashbax' vault (tensorstore; no JAX): a folder NAME.vlt/UID with metadata.json and one zarr array a leaf in an ocdbt store.
+def read_vault(
+    source: Path, env: str, task: str, interface: str, limit: int, last_row: str, made: dict
+) -> Iterator[TensorDict]:
+    """Flashbax' vault (tensorstore; no JAX): a folder NAME.vlt/UID with metadata.json and one zarr array a leaf in an
+    ocdbt store.
 
-    Leaves as OG-MARL has them, [1, time, ...]: observations [n, O], actions [n(, A)], rewards, terminals and truncations [n], infos.state,
-    infos.legals [n, A] (discrete). "vault_index" says how many steps of the endless time axis are written.
+    Leaves as OG-MARL has them, [1, time, ...]: observations [n, O], actions [n(, A)], rewards, terminals and
+    truncations [n], infos.state, infos.legals [n, A] (discrete). "vault_index" says how many steps of the endless time
+    axis are written.
     """
     ts = need("tensorstore")
     if not (source / "metadata.json").is_file() or not (source / "manifest.ocdbt").is_file():
         uids = sorted(path.parent.name for path in source.glob("*/metadata.json"))
-        raise BadInput(f"{source} is no vault: give the folder with metadata.json and manifest.ocdbt" + (f", one of {', '.join(uids)}" if uids else ""))
+        raise BadInput(
+            f"{source} is no vault: give the folder with metadata.json and manifest.ocdbt"
+            + (f", one of {', '.join(uids)}" if uids else "")
+        )
     version = read_json(source / "metadata.json").get("version")
     if not isinstance(version, int | float) or not 0 <= version < 2:
         raise BadInput(f"{source}/metadata.json: vault version {version!r} is not known here")
@@ -235,16 +298,25 @@ def read_vault(source: Path, env: str, task: str, interface: str, limit: int, la
     leaves = {key.decode().removesuffix("/.zarray") for key in keys if key.endswith(b"/.zarray")}
 
     def leaf(name: str, strict: bool = False):
-        spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": name}, "fill_missing_data_reads": not strict}
+        spec = {
+            "driver": "zarr",
+            "kvstore": {"driver": "ocdbt", "base": base, "path": name},
+            "fill_missing_data_reads": not strict,
+        }
         return ts.open(spec, open=True, read=True, context=context).result()
 
     names = {"observation": "observations.", "action": "actions.", "reward": "rewards.", "terminal": "terminals."}
-    names |= {key: name for key, name in {"truncation": "truncations.", "state": "infos.state.", "mask": "infos.legals."}.items() if name in leaves}
+    names |= {
+        key: name
+        for key, name in {"truncation": "truncations.", "state": "infos.state.", "mask": "infos.legals."}.items()
+        if name in leaves
+    }
     missing = sorted((set(names.values()) | {"vault_index"}) - leaves)
     if missing:
         raise BadInput(f"{source} has no {', '.join(missing)}: its leaves are {', '.join(sorted(leaves))}")
     arrays = {key: leaf(name) for key, name in names.items()}
-    # tensorstore reads zeros for a chunk that is missing, and stores none for one of zeros; an observation is never all zeros.
+    # tensorstore reads zeros for a chunk that is missing, and stores none for one of zeros; an observation is never all
+    # zeros.
     if arrays["observation"].chunk_layout.read_chunk.shape[-1] >= arrays["observation"].shape[-1]:
         arrays["observation"] = leaf(names["observation"], strict=True)
     N = int(leaf("vault_index").read().result()[0])
@@ -260,11 +332,16 @@ def read_vault(source: Path, env: str, task: str, interface: str, limit: int, la
 
 def check_size(source, episode_bytes: int):
     if not 0 < episode_bytes <= EPISODE:
-        raise BadInput(f"{source}: one episode or row would take {episode_bytes:,} bytes: the file is damaged or of another format")
+        raise BadInput(
+            f"{source}: one episode or row would take {episode_bytes:,} bytes: the file is damaged or of another format"
+        )
 
 
 def hdf5_arrays(source: Path, file, names: list[str], optional: tuple = ()) -> dict:
-    """The named datasets of an open HDF5 file. Raises BadInput for one that is missing, not numeric, or stored in absurd chunks."""
+    """The named datasets of an open HDF5 file.
+
+    Raises BadInput for one that is missing, not numeric, or stored in absurd chunks.
+    """
     h5py = need("h5py")
     missing = [name for name in names if name not in file and name not in optional]
     if missing:
@@ -280,14 +357,19 @@ def hdf5_arrays(source: Path, file, names: list[str], optional: tuple = ()) -> d
     return arrays
 
 
-def read_omiga(source: Path, env: str, task: str, interface: str, limit: int, last_row: str, made: dict) -> Iterator[TensorDict]:
-    """OMIGA's HDF5 (h5py): o [N, n, O], s [N, n, S] or [N, S], a [N, n, A], r and d [N(, 1 or n)] over all steps; d ends an episode.
+def read_omiga(
+    source: Path, env: str, task: str, interface: str, limit: int, last_row: str, made: dict
+) -> Iterator[TensorDict]:
+    """OMIGA's HDF5 (h5py): o [N, n, O], s [N, n, S] or [N, S], a [N, n, A], r and d [N(, 1 or n)] over all steps; d
+    ends an episode.
 
     It has no action masks, and so no StarCraft.
     """
     h5py = need("h5py")
     if env != "mamujoco":
-        raise BadInput(f"OMIGA's HDF5 has no action masks, which {env} needs: use OG-MARL's copy (python -m offline_data download)")
+        raise BadInput(
+            f"OMIGA's HDF5 has no action masks, which {env} needs: use OG-MARL's copy (python -m offline_data download)"
+        )
     with h5py.File(source, "r") as file:
         arrays = hdf5_arrays(source, file, ["o", "s", "a", "r", "d"], optional=("s",))
         N = len(arrays["o"])
@@ -304,14 +386,22 @@ def read_omiga(source: Path, env: str, task: str, interface: str, limit: int, la
 
 
 def npy_header(file, name: str, source) -> tuple[tuple, bool, np.dtype]:
-    """Reads the header of an open .npy: (shape, whether in Fortran order, dtype). Raises BadInput for pickled objects and for no header."""
+    """Reads the header of an open .npy: (shape, whether in Fortran order, dtype).
+
+    Raises BadInput for pickled objects and for no header.
+    """
     try:
         version = np.lib.format.read_magic(file)
-        shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
+        shape, fortran, dtype = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )(file)
     except Exception as error:  # a damaged header is evaluated as a Python literal, which fails in many ways
         raise BadInput(f"{source}: '{name}' has no .npy header ({' '.join(str(error).split())[:100]})") from None
     if dtype.hasobject:
-        raise BadInput(f"{source}: '{name}' holds pickled Python objects, which could run any code and are never read: save it as an array of numbers")
+        raise BadInput(
+            f"{source}: '{name}' holds pickled Python objects, which could run any code and are never read: save it as "
+            "an array of numbers"
+        )
     return shape, fortran, dtype
 
 
@@ -319,16 +409,23 @@ def episode_array(file, name: str, source) -> tuple[tuple, np.dtype]:
     """npy_header of an array [episode, time, ...] that can be read an episode at a time: (shape, dtype)."""
     shape, fortran, dtype = npy_header(file, name, source)
     if dtype.kind not in "biuf" or len(shape) < 2 or 0 in shape or fortran:
-        raise BadInput(f"{source}: '{name}' is {dtype} {list(shape)}{' in Fortran order' if fortran else ''}, not numbers [episode, time, ...] in C order")
+        raise BadInput(
+            f"{source}: '{name}' is {dtype} {list(shape)}{' in Fortran order' if fortran else ''}, not numbers "
+            "[episode, time, ...] in C order"
+        )
     return shape, dtype
 
 
-def read_npz(source: Path, env: str, task: str, interface: str, limit: int, last_row: str, made: dict) -> Iterator[TensorDict]:
-    """The authors' .npz: states, obs [E, T + 1, n, ...], actions, rewards, dones [E, T, n, ...], avails [E, T + 1, n, A] (discrete).
+def read_npz(
+    source: Path, env: str, task: str, interface: str, limit: int, last_row: str, made: dict
+) -> Iterator[TensorDict]:
+    """The authors' .npz: states, obs [E, T + 1, n, ...], actions, rewards, dones [E, T, n, ...], avails [E, T + 1, n,
+    A] (discrete).
 
-    An episode ends with the first step on which all agents are done; what follows is padding. Where none is, steps at the end that
-    leave the state as it was are padding (so the released loader has it), and the episode counts as truncated. `actives` (who is
-    alive) says nothing that is needed. Members are streamed from the zip, an episode at a time.
+    An episode ends with the first step on which all agents are done; what follows is padding. Where none is, steps at
+    the end that leave the state as it was are padding (so the released loader has it), and the episode counts as
+    truncated. `actives` (who is alive) says nothing that is needed. Members are streamed from the zip, an episode at a
+    time.
     """
     names = {"obs": "observation", "actions": "action", "rewards": "reward", "dones": "done", "states": "state"}
     names |= {"avails": "mask"} if env != "mamujoco" else {}
@@ -346,7 +443,10 @@ def read_npz(source: Path, env: str, task: str, interface: str, limit: int, last
         for name, (shape, dtype) in headers.items():
             long = name in ("obs", "states", "avails")
             if shape[0] != E or shape[1] != (L if long else steps) or L not in (steps, steps + 1):
-                raise BadInput(f"{source}: '{name}' is {list(shape)}, the observations are of {E} episodes and {L} steps and the rewards of {steps}")
+                raise BadInput(
+                    f"{source}: '{name}' is {list(shape)}, the observations are of {E} episodes and {L} steps and the "
+                    f"rewards of {steps}"
+                )
             check_size(source, math.prod(shape[1:]) * dtype.itemsize)
         for _ in range(E):
             parts = {}
@@ -363,7 +463,9 @@ def read_npz(source: Path, env: str, task: str, interface: str, limit: int, last
                 moved = (parts["state"][1:] != parts["state"][:-1]).reshape(L - 1, -1).any(1).nonzero()[0]
                 T = min(int(moved[-1]) + 1, steps) if len(moved) else 0
             if T > limit:
-                raise BadInput(f"{source}: an episode has {T} steps where the step limit is {limit}: give the data's own --limit")
+                raise BadInput(
+                    f"{source}: an episode has {T} steps where the step limit is {limit}: give the data's own --limit"
+                )
             parts["reward"] = per_step(parts["reward"][:T], "rewards")
             parts = {key: value[: T + 1] for key, value in parts.items()}
             if T:
@@ -373,15 +475,25 @@ def read_npz(source: Path, env: str, task: str, interface: str, limit: int, last
                 raise BadInput(f"{source}: '{name}' goes on after its {E} episodes: the file is damaged")
 
 
-def read_pymarl(source: Path, env: str, task: str, interface: str, limit: int, last_row: str, made: dict) -> Iterator[TensorDict]:
-    """PyMARL's episode batches, an HDF5 (h5py) or a folder of .npy: obs [E, L, n, O], state [E, L, S], actions [E, L, n, 1],
-    avail_actions [E, L, n, A], reward, terminated and filled [E, L, 1]; the arrays of steps may be one shorter than obs.
+def read_pymarl(
+    source: Path, env: str, task: str, interface: str, limit: int, last_row: str, made: dict
+) -> Iterator[TensorDict]:
+    """PyMARL's episode batches, an HDF5 (h5py) or a folder of .npy: obs [E, L, n, O], state [E, L, S], actions [E, L,
+    n, 1], avail_actions [E, L, n, A], reward, terminated and filled [E, L, 1]; the arrays of steps may be one shorter
+    than obs.
 
-    `filled` marks the steps that were played, the one with the last observation among them. `terminated` is PyMARL's: false on a time
-    limit, so an episode without it was truncated at its last filled step. Where the step of the termination is the last one that is
-    filled, the last observation was not recorded.
+    `filled` marks the steps that were played, the one with the last observation among them. `terminated` is PyMARL's:
+    false on a time limit, so an episode without it was truncated at its last filled step. Where the step of the
+    termination is the last one that is filled, the last observation was not recorded.
     """
-    names = {"obs": "observation", "state": "state", "actions": "action", "reward": "reward", "terminated": "terminated", "filled": "filled"}
+    names = {
+        "obs": "observation",
+        "state": "state",
+        "actions": "action",
+        "reward": "reward",
+        "terminated": "terminated",
+        "filled": "filled",
+    }
     names |= {"avail_actions": "mask"} if env != "mamujoco" else {}
     optional = ("state",) if env == "mamujoco" else ()
     if source.is_dir():
@@ -392,17 +504,24 @@ def read_pymarl(source: Path, env: str, task: str, interface: str, limit: int, l
                 with open(path, "rb") as file:
                     shape, dtype = episode_array(file, name, source)
                     if path.stat().st_size != file.tell() + math.prod(shape) * dtype.itemsize:
-                        raise BadInput(f"{path} has {path.stat().st_size} bytes, which is not what its header says: it was cut or damaged")
+                        raise BadInput(
+                            f"{path} has {path.stat().st_size} bytes, which is not what its header says: it was cut or "
+                            "damaged"
+                        )
                 arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
             elif name not in optional:
                 raise BadInput(f"{source} has no {name}.npy")
         yield from batch_episodes(arrays, names, source, env, interface, made)
     else:
         with need("h5py").File(source, "r") as file:
-            yield from batch_episodes(hdf5_arrays(source, file, list(names), optional), names, source, env, interface, made)
+            yield from batch_episodes(
+                hdf5_arrays(source, file, list(names), optional), names, source, env, interface, made
+            )
 
 
-def batch_episodes(arrays: dict, names: dict, source: Path, env: str, interface: str, made: dict) -> Iterator[TensorDict]:
+def batch_episodes(
+    arrays: dict, names: dict, source: Path, env: str, interface: str, made: dict
+) -> Iterator[TensorDict]:
     """Episodes of PyMARL's arrays, read a few at a time."""
     if any(len(array.shape) < 2 for array in arrays.values()):
         raise BadInput(f"{source}: not every array is [episode, time, ...]")
@@ -410,7 +529,9 @@ def batch_episodes(arrays: dict, names: dict, source: Path, env: str, interface:
     for name, array in arrays.items():
         lengths = (L,) if name in ("obs", "state", "avail_actions") else (L, L - 1)
         if array.shape[0] != E or array.shape[1] not in lengths:
-            raise BadInput(f"{source}: '{name}' is {list(array.shape)}, the observations are of {E} episodes and {L} steps")
+            raise BadInput(
+                f"{source}: '{name}' is {list(array.shape)}, the observations are of {E} episodes and {L} steps"
+            )
     episode_bytes = sum(math.prod(array.shape[1:]) * array.dtype.itemsize for array in arrays.values())
     check_size(source, episode_bytes)
     B = max(BLOCK // episode_bytes, 1)
@@ -429,20 +550,29 @@ def batch_episodes(arrays: dict, names: dict, source: Path, env: str, interface:
                 raise BadInput(f"{source}: episode {start + i} goes on after it terminated")
             if T > 0:
                 parts["reward"] = per_step(parts["reward"][:T], "reward")
-                long = {key: parts[key][: min(T + 1, observations)] for key in ("observation", "state", "mask") if key in parts}
-                yield team_episode(parts | long | {"action": parts["action"][:T]}, T, bool(len(ends)), env, interface, made)
+                long = {
+                    key: parts[key][: min(T + 1, observations)]
+                    for key in ("observation", "state", "mask")
+                    if key in parts
+                }
+                yield team_episode(
+                    parts | long | {"action": parts["action"][:T]}, T, bool(len(ends)), env, interface, made
+                )
 
 
 # ---------------------------------------------------------------- Minari
 
 
-def read_minari(source: Path, env: str, task: str, interface: str, limit: int, last_row: str, made: dict) -> Iterator[TensorDict]:
+def read_minari(
+    source: Path, env: str, task: str, interface: str, limit: int, last_row: str, made: dict
+) -> Iterator[TensorDict]:
     """Minari's single-agent MuJoCo datasets (h5py), split into a MaMuJoCo partition under the benchmark's interface.
 
-    A folder with data/main_data.hdf5 (or that folder): groups episode_0, ... with observations [T + 1, D], actions [T, A], rewards,
-    terminations and truncations [T]. The agents see what environments.mamujoco.benchmark_observation makes of it, and the state is the
-    agents' vectors side by side; actions are split in plain order. Ant's contact forces are zero in the benchmark, so they are set to
-    zero here (its reward keeps their cost). An episode that ends without either flag was cut by its recorder and counts as truncated.
+    A folder with data/main_data.hdf5 (or that folder): groups episode_0, ... with observations [T + 1, D], actions [T,
+    A], rewards, terminations and truncations [T]. The agents see what environments.mamujoco.benchmark_observation makes
+    of it, and the state is the agents' vectors side by side; actions are split in plain order. Ant's contact forces are
+    zero in the benchmark, so they are set to zero here (its reward keeps their cost). An episode that ends without
+    either flag was cut by its recorder and counts as truncated.
     """
     h5py = need("h5py")
     if env != "mamujoco" or interface != "benchmark":
@@ -467,14 +597,24 @@ def read_minari(source: Path, env: str, task: str, interface: str, limit: int, l
             group = file.get(name)
             if not isinstance(group, h5py.Group):
                 raise BadInput(f"{folder}/main_data.hdf5 has no {name}")
-            arrays = hdf5_arrays(f"{source} {name}", group, ["observations", "actions", "rewards", "terminations", "truncations"])
+            arrays = hdf5_arrays(
+                f"{source} {name}", group, ["observations", "actions", "rewards", "terminations", "truncations"]
+            )
             check_size(source, 1 + sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays.values()))
             raw, action, reward, terminations, truncations = (array[:] for array in arrays.values())
             T = len(reward)
             if not T:
                 continue
-            if raw.ndim != 2 or len(raw) != T + 1 or any(len(x) != T for x in (action, terminations, truncations)) or action.shape[1:] != (n * A,):
-                raise BadInput(f"{source} {name}: observations {list(raw.shape)} and actions {list(action.shape)} of {T} steps, {task} has {n} x {A} actions")
+            if (
+                raw.ndim != 2
+                or len(raw) != T + 1
+                or any(len(x) != T for x in (action, terminations, truncations))
+                or action.shape[1:] != (n * A,)
+            ):
+                raise BadInput(
+                    f"{source} {name}: observations {list(raw.shape)} and actions {list(action.shape)} of {T} steps, "
+                    f"{task} has {n} x {A} actions"
+                )
             ends = np.flatnonzero(all_agents(terminations, "terminations") | all_agents(truncations, "truncations"))
             if len(ends) and ends[0] < T - 1:
                 raise BadInput(f"{source} {name} goes on after it ended at step {ends[0]}")
@@ -483,7 +623,11 @@ def read_minari(source: Path, env: str, task: str, interface: str, limit: int, l
                 made["contact_forces"] = "set to zero"
             elif scenario == "Ant" and raw.shape[1] == 27:
                 raw = np.concatenate([raw, np.zeros((T + 1, 84))], 1)
-            parts = {"observation": benchmark_observation(raw, n), "action": action.reshape(T, n, A), "reward": per_step(reward, "rewards")}
+            parts = {
+                "observation": benchmark_observation(raw, n),
+                "action": action.reshape(T, n, A),
+                "reward": per_step(reward, "rewards"),
+            }
             yield team_episode(parts, T, bool(terminations[-1]), env, interface, made)
 
 
@@ -504,9 +648,22 @@ def readable(source: Path, format: str, episodes: Iterator[TensorDict]) -> Itera
         raise BadInput(f"{source} can't be read as {format} ({what}): it is damaged or of another format") from error
 
 
-def convert_here(source: str, format: str, env: str, task: str, quality: str, out: str, interface: str | None = None, limit: int | None = None,
-                 last_row: str = "auto", return_to_go: bool = False) -> Path:
-    """Converts in this process; `convert` does so in another. Nothing is at `out` before the last episode is written. Raises BadInput."""
+def convert_here(
+    source: str,
+    format: str,
+    env: str,
+    task: str,
+    quality: str,
+    out: str,
+    interface: str | None = None,
+    limit: int | None = None,
+    last_row: str = "auto",
+    return_to_go: bool = False,
+) -> Path:
+    """Converts in this process; `convert` does so in another. Nothing is at `out` before the last episode is written.
+
+    Raises BadInput.
+    """
     path = Path(source)
     if format not in READERS:
         raise BadInput(f"unknown format '{format}': use one of {', '.join(READERS)}")
@@ -523,7 +680,9 @@ def convert_here(source: str, format: str, env: str, task: str, quality: str, ou
     if interface is None:  # PyMARL records SMAC's own observations
         interface = "standard" if env == "smax" or (env, format) == ("smacv1", "pymarl") else "benchmark"
     made = {"by": "python -m offline_data convert", "format": format, "source": path.name, "step_limit": limit}
-    made["reward"] = "return-to-go: the sum of the rewards from each step on, undiscounted" if return_to_go else "as recorded"
+    made["reward"] = (
+        "return-to-go: the sum of the rewards from each step on, undiscounted" if return_to_go else "as recorded"
+    )
     writer, shapes = DatasetWriter(out), None
     truncated = 0
     try:
@@ -541,7 +700,14 @@ def convert_here(source: str, format: str, env: str, task: str, quality: str, ou
         if shapes is None:
             raise BadInput(f"{source} holds no transition")
         made["truncated_episodes"] = truncated
-        card = {"env": env, "task": task, "quality": quality, "engine": "as the source was recorded", "interface": interface, "made": made}
+        card = {
+            "env": env,
+            "task": task,
+            "quality": quality,
+            "engine": "as the source was recorded",
+            "interface": interface,
+            "made": made,
+        }
         return writer.close(card)
     except OSError as error:
         raise BadInput(f"can't write {out}: {error.strerror or error}") from error
@@ -569,9 +735,19 @@ def written(folder: Path) -> int:
     return total
 
 
-def convert(source: tyro.conf.Positional[str], format: Literal["vault", "omiga", "npz", "pymarl", "minari"], env: str, task: str, quality: str,
-            out: str | None = None, interface: str | None = None, limit: int | None = None,
-            last_row: Literal["auto", "observation", "transition"] = "auto", return_to_go: bool = False, overwrite: bool = False) -> Path:
+def convert(
+    source: tyro.conf.Positional[str],
+    format: Literal["vault", "omiga", "npz", "pymarl", "minari"],
+    env: str,
+    task: str,
+    quality: str,
+    out: str | None = None,
+    interface: str | None = None,
+    limit: int | None = None,
+    last_row: Literal["auto", "observation", "transition"] = "auto",
+    return_to_go: bool = False,
+    overwrite: bool = False,
+) -> Path:
     """Convert a public dataset into the native format.
 
     Args:
@@ -581,7 +757,8 @@ def convert(source: tyro.conf.Positional[str], format: Literal["vault", "omiga",
         task: the task it was recorded in, which for minari also says the partition (ant_4x2)
         quality: its name here
         out: directory to write, instead of data/ENV/TASK/QUALITY
-        interface: what the agents see: benchmark, standard or agent_obsk=K (default: benchmark; of smacv1's pymarl and smax standard)
+        interface: what the agents see: benchmark, standard or agent_obsk=K (default: benchmark; of smacv1's pymarl and
+            smax standard)
         limit: the recording's step limit, where it is not the task's own
         last_row: what the row that says done holds (vault, omiga)
         return_to_go: put the return-to-go in the reward's place, as the released code does in SMAC
@@ -589,8 +766,18 @@ def convert(source: tyro.conf.Positional[str], format: Literal["vault", "omiga",
     """
     path = dataset_path(out, env, task, quality, str(DATA_ROOT))
     check_free(path, overwrite)
-    job = {"source": str(source), "format": format, "env": env, "task": task, "quality": quality, "out": str(path), "interface": interface,
-           "limit": limit, "last_row": last_row, "return_to_go": return_to_go}
+    job = {
+        "source": str(source),
+        "format": format,
+        "env": env,
+        "task": task,
+        "quality": quality,
+        "out": str(path),
+        "interface": interface,
+        "limit": limit,
+        "last_row": last_row,
+        "return_to_go": return_to_go,
+    }
     partial = path.with_name(path.name + ".partial")
     with tempfile.TemporaryFile() as errors:
         command = [sys.executable, "-m", "offline_data.formats", json.dumps(job)]
@@ -603,7 +790,10 @@ def convert(source: tyro.conf.Positional[str], format: Literal["vault", "omiga",
                 before, progress = progress, written(partial)
                 since = time.monotonic() if progress != before else since
                 if time.monotonic() - since > STALL:
-                    raise BadInput(f"{source} can't be read as {format}: the reader did nothing for {STALL} seconds and was stopped; it is damaged")
+                    raise BadInput(
+                        f"{source} can't be read as {format}: the reader did nothing for {STALL} seconds and was "
+                        "stopped; it is damaged"
+                    )
         finally:
             child.kill()
             child.wait()
@@ -614,7 +804,10 @@ def convert(source: tyro.conf.Positional[str], format: Literal["vault", "omiga",
     if child.returncode == 2 and said[-1].startswith("error: "):
         raise BadInput(said[-1].removeprefix("error: "))
     if child.returncode:
-        raise BadInput(f"{source} can't be read as {format}: the reader crashed (exit code {child.returncode}; {said[-1][:200]}); the file is damaged")
+        raise BadInput(
+            f"{source} can't be read as {format}: the reader crashed (exit code {child.returncode}; {said[-1][:200]}); "
+            "the file is damaged"
+        )
     info(str(path))
     return path
 

@@ -1,4 +1,5 @@
-"""What was published of the benchmark's datasets: the numbers of Table 3 and of OG-MARL's cards, and a check of a dataset against them.
+"""What was published of the benchmark's datasets: the numbers of Table 3 and of OG-MARL's cards, and a check of a
+dataset against them.
 
     python -m offline_data info data/mamujoco/hopper/medium-replay      # its row of Table 3 beside the published ones
     python -m offline_data plot data/mamujoco/hopper/medium-replay      # histogram of episode returns
@@ -12,7 +13,8 @@ from environments.checks import BadInput
 from offline_data.dataset import episode_returns, open_dataset, table_row
 
 # The paper's Table 3, beside the statistics on OG-MARL's dataset cards (docs/dataset_cards: omiga.md, og_marl.md).
-#  env     task        quality     | agents, state, obs, action | thousands of trajectories and samples, return ± | return ± min max rows trajectories
+# A row is: env, task, quality | agents, state, obs, action | Table 3's thousands of trajectories and of samples, mean
+# return and deviation | OG-MARL's mean return, deviation, least and greatest return, rows, trajectories
 PUBLISHED = """
 smacv1   2c_vs_64zg   poor          |  2 675 478 70 | 0.3   21.7  8.9 1.0 |  8.91 1.01  2.53 10.00  10830  348
 smacv1   2c_vs_64zg   medium        |  2 675 478 70 | 1.0   75.9 13.0 1.4 | 13.00 1.39 10.01 15.00  37940 1001
@@ -45,23 +47,24 @@ smacv2   terran_5_vs_5    replay    |  5 120  82 11 |                     | 10.0
 smacv2   terran_5_vs_5    random    |  5 120  82 11 |                     |  2.43 1.73 0.00 16.18 1500000 37874
 smacv2   terran_10_vs_10  replay    | 10 290 162 16 |                     |  6.32 3.62 0.00 23.01  749850 13588
 smacv2   zerg_5_vs_5      replay    |  5 120  82 11 |                     |  7.34 3.60 0.00 24.00  863281 23294
-mamujoco hopper       expert        | 3  42  14 1 | 1.5  999 2452.0 1097.9 | 2452.02 1097.86  95.27 3762.69 1000391 1481
-mamujoco hopper       medium        | 3  42  14 1 | 4.0  915  723.6  211.7 |  723.57  211.66 128.38 2776.49  919391 4000
-mamujoco hopper       medium-replay | 3  42  14 1 | 4.2 1311  746.4  671.9 |  746.42  671.89  70.76 2801.15 1314826 4160
-mamujoco hopper       medium-expert | 3  42  14 1 | 5.5 1914 1190.6  973.4 | 1190.61  973.40  95.27 3762.69 1919782 5481
-mamujoco ant          expert        | 2 226 113 4 | 1.0 1000 2055.1   22.1 | 2055.07   22.07 1994.03 2124.15 1001000 1000
-mamujoco ant          medium        | 2 226 113 4 | 1.0 1000 1418.7   37.0 | 1418.70   37.04  840.77 1473.86 1001000 1000
-mamujoco ant          medium-replay | 2 226 113 4 | 1.8 1750 1029.5  141.3 | 1029.51  141.27  895.37 1517.06 1751750 1750
-mamujoco ant          medium-expert | 2 226 113 4 | 2.0 2000 1736.9  319.6 | 1736.88  319.64  840.77 2124.15 2002000 2000
-mamujoco halfcheetah  expert        | 6 138  23 1 | 1.0 1000 2785.1 1053.1 | 2785.10 1053.14  317.94 3866.09 1001000 1000
-mamujoco halfcheetah  medium        | 6 138  23 1 | 1.0 1000 1425.7  520.1 | 1425.66  520.12  251.94 2113.52 1001000 1000
-mamujoco halfcheetah  medium-replay | 6 138  23 1 | 1.0 1000  655.8  590.4 |  655.76  590.40 -198.77 2132.60 1001000 1000
-mamujoco halfcheetah  medium-expert | 6 138  23 1 | 2.0 2000 2105.4 1073.2 | 2105.38 1073.24  251.94 3866.09 2002000 2000
+mamujoco hopper expert             | 3  42  14 1 | 1.5  999 2452.0 1097.9 | 2452.02 1097.86  95.27 3762.69 1000391 1481
+mamujoco hopper medium             | 3  42  14 1 | 4.0  915  723.6  211.7 | 723.57  211.66 128.38 2776.49  919391 4000
+mamujoco hopper medium-replay      | 3  42  14 1 | 4.2 1311  746.4  671.9 | 746.42  671.89  70.76 2801.15 1314826 4160
+mamujoco hopper medium-expert      | 3  42  14 1 | 5.5 1914 1190.6  973.4 | 1190.61  973.40  95.27 3762.69 1919782 5481
+mamujoco ant expert                | 2 226 113 4 | 1.0 1000 2055.1   22.1 | 2055.07   22.07 1994.03 2124.15 1001000 1000
+mamujoco ant medium                | 2 226 113 4 | 1.0 1000 1418.7   37.0 | 1418.70   37.04  840.77 1473.86 1001000 1000
+mamujoco ant medium-replay         | 2 226 113 4 | 1.8 1750 1029.5  141.3 | 1029.51  141.27  895.37 1517.06 1751750 1750
+mamujoco ant medium-expert         | 2 226 113 4 | 2.0 2000 1736.9  319.6 | 1736.88  319.64  840.77 2124.15 2002000 2000
+mamujoco halfcheetah expert        | 6 138  23 1 | 1.0 1000 2785.1 1053.1 | 2785.10 1053.14  317.94 3866.09 1001000 1000
+mamujoco halfcheetah medium        | 6 138  23 1 | 1.0 1000 1425.7  520.1 | 1425.66  520.12  251.94 2113.52 1001000 1000
+mamujoco halfcheetah medium-replay | 6 138  23 1 | 1.0 1000  655.8  590.4 | 655.76  590.40 -198.77 2132.60 1001000 1000
+mamujoco halfcheetah medium-expert | 6 138  23 1 | 2.0 2000 2105.4 1073.2 | 2105.38 1073.24  251.94 3866.09 2002000 2000
 """
 
 
 def published() -> dict[tuple[str, str, str], list[list[str]]]:
-    """(env, task, quality) -> the numbers of PUBLISHED as they are printed: [sizes, Table 3's, OG-MARL's]; a missing part is empty."""
+    """(env, task, quality) -> the numbers of PUBLISHED as they are printed: [sizes, Table 3's, OG-MARL's]; a missing
+    part is empty."""
     lines = [[part.split() for part in line.split("|")] for line in PUBLISHED.strip().splitlines()]
     return {tuple(name): parts for name, *parts in lines}
 
@@ -72,13 +75,16 @@ def downloadable() -> set[tuple[str, str, str]]:
 
 
 def differences(card: dict) -> tuple[list[str], list[str]]:
-    """(the published rows of the dataset's instance, what differs from them), as lines; both empty for one that nobody published."""
+    """(the published rows of the dataset's instance, what differs from them), as lines; both empty for one that nobody
+    published."""
     found = published().get((card["env"], card["task"], card["quality"]))
     if found is None:
         return [], []
     sizes, paper, vault = found
     rows, lines, made = [], [], card.get("made") if isinstance(card.get("made"), dict) else {}
-    for name, value, key in zip(("agents", "state", "obs", "action"), sizes, ("n_agents", "state_dim", "obs_dim", "action_dim")):
+    for name, value, key in zip(
+        ("agents", "state", "obs", "action"), sizes, ("n_agents", "state_dim", "obs_dim", "action_dim")
+    ):
         if card[key] != int(value):
             lines.append(f"{name}: {card[key]}, published {value}")
 
@@ -91,14 +97,24 @@ def differences(card: dict) -> tuple[list[str], list[str]]:
     samples = card["samples"] * (card["n_agents"] if card["env"] == "smacv1" else 1)
     if paper:
         trajectories, thousands, mean, std = paper
-        rows.append(f"| Table 3 | {card['quality']} | {trajectories}K | {thousands}K | {' | '.join(sizes)} | {mean} ± {std} |")
+        rows.append(
+            f"| Table 3 | {card['quality']} | {trajectories}K | {thousands}K | {' | '.join(sizes)} | {mean} ± {std} |"
+        )
         compare("Table 3", "trajectories (thousands)", card["trajectories"] / 1000, trajectories)
-        compare("Table 3", f"samples (thousands{', of every agent' if card['env'] == 'smacv1' else ''})", samples / 1000, thousands)
+        compare(
+            "Table 3",
+            f"samples (thousands{', of every agent' if card['env'] == 'smacv1' else ''})",
+            samples / 1000,
+            thousands,
+        )
         compare("Table 3", "mean return", card["return_mean"], mean)
         compare("Table 3", "deviation of returns", card["return_std"], std)
     if vault:
         mean, std, low, high, count, trajectories = vault
-        rows.append(f"| OG-MARL | {card['quality']} | {trajectories} | {count} rows | {' | '.join(sizes)} | {mean} ± {std}, {low} to {high} |")
+        rows.append(
+            f"| OG-MARL | {card['quality']} | {trajectories} | {count} rows | {' | '.join(sizes)} | {mean} ± {std}, "
+            f"{low} to {high} |"
+        )
         compare("OG-MARL", "trajectories", card["trajectories"], trajectories)
         # Its transitions are rows: last observations count in MuJoCo, and so do rows after the last end of an episode.
         seen = made.get("rows", card["samples"] + (card["trajectories"] if card["env"] == "mamujoco" else 0))
@@ -137,8 +153,9 @@ def plot(path: tyro.conf.Positional[str], out: str = "returns.png"):
     rows, card = open_dataset(path)
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     axes.hist(episode_returns(rows).numpy(), bins=50)
-    axes.set(title=f"{card['task']} {card['quality']}: {card['trajectories']} episodes, {card['return_mean']:.1f} ± {card['return_std']:.1f}",
-             xlabel="return of the episode", ylabel="episodes")
+    returns = f"{card['return_mean']:.1f} ± {card['return_std']:.1f}"
+    title = f"{card['task']} {card['quality']}: {card['trajectories']} episodes, {returns}"
+    axes.set(title=title, xlabel="return of the episode", ylabel="episodes")
     try:
         figure.savefig(out, dpi=150)
     except (OSError, ValueError) as error:

@@ -21,16 +21,21 @@ def initial_rows(rows: TensorDict) -> torch.Tensor:
 
 
 class RowSampler(Sampler):
-    """Draws rows out of `first` uniformly with replacement, on their device: rows t alone [B], or pairs of rows (t, t + 1) [B, 2].
+    """Draws rows out of `first` uniformly with replacement, on their device: rows t alone [B], or pairs of rows (t, t +
+    1) [B, 2].
 
-    With S generators it draws for S seeds, each from its own: [S, B] or [S, B, 2]. One generator, or none, has no such dimension.
+    With S generators it draws for S seeds, each from its own: [S, B] or [S, B, 2]. One generator, or none, has no such
+    dimension.
     """
 
     def __init__(self, first: torch.Tensor, pairs: bool = False, generators: list[torch.Generator] | None = None):
         self.first, self.pairs, self.generators = first, pairs, generators or [None]
 
     def sample(self, storage, batch_size: int) -> tuple[torch.Tensor, dict]:
-        drawn = [torch.randint(len(self.first), (batch_size,), device=self.first.device, generator=g) for g in self.generators]
+        drawn = [
+            torch.randint(len(self.first), (batch_size,), device=self.first.device, generator=g)
+            for g in self.generators
+        ]
         first = self.first[torch.stack(drawn) if len(drawn) > 1 else drawn[0]]
         return torch.stack([first, first + 1], -1) if self.pairs else first, {}
 
@@ -55,12 +60,19 @@ def as_transition(pairs: TensorDict) -> TensorDict:
     return batch
 
 
-def make_replay(rows: TensorDict, keys: list | None = None, pairs: bool = True, generators: list[torch.Generator] | None = None,
-                device: torch.device | None = None, first: torch.Tensor | None = None) -> TensorDictReplayBuffer:
-    """TorchRL replay of a dataset's transitions, or of the rows `first`, drawn as RowSampler does and moved to `device`.
+def make_replay(
+    rows: TensorDict,
+    keys: list | None = None,
+    pairs: bool = True,
+    generators: list[torch.Generator] | None = None,
+    device: torch.device | None = None,
+    first: torch.Tensor | None = None,
+) -> TensorDictReplayBuffer:
+    """TorchRL replay of a dataset's transitions, or of the rows `first`, drawn as RowSampler does and moved to
+    `device`.
 
-    Rows are read where they lie, on the CPU from the memory map or in a GPU's memory. With `keys`, only those entries (where
-    there are any) are read; without `pairs`, nothing of the next row is.
+    Rows are read where they lie, on the CPU from the memory map or in a GPU's memory. With `keys`, only those entries
+    (where there are any) are read; without `pairs`, nothing of the next row is.
     """
     storage = RowStorage(rows if keys is None else rows.select(*keys, strict=False), device=rows["is_init"].device)
     sampler = RowSampler(transition_rows(rows) if first is None else first, pairs, generators)
@@ -74,10 +86,11 @@ def make_replay(rows: TensorDict, keys: list | None = None, pairs: bool = True, 
 
 
 def minibatches(start: int, stops: set[int], *sources: tuple[TensorDictReplayBuffer, int]):
-    """Yields (step, a batch of each source) for the steps from start + 1 to the last of `stops`; a source is (replay, batch size).
+    """Yields (step, a batch of each source) for the steps from start + 1 to the last of `stops`; a source is (replay,
+    batch size).
 
-    Batches are drawn DRAW at a time, which spreads the cost of a draw, and never across a stop: a run that goes on from one
-    draws what it would have drawn.
+    Batches are drawn DRAW at a time, which spreads the cost of a draw, and never across a stop: a run that goes on from
+    one draws what it would have drawn.
     """
     step = start
     for stop in sorted(s for s in stops if s > start):

@@ -55,7 +55,10 @@ class DatasetWriter:
         self.rows += T + 1
         self.returns.append(episode["reward"].sum().item())
         action = episode["agents", "action"][:T]
-        self.action_low, self.action_high = min(self.action_low, action.min().item()), max(self.action_high, action.max().item())
+        self.action_low, self.action_high = (
+            min(self.action_low, action.min().item()),
+            max(self.action_high, action.max().item()),
+        )
 
     def close(self, card: dict) -> Path:
         """`card` says env, task, quality, engine, interface and made (how); the rest is filled in here."""

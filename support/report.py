@@ -2,9 +2,10 @@
 
     python comadice_eval.py report runs/        # -> runs/report/report.md, report.csv and PNGs
 
-Every folder below RUNS that holds a finished run is a seed of a cell: an instance (simulator, task, quality, data), a method, and
-the arguments with which it ran. Runs of other arguments are never averaged: where a method ran with several, as in an ablation
-(--out runs/alpha0.1 and so on), each has a column, named by what differs. What is left out is listed with its reason.
+Every folder below RUNS that holds a finished run is a seed of a cell: an instance (simulator, task, quality, data), a
+method, and the arguments with which it ran. Runs of other arguments are never averaged: where a method ran with
+several, as in an ablation (--out runs/alpha0.1 and so on), each has a column, named by what differs. What is left out
+is listed with its reason.
 """
 
 import csv
@@ -41,7 +42,8 @@ class Args:
     out: str | None = None
     """folder for the report (default RUNS/report)"""
     last: float = 0.1
-    """a seed's score is its mean over this share of its evaluations, the last ones, and at least one: single checkpoints swing"""
+    """a seed's score is its mean over this share of its evaluations, the last ones, and at least one: single
+    checkpoints swing"""
 
 
 class Run(NamedTuple):
@@ -117,7 +119,10 @@ def read_run(path: Path) -> Run:
             rows = [row for row in csv.DictReader(file) if row["stage"] == "policy"]
         steps = [int(row["step"]) for row in rows]
         if not (path / "summary.json").is_file():
-            raise BadInput(f"not finished: {steps[-1] if steps else 0:,} of {config['steps']:,} steps of the policy; go on with --resume")
+            raise BadInput(
+                f"not finished: {steps[-1] if steps else 0:,} of {config['steps']:,} steps of the policy; go on with "
+                "--resume"
+            )
         if steps != sorted(eval_steps(SimpleNamespace(**config))):
             raise BadInput(f"metrics.csv has {len(steps)} evaluations up to step {steps[-1] if steps else 0:,}, "
                            f"config.json asks for {config['evals']} up to step {config['steps']:,}")
@@ -127,12 +132,20 @@ def read_run(path: Path) -> Run:
         curves = {"return": [float(row["return"]) for row in rows]}
         if summary["winrate"] is not None:
             curves["winrate"] = [100 * float(row["winrate"]) for row in rows]
-        instance = (config["env"], config["task"], config["quality"], str(summary["engine"]), float(summary["dataset_return"]))
+        instance = (
+            config["env"],
+            config["task"],
+            config["quality"],
+            str(summary["engine"]),
+            float(summary["dataset_return"]),
+        )
     except BadInput:
         raise
     except (KeyError, ValueError, TypeError, OverflowError, OSError, csv.Error) as error:
         raise BadInput(f"metrics.csv or summary.json is damaged ({type(error).__name__}: {error})") from None
-    if not all(abs(v) < 1e12 for v in (*instance[4:], *curves["return"])) or not all(0 <= v <= 100 for v in curves.get("winrate", [])):
+    if not all(abs(v) < 1e12 for v in (*instance[4:], *curves["return"])) or not all(
+        0 <= v <= 100 for v in curves.get("winrate", [])
+    ):
         raise BadInput("metrics.csv or summary.json holds a number that is no return or winrate")
     settings = {k: show(v) for k, v in config.items() if k in ("steps", "evals") or k not in (*FREE, *kinds)}
     if "checkpoint" in settings:  # weighted BC: each seed has the ratio of a run of its own
@@ -143,8 +156,12 @@ def read_run(path: Path) -> Run:
 def find_runs(root: Path, out: Path) -> tuple[list[Run], list[tuple[Path, str]]]:
     """(finished runs below root, what was left out and why)."""
     left_out, holds = [], {}
-    for folder, folders, files in os.walk(root, onerror=lambda error: left_out.append((Path(error.filename), f"can't be read: {error.strerror}"))):
-        left_out += [(Path(folder, name), "a link, which is not followed") for name in folders if Path(folder, name).is_symlink()]
+    for folder, folders, files in os.walk(
+        root, onerror=lambda error: left_out.append((Path(error.filename), f"can't be read: {error.strerror}"))
+    ):
+        left_out += [
+            (Path(folder, name), "a link, which is not followed") for name in folders if Path(folder, name).is_symlink()
+        ]
         if files and Path(folder) != out:
             holds[Path(folder)] = set(files)
         folders.sort()
@@ -172,7 +189,8 @@ def find_runs(root: Path, out: Path) -> tuple[list[Run], list[tuple[Path, str]]]
 
 
 def make_cells(runs: list[Run]) -> list[Cell]:
-    """Groups seeds; a setting names the arguments that vary within some instance, so that columns mean the same in every row."""
+    """Groups seeds; a setting names the arguments that vary within some instance, so that columns mean the same in
+    every row."""
     by_method = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for run in runs:
         by_method[run.method][run.instance][run.config].append(run)
@@ -199,7 +217,10 @@ def missing_seeds(cells: list[Cell]) -> list[str]:
     for cell in cells:
         missing = sorted(seeds[cell.instance] - {run.seed for run in cell.runs})
         if missing:
-            lines.append(f"{' '.join(cell.instance[:3])}, {cell.column}: no seed {', '.join(map(str, missing))}; its mean is over {len(cell.runs)}")
+            lines.append(
+                f"{' '.join(cell.instance[:3])}, {cell.column}: no seed {', '.join(map(str, missing))}; its mean is "
+                f"over {len(cell.runs)}"
+            )
     return lines
 
 
@@ -212,11 +233,15 @@ def score(cell: Cell, metric: str, last: float) -> tuple[float, float]:
 def paper_numbers() -> dict[tuple, tuple[str, str]]:
     """(env, task, quality, metric, method, setting) -> (mean, std), as printed in Tables 1, 2 and 5 to 24."""
     with open(PAPER, newline="") as file:
-        return {tuple(row[k] for k in ("env", "task", "quality", "metric", "method", "setting")): (row["mean"], row["std"]) for row in csv.DictReader(file)}
+        return {
+            tuple(row[k] for k in ("env", "task", "quality", "metric", "method", "setting")): (row["mean"], row["std"])
+            for row in csv.DictReader(file)
+        }
 
 
 def of_paper(paper: dict, cell: Cell, metric: str) -> tuple[str, str] | None:
-    """The paper's number of a cell: the main tables' where nothing varies, the ablation's where one of its arguments does, else none."""
+    """The paper's number of a cell: the main tables' where nothing varies, the ablation's where one of its arguments
+    does, else none."""
     return paper.get((*cell.instance[:3], metric, cell.method, cell.label))
 
 
@@ -224,7 +249,8 @@ def of_paper(paper: dict, cell: Cell, metric: str) -> tuple[str, str] | None:
 
 
 def table(cells: list[Cell], metric: str, last: float, paper: dict) -> list[str]:
-    """Lines of Markdown: a row an instance, a column a method and setting, the best mean in bold, the paper's numbers below ours."""
+    """Lines of Markdown: a row an instance, a column a method and setting, the best mean in bold, the paper's numbers
+    below ours."""
     columns = list(dict.fromkeys(cell.column for cell in cells))
     instances = sorted({cell.instance for cell in cells})
     most = max(abs(score(cell, metric, last)[0]) for cell in cells)
@@ -235,7 +261,10 @@ def table(cells: list[Cell], metric: str, last: float, paper: dict) -> list[str]
         best = max(score(cell, metric, last)[0] for cell in row.values())
         most_seeds = max(len(cell.runs) for cell in row.values())
         statistics = published().get(instance[:3], ["", "", ""])[1]
-        ours, theirs = [title(instance, instances), f"{instance[4]:.{digits}f}"], ["the paper's", statistics[2] if statistics else ""]
+        ours, theirs = (
+            [title(instance, instances), f"{instance[4]:.{digits}f}"],
+            ["the paper's", statistics[2] if statistics else ""],
+        )
         if metric == "winrate":
             ours[1] = theirs[1] = ""
         for column in columns:
@@ -265,7 +294,23 @@ def title(instance: tuple, instances: list[tuple]) -> str:
 def write_csv(cells: list[Cell], last: float, paper: dict, path: Path):
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["env", "task", "quality", "engine", "data_return", "metric", "method", "setting", "mean", "std", "seeds", "paper_mean", "paper_std"])
+        writer.writerow(
+            [
+                "env",
+                "task",
+                "quality",
+                "engine",
+                "data_return",
+                "metric",
+                "method",
+                "setting",
+                "mean",
+                "std",
+                "seeds",
+                "paper_mean",
+                "paper_std",
+            ]
+        )
         for cell in sorted(cells, key=lambda c: c.instance):
             for metric in cell.runs[0].curves:
                 seeds = " ".join(str(run.seed) for run in cell.runs)
@@ -300,7 +345,8 @@ def draw_curves(cells: list[Cell], metric: str, path: Path):
         if metric == "return":
             axis.axhline(instance[4], color="grey", linestyle="--", linewidth=1, label="behaviour data")
         axis.set(title=title(instance, instances), xlabel="gradient steps of the policy", ylabel=AXIS[metric])
-    lines = {line.get_label(): line for axis in figure.axes for line in axis.get_lines()}  # one legend, below: in a panel it would hide curves
+    # one legend, below: in a panel it would hide curves
+    lines = {line.get_label(): line for axis in figure.axes for line in axis.get_lines()}
     figure.tight_layout()
     figure.legend(lines.values(), lines.keys(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, fontsize=8)
     figure.savefig(path, dpi=150, bbox_inches="tight")
@@ -327,7 +373,9 @@ def draw_ablation(cells: list[Cell], key: str, metric: str, last: float, paper: 
         names = [dict(cell.setting)[key] for cell in group]
         mean, std = zip(*(score(cell, metric, last) for cell in group))
         axis.bar(names, mean, yerr=std, color="C0", capsize=3, label="here")
-        numbers = [(name, *map(float, number)) for name, cell in zip(names, group) if (number := of_paper(paper, cell, metric))]
+        numbers = [
+            (name, *map(float, number)) for name, cell in zip(names, group) if (number := of_paper(paper, cell, metric))
+        ]
         if numbers:
             x, m, s = zip(*numbers)
             axis.errorbar(x, m, yerr=s, fmt="o", color="C1", capsize=3, label="the paper, on its data")
@@ -382,7 +430,12 @@ def write_report(cells: list[Cell], left_out: list[tuple[Path, str]], last: floa
             if not measured:
                 continue
             unit = " (% of battles won)" if metric == "winrate" else ""
-            lines += [f"## {env}: {metric}{unit}", "", f"Mean ± standard deviation over seeds, engine {', '.join(engines)}.", ""]
+            lines += [
+                f"## {env}: {metric}{unit}",
+                "",
+                f"Mean ± standard deviation over seeds, engine {', '.join(engines)}.",
+                "",
+            ]
             lines += [*table(measured, metric, last, paper), ""]
             names.append(f"curves_{env}_{metric}.png")
             draw_curves(measured, metric, out / names[-1])
@@ -423,8 +476,11 @@ def plot_curves(curves: dict[str, list[list[dict]]], dataset_return: float, titl
 
 
 def report(curves: dict[str, list[list[dict]]], card: dict, args: RunArgs, picture: str):
-    """Prints the last evaluations' returns beside the data's, and draws the learning curves into the folder of the runs."""
-    rolled_out = all("return" in row for seeds in curves.values() for metrics in seeds for row in metrics if row["stage"] == "policy")
+    """Prints the last evaluations' returns beside the data's, and draws the learning curves into the folder of the
+    runs."""
+    rolled_out = all(
+        "return" in row for seeds in curves.values() for metrics in seeds for row in metrics if row["stage"] == "policy"
+    )
     print(f"\n{args.env} {args.task} {args.quality}, {args.steps:,} steps, seeds {args.seeds}, {card.get('engine')}")
     print(f"{'':<24}{'return':>12}")
     print(f"{'behaviour data':<24}{card['return_mean']:>12.2f} ± {card['return_std']:.2f} (over episodes)")
@@ -433,7 +489,11 @@ def report(curves: dict[str, list[list[dict]]], card: dict, args: RunArgs, pictu
         return
     for name, seeds in curves.items():
         returns = torch.tensor([metrics[-1]["return"] for metrics in seeds])
-        spread = f"{returns.std(correction=0):.2f} (over seeds)" if len(seeds) > 1 else f"{seeds[0][-1]['return_std']:.2f} (over episodes)"
+        spread = (
+            f"{returns.std(correction=0):.2f} (over seeds)"
+            if len(seeds) > 1
+            else f"{seeds[0][-1]['return_std']:.2f} (over episodes)"
+        )
         wins = [metrics[-1]["winrate"] for metrics in seeds]
         winrate = "" if None in wins else f", {100 * sum(wins) / len(wins):.1f}% of battles won"
         print(f"{name:<24}{returns.mean():>12.2f} ± {spread}{winrate}")

@@ -22,7 +22,8 @@ from offline_data.dataset import DATA_ROOT, dataset_path, open_dataset, read_jso
 from offline_data.published import downloadable
 
 FITS = 0.7  # of a GPU's free memory may be the dataset's, the rest is for the work on it
-FREE = ("seeds", "data", "out", "resume", "overwrite", "device", "workers", "graph")  # arguments that may differ when a run is resumed
+# arguments that may differ when a run is resumed
+FREE = ("seeds", "data", "out", "resume", "overwrite", "device", "workers", "graph")
 
 
 @dataclass
@@ -100,7 +101,10 @@ def load_dataset(args: RunArgs, device: torch.device) -> tuple[TensorDict, dict]
             args.quality = "medium-replay" if args.env == "mamujoco" else "medium"
             demo = dataset_path(None, args.env, args.task, "demo", DATA_ROOT)
             if demo.is_dir() and not demo.with_name(args.quality).is_dir():
-                print(f"no {args.quality} dataset of {args.env} {args.task} here: training on the small one that comes with the code, quality demo")
+                print(
+                    f"no {args.quality} dataset of {args.env} {args.task} here: training on the small one that comes "
+                    "with the code, quality demo"
+                )
                 args.quality = "demo"
     path = dataset_path(args.data, args.env, args.task, args.quality, DATA_ROOT)
     if args.data is None and not path.is_dir():
@@ -109,7 +113,8 @@ def load_dataset(args: RunArgs, device: torch.device) -> tuple[TensorDict, dict]
         if args.env in ("smacv1", "smacv2"):
             how += " (which needs StarCraft II; `--env smax` has the same tasks without it)"
         if (args.env, args.task, args.quality) in downloadable():
-            how = f"get the public one with `python -m offline_data download --env {args.env} --task {args.task} --quality {args.quality}`, or {how}"
+            public = f"--env {args.env} --task {args.task} --quality {args.quality}"
+            how = f"get the public one with `python -m offline_data download {public}`, or {how}"
         raise BadInput(f"no dataset at {path}: {how}, or name a directory with --data")
     rows, card = open_dataset(path, args.env, args.task)
     args.env, args.task, args.quality = card["env"], card["task"], args.quality or card["quality"]
@@ -117,7 +122,10 @@ def load_dataset(args: RunArgs, device: torch.device) -> tuple[TensorDict, dict]
         size, free = sum(card["bytes"].values()), torch.cuda.mem_get_info(device)[0]
         if size <= FITS * free:
             return rows.to(device), card
-        print(f"the dataset ({size / 2**30:.1f} GiB) stays in the computer's memory, the GPU has {free / 2**30:.1f} GiB free: batches stream to it")
+        print(
+            f"the dataset ({size / 2**30:.1f} GiB) stays in the computer's memory, the GPU has {free / 2**30:.1f} GiB "
+            "free: batches stream to it"
+        )
     return rows, card
 
 
@@ -138,29 +146,48 @@ class Run:
 
 
 def start_runs(args: RunArgs, algo: str, card: dict, rows: TensorDict, first: dict) -> dict[int, Run]:
-    """Makes or finds the run directory of every seed; `first` is what a method's checkpoint holds before the first step.
+    """Makes or finds the run directory of every seed; `first` is what a method's checkpoint holds before the first
+    step.
 
-    Raises BadInput, before anything is written, where a run is in the way (without --resume or --overwrite) or was made with
-    other arguments or on another device, whose random numbers are others; and where OUT can't be written.
+    Raises BadInput, before anything is written, where a run is in the way (without --resume or --overwrite) or was made
+    with other arguments or on another device, whose random numbers are others; and where OUT can't be written.
     """
     runs, config = {}, asdict(args) | {"algo": algo}
     where = f"{pick_device(args.device).type} with the data on {rows['is_init'].device.type}"
-    first = {"algo": algo, "card": card, "config": asdict(args), "where": where, "policy": {}, "step": 0, "seconds": 0.0, "wall": 0.0} | first
+    first = {
+        "algo": algo,
+        "card": card,
+        "config": asdict(args),
+        "where": where,
+        "policy": {},
+        "step": 0,
+        "seconds": 0.0,
+        "wall": 0.0,
+    } | first
     for seed in args.seeds:
         path = Path(args.out, args.env, args.task, args.quality, algo, f"seed{seed}")
         runs[seed] = Run(seed, path, dict(first), [], False)
         if (path / "config.json").exists() and not args.overwrite:
             if not args.resume:
-                raise BadInput(f"{path} already holds a run: --resume goes on with it, --overwrite replaces it, --out goes elsewhere")
+                raise BadInput(
+                    f"{path} already holds a run: --resume goes on with it, --overwrite replaces it, --out goes "
+                    "elsewhere"
+                )
             old = read_json(path / "config.json")
             changed = sorted(k for k in config if k not in FREE and old.get(k) != config[k])
             if changed:
-                raise BadInput(f"{path} was started with other arguments ({', '.join(f'{k} {old.get(k)}' for k in changed)}): give them again to resume")
+                raise BadInput(
+                    f"{path} was started with other arguments ({', '.join(f'{k} {old.get(k)}' for k in changed)}): "
+                    "give them again to resume"
+                )
             if (path / "checkpoint.pt").exists():
                 state = load_checkpoint(path)
                 check_checkpoint(state, card, path)
                 if state["where"] != where:
-                    raise BadInput(f"{path} was trained on {state['where']}, this would be {where}: random numbers differ, resume it there (--device)")
+                    raise BadInput(
+                        f"{path} was trained on {state['where']}, this would be {where}: random numbers differ, resume "
+                        "it there (--device)"
+                    )
                 runs[seed] = Run(seed, path, state, state.pop("metrics"), (path / "summary.json").exists())
     try:
         for seed, run in runs.items():
@@ -190,10 +217,11 @@ def write_atomically(path: Path, text: str):
 
 
 def save_checkpoint(run: Run, progress: dict, row: dict):
-    """Adds `progress` to the run's state and `row` to its table, and writes metrics.csv and checkpoint.pt, each replaced as a whole.
+    """Adds `progress` to the run's state and `row` to its table, and writes metrics.csv and checkpoint.pt, each
+    replaced as a whole.
 
-    The table's rows are in the checkpoint too, and the table comes first, so a run that is killed between the two writes
-    its row again when it is resumed.
+    The table's rows are in the checkpoint too, and the table comes first, so a run that is killed between the two
+    writes its row again when it is resumed.
     """
     run.state |= progress
     run.metrics.append(row)
@@ -221,14 +249,29 @@ def load_checkpoint(run: str | Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no one type for a file that is cut, foreign or unsafe
         raise BadInput(f"{path} is not a checkpoint that can be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(state, dict) or not {"algo", "card", "config", "where", "policy", "step", "metrics"} <= state.keys():
+    if (
+        not isinstance(state, dict)
+        or not {"algo", "card", "config", "where", "policy", "step", "metrics"} <= state.keys()
+    ):
         raise BadInput(f"{path} is not a checkpoint of this project")
     return state
 
 
 def check_checkpoint(state: dict, card: dict, run: str | Path):
     """Raises BadInput where a checkpoint was made from another dataset than the card's."""
-    for key in ("env", "task", "quality", "interface", "n_agents", "state_dim", "obs_dim", "action_dim", "discrete", "samples", "return_mean"):
+    for key in (
+        "env",
+        "task",
+        "quality",
+        "interface",
+        "n_agents",
+        "state_dim",
+        "obs_dim",
+        "action_dim",
+        "discrete",
+        "samples",
+        "return_mean",
+    ):
         if state["card"].get(key) != card.get(key):
             raise BadInput(f"{run}: the checkpoint's {key} is {state['card'].get(key)!r}, here it is {card.get(key)!r}")
 
@@ -250,7 +293,12 @@ def finish_run(run: Run, args: RunArgs, card: dict, together: int, updates: int,
     """
     last, device = run.metrics[-1], pick_device(args.device)
     summary = {
-        "env": args.env, "task": args.task, "quality": args.quality, "algo": run.state["algo"], "seed": run.seed, "steps": args.steps,
+        "env": args.env,
+        "task": args.task,
+        "quality": args.quality,
+        "algo": run.state["algo"],
+        "seed": run.seed,
+        "steps": args.steps,
         "return": {"mean": last["return"], "std": last["return_std"]} if "return" in last else None,
         "winrate": last.get("winrate"),
         "dataset_return": card["return_mean"],

@@ -1,8 +1,8 @@
 """Several seeds trained as one computation, and an update as one CUDA graph. The equations know of neither.
 
-    critics = stack([make_critics(card, args) for seed in seeds])     # parameters [S, ...]; a lone seed stays the module that it is
-    losses = per_seed(losses, [critics], len(seeds))                  # of batches [S, B]; for a lone seed the function of [B] that it is
-    update = Graph(update)                                            # on a GPU captured once, then replayed
+    critics = stack([make_critics(card, args) for seed in seeds])  # parameters [S, ...]; a lone seed's module as it is
+    losses = per_seed(losses, [critics], len(seeds))               # of batches [S, B]; a lone seed's function of [B]
+    update = Graph(update)                                         # on a GPU captured once, then replayed
 """
 
 import copy
@@ -18,7 +18,8 @@ EAGER_CALLS = 3  # before a graph is captured, as torch.cuda.graph asks for
 
 
 def stack(modules: list[nn.Module]) -> nn.Module:
-    """A module whose parameters and buffers are those of the S given ones side by side, [S, ...]: per_seed calls it, no one else can."""
+    """A module whose parameters and buffers are those of the S given ones side by side, [S, ...]: per_seed calls it, no
+    one else can."""
     if len(modules) == 1:
         return modules[0]
     stacked = copy.deepcopy(modules[0])
@@ -40,11 +41,12 @@ class Call(nn.Module):
 
 
 def per_seed(function, modules: list[nn.Module], seeds: int, compiled: bool = False):
-    """function(*modules, *batches) of each seed, as a function of the batches: modules as stack() makes them of S seeds, batches
-    [S, B], results, which are a tuple, [S, ...]. For one seed it is the function of batches [B] as it is.
+    """function(*modules, *batches) of each seed, as a function of the batches: modules as stack() makes them of S
+    seeds, batches [S, B], results, which are a tuple, [S, ...]. For one seed it is the function of batches [B] as it
+    is.
 
-    A GPU does all seeds in one vmapped call. A CPU does one after another, since its batched products are slower than single
-    ones (benchmarks/speed.py). `compiled` by torch.compile it is one graph, or an error.
+    A GPU does all seeds in one vmapped call. A CPU does one after another, since its batched products are slower than
+    single ones (benchmarks/speed.py). `compiled` by torch.compile it is one graph, or an error.
     """
     call = Call(function, modules)
     state = dict([*call.named_parameters(), *call.named_buffers()])
@@ -54,7 +56,10 @@ def per_seed(function, modules: list[nn.Module], seeds: int, compiled: bool = Fa
 
     def one_by_one(*batches):
         states = [dict(zip(state, own)) for own in zip(*(tensor.unbind(0) for tensor in state.values()))]
-        results = [functional_call(call, own, batch) for own, batch in zip(states, zip(*(batch.unbind(0) for batch in batches)))]
+        results = [
+            functional_call(call, own, batch)
+            for own, batch in zip(states, zip(*(batch.unbind(0) for batch in batches)))
+        ]
         return tuple(torch.stack(values) for values in zip(*results))
 
     if seeds == 1:
@@ -70,7 +75,8 @@ def split_seeds(results: tuple, seeds: list[int]) -> list[tuple]:
 
 
 def make_generators(seeds: list[int], stage: int, rows: TensorDict) -> list[torch.Generator]:
-    """A generator a seed, where the rows lie: what each seed draws in this stage (1, 2) does not depend on the others."""
+    """A generator a seed, where the rows lie: what each seed draws in this stage (1, 2) does not depend on the
+    others."""
     return [torch.Generator(rows["is_init"].device).manual_seed(2 * seed + stage) for seed in seeds]
 
 
@@ -79,7 +85,8 @@ def name_seeds(seeds: list[int]) -> str:
 
 
 def seed_states(parts: dict, generators: list[torch.Generator]) -> list[dict]:
-    """A copy of the state of `parts` (stacked modules and their optimisers) for each seed as it alone would have it, and its generator's."""
+    """A copy of the state of `parts` (stacked modules and their optimisers) for each seed as it alone would have it,
+    and its generator's."""
     def pick(value, s: int, name: str = ""):
         if isinstance(value, dict):
             return {k: v if k == "param_groups" else pick(v, s, k) for k, v in value.items()}
@@ -104,23 +111,26 @@ def load_seeds(parts: dict, generators: list[torch.Generator], states: list[dict
 
 def adam(groups: list, lr: float, device: torch.device) -> torch.optim.Adam:
     """Adam in one fused kernel, which a CUDA graph can hold."""
-    warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # Graph's first calls are eager on purpose
+    # Graph's first calls are eager on purpose
+    warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
     return torch.optim.Adam(groups, lr, fused=True, capturable=device.type == "cuda")
 
 
 def set_gradients(loss: torch.Tensor, parameters: list[torch.Tensor]):
     """Gives the parameters this loss's gradients; raises where the loss does not depend on one of them."""
     for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
-        # On a CPU fused Adam takes memory as it lies: a gradient with other strides than its parameter's trains it wrongly (PyTorch 2.13).
+        # On a CPU fused Adam takes memory as it lies: a gradient with other strides than its parameter's trains it
+        # wrongly (PyTorch 2.13).
         parameter.grad = gradient.contiguous()
 
 
 class Graph:
-    """function(*batches) as a CUDA graph where the batches lie on a GPU; elsewhere, and with `enabled` off, the function itself.
+    """function(*batches) as a CUDA graph where the batches lie on a GPU; elsewhere, and with `enabled` off, the
+    function itself.
 
-    The function must do its work in place, on tensors that stay where they are, and wait for nothing on the host. What it
-    returns is overwritten by the next call. The first calls are eager, on the graph's inputs: what they leave behind (buffers
-    of libraries, torch.compile's code, which depends on strides) is the graph's. A capture that fails raises.
+    The function must do its work in place, on tensors that stay where they are, and wait for nothing on the host. What
+    it returns is overwritten by the next call. The first calls are eager, on the graph's inputs: what they leave behind
+    (buffers of libraries, torch.compile's code, which depends on strides) is the graph's. A capture that fails raises.
     """
 
     def __init__(self, function, enabled: bool = True):

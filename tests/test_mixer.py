@@ -9,7 +9,17 @@ from tensordict import TensorDict
 from torch import nn
 from torch.func import functional_call, stack_module_state
 
-from comadice_mixer import MIXERS, CategoricalPolicy, Critics, GaussianPolicy, LinearMixer, Nu, Q, TwoLayerMixer, make_policy
+from comadice_mixer import (
+    MIXERS,
+    CategoricalPolicy,
+    Critics,
+    GaussianPolicy,
+    LinearMixer,
+    Nu,
+    Q,
+    TwoLayerMixer,
+    make_policy,
+)
 
 N, O, S, A, H = 3, 5, 7, 4, 16  # agents, observation, state, actions, hidden units
 
