@@ -64,6 +64,7 @@ from offline_data.published import info
 from offline_data.writer import DatasetWriter
 
 ROOT = Path(__file__).parent.parent
+CHILD_COMMAND = [sys.executable, "-m", "offline_data.formats"]  # the process that `convert` starts
 BLOCK = 32 * 2**20  # bytes of a source that are read together
 EPISODE = 2**28  # bytes of one episode, or of a chunk of HDF5; more is a damaged header
 CHILD_MEMORY = 8 * 2**30  # bytes that a conversion may take: a damaged header may ask for terabytes
@@ -780,9 +781,9 @@ def convert(
     }
     partial = path.with_name(path.name + ".partial")
     with tempfile.TemporaryFile() as errors:
-        command = [sys.executable, "-m", "offline_data.formats", json.dumps(job)]
-        path_of_modules = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        child = subprocess.Popen(command, stderr=errors, env=os.environ | {"PYTHONPATH": path_of_modules})
+        modules = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"PYTHONPATH": modules}
+        child = subprocess.Popen([*CHILD_COMMAND, json.dumps(job)], stderr=errors, env=environment)
         try:
             progress, since = 0, time.monotonic()
             while child.poll() is None:

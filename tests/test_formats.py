@@ -523,7 +523,7 @@ def test_plot(tmp_path, capsys):
 ])
 def test_a_reader_that_crashes_or_hangs(body, message, tmp_path, monkeypatch):
     (tmp_path / "child.py").write_text(body)
-    monkeypatch.setattr(formats, "__file__", str(tmp_path / "child.py"))
+    monkeypatch.setattr(formats, "CHILD_COMMAND", [sys.executable, str(tmp_path / "child.py")])
     monkeypatch.setattr(formats, "STALL", 1)
     with pytest.raises(BadInput, match=message):
         formats.convert(str(tmp_path / "child.py"), "omiga", "mamujoco", "hopper", "x", str(tmp_path / "out"))
