@@ -1,39 +1,44 @@
-"""Second stage of ComaDICE: weighted behavioural cloning (Algorithm 1, lines 9-12; Eq. 11). Without a ratio it is plain BC.
+"""ComaDICE, lines 9 to 12 of Algorithm 1: weighted behavioural cloning (Eq. 11). Without a ratio it is plain BC.
 
-    python comadice_bc.py --env mamujoco --task hopper --quality medium-replay                                # BC
+    python comadice_bc.py --env mamujoco --task hopper --quality medium-replay                # BC
+    python comadice_bc.py --env mamujoco --task hopper --quality medium-replay --best 0.1     # BC on the best 10% of episodes
     python comadice_bc.py --env mamujoco --task hopper --quality medium-replay \\
-        --checkpoint runs/mamujoco/hopper/medium-replay/comadice/seed0                                        # w* of that run
-"""
+        --checkpoint runs/mamujoco/hopper/medium-replay/comadice/seed0                        # w* of that run
 
-import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+What is played is an average of the policy's weights over the last steps, and the learning rate falls to 0. Neither is in
+the paper. A single policy's return swings by hundreds from one step to the next (RESULTS.md); the average's does less.
+"""
 
 import environments.threads  # noqa: F401 -- before torch
 
 # isort: split
+import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
 import torch
 import tyro
 from tensordict import TensorDict
+from torch import Tensor
 from torchrl.envs import EnvBase
 from tqdm import tqdm
 
-from comadice_eval import evaluate, try_eval_env
+from comadice_eval import evaluation, try_eval_env
 from comadice_losses import effective_sample_size, policy_loss
 from comadice_mixer import make_policy
-from environments.checks import BadInput, pick_device, run_script
-from offline_data.dataset import last_rows
-from offline_data.replay import make_replay, minibatches
+from environments.checks import BadInput, check_positive, pick_device, run_script
+from offline_data.dataset import episode_returns, last_rows
+from offline_data.replay import make_replay, minibatches, transition_rows
 from support.report import report
 from support.runs import (
-    RunArgs,
     check_args,
     check_checkpoint,
-    equally_far,
     eval_steps,
     finish_run,
     load_checkpoint,
     load_dataset,
+    same_step,
     save_checkpoints,
     start_runs,
 )
@@ -47,25 +52,94 @@ from support.seeds import (
     seed_states,
     set_gradients,
     stack,
+    update_target,
 )
 
 # What Eq. 11 needs of a transition.
 POLICY_KEYS = [("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "w"]
 
+AVERAGED = 0.1  # the played average covers about this share of the steps so far, as long as --ema allows
+
 
 @dataclass
-class Args(RunArgs):
+class Args:
+    """Train BC, BC on the best episodes, or the policies of a ComaDICE run.
+
+    The flags come in four groups. Task: --env to --data. Method: --checkpoint and --best. Optimisation: --steps to
+    --hidden. Run: --seeds to --overwrite.
+    """
+
+    # Task
+    env: str | None = None
+    """simulator: mamujoco, smacv2, smacv1, smax (default mamujoco, or what --data holds)"""
+    task: str | None = None
+    """task of that simulator (default hopper or zerg_5_vs_5, or what --data holds)"""
+    quality: str | None = None
+    """quality of the dataset (default medium-replay, of battles medium, or what --data holds)"""
+    data: str | None = None
+    """a dataset directory, instead of data/ENV/TASK/QUALITY"""
+
+    # Method
     checkpoint: str | None = None
     """a ComaDICE run whose saved ratio w* weights the data; plain BC without it"""
+    best: float = 1.0
+    """share of the episodes, the best by return, that are cloned; 1: all of them"""
+
+    # Optimisation
+    steps: int = 200_000
+    """gradient steps"""
+    lr: float = 1e-3
+    """Adam's learning rate (Table 4: 1e-4)"""
+    lr_decay: bool = True
+    """let the learning rate fall linearly to 0"""
+    ema: float = 0.999
+    """decay of the average of the policies' weights, which is what is played; 0: no average"""
+    batch_size: int = 128
+    """transitions in a batch (Table 4)"""
+    hidden: int = 256
+    """hidden units of the local networks (Table 4)"""
+
+    # Run
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """one run for each seed; they are trained together"""
+    out: str = "runs"
+    """run directories go to OUT/ENV/TASK/QUALITY/ALGO/seedN"""
+    evals: int = 100
+    """evaluations over the training (Table 4)"""
+    eval_episodes: int = 32
+    """episodes per evaluation (Table 4)"""
+    workers: int = 1
+    """processes that simulate evaluation episodes"""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
+    tf32: bool = False
+    """on a GPU: matrix products in TF32, faster and less exact"""
+    graph: bool = True
+    """on a GPU: replay the update as a CUDA graph"""
     compile: bool = False
     """torch.compile the loss: for a GPU, on a CPU it is slower"""
+    resume: bool = False
+    """go on with runs that were stopped, leave finished ones as they are"""
+    overwrite: bool = False
+    """replace runs that are already there"""
 
 
-def with_ratios(rows: TensorDict, ratios: dict[int, torch.Tensor | None]) -> TensorDict:
-    """The dataset with a row key "w": each transition's ratio over the mean ratio (1 where it is None), 0 on last rows.
+def check_policy_stage(args):
+    """Raises BadInput for a flag of the policies' training out of its range."""
+    check_positive(args, "lr")
+    if not 0 <= args.ema < 1:
+        raise BadInput(f"--ema is {args.ema}: give a number in [0, 1)")
 
-    `ratios` are those of S seeds, by seed; w is [N, S], for one [N]. Eq. 11's optimum does not depend on the ratio's scale; with mean 1 the size
-    of a gradient step does not either. Raises BadInput for a ratio that is zero everywhere or not finite.
+
+# ---------------------------------------------------------------- the data of Eq. 11
+
+
+def with_ratios(rows: TensorDict, ratios: dict[int, Tensor | None]) -> TensorDict:
+    """The dataset with a row key "w": each transition's ratio over the mean ratio, 0 on last rows.
+
+    `ratios` holds each seed's ratio [T], None for w = 1. For S seeds w is [N, S], for one seed [N]. Eq. 11's optimum
+    does not depend on the ratio's scale; with mean 1 the size of a gradient step does not either. Raises BadInput for a
+    ratio that is zero everywhere or not finite.
     """
     first = (~last_rows(rows)).to(rows["reward"].dtype)
     columns = []
@@ -73,127 +147,183 @@ def with_ratios(rows: TensorDict, ratios: dict[int, torch.Tensor | None]) -> Ten
         columns.append(first.clone())
         if w is not None:
             if not (torch.isfinite(w).all() and w.mean() > 0):
-                raise BadInput(f"seed {seed}: the ratio w* is of no use (its mean is {w.mean():.3g}), the critics diverged: "
-                               "use a larger --alpha or another --objective, or leave this seed out")
+                raise BadInput(
+                    f"seed {seed}: the ratio w* can't be used (its mean is {w.mean():.3g}), the critics diverged: use a "
+                    "larger --alpha or another --objective, or leave this seed out"
+                )
             columns[-1][first > 0] = w / w.mean()
     rows = rows.clone(recurse=False).unlock_()
     rows["w"] = torch.stack(columns, -1) if len(columns) > 1 else columns[0]
     return rows.lock_()
 
 
-def ratio_stats(w: torch.Tensor) -> dict:
-    """What a reader needs to judge a ratio by, over the whole dataset."""
+def ratio_stats(w: Tensor) -> dict[str, float]:
+    """Mean, share of zeros and effective sample size of a ratio over the whole dataset."""
     return {"mean_w": w.mean().item(), "w_zero": (w == 0).float().mean().item(), "ess": effective_sample_size(w).item()}
 
 
-def evaluation(policy: torch.nn.Module, env: EnvBase | None, args, seed: int) -> dict:
-    """What an evaluation adds to a row of metrics.csv: nothing where there is no simulator."""
-    if env is None:
-        return {}
-    result = evaluate(policy, env, args.eval_episodes, seed)
-    return {"return": result["return_mean"], "return_std": result["return_std"], "winrate": result["winrate"], "replayed": result["replayed"]}
+def best_transitions(rows: TensorDict, share: float) -> Tensor:
+    """The row of each transition of the best episodes by return, [T']: `share` of the episodes, at least one."""
+    returns = episode_returns(rows)
+    best = torch.zeros_like(returns, dtype=torch.bool)
+    best[returns.topk(max(round(share * len(returns)), 1)).indices] = True
+    first = transition_rows(rows)
+    return first[best[rows["episode"][first, 0]]]
 
 
-def policy_losses(policy, batch: TensorDict) -> tuple[torch.Tensor]:
-    """The loss of line 10 on one batch [B]."""
+# ---------------------------------------------------------------- line 11: one step
+
+
+def policy_losses(policy, batch: TensorDict) -> tuple[Tensor]:
+    """Eq. 11 on one batch [B], as a loss."""
     agents = batch["agents"]
-    return (policy_loss(batch["w"], policy.log_prob(agents["observation"], agents["action"], agents.get("action_mask", None))),)  # Eq. 11
+    log_prob = policy.log_prob(agents["observation"], agents["action"], agents.get("action_mask", None))
+    return (policy_loss(batch["w"], log_prob),)  # Eq. 11
 
 
-def make_policy_update(policy, optimizer, seeds: int = 1, compiled: bool = False):
-    """One Adam step on Eq. 11 as a function of a batch [B]; for policies of S seeds, stacked, of [S, B] with w [S, B, S]."""
+def make_policy_update(policy, average, optimizer, weight: Tensor, seeds: int = 1, compiled: bool = False):
+    """One Adam step on Eq. 11 as a function of a batch [B], and the average's step towards the policy by `weight`.
+
+    Policies of S seeds, stacked, take batches [S, B] with w [S, B, S].
+    """
     parameters = list(policy.parameters())
     losses_of = per_seed(policy_losses, [policy], seeds, compiled)
 
-    def update(batch: TensorDict) -> torch.Tensor:
+    def update(batch: TensorDict) -> Tensor:
         if seeds > 1:
             batch = batch.copy()
             batch["w"] = batch["w"].diagonal(0, 0, 2).T  # each seed's own ratio
         (loss,) = losses_of(batch)
         set_gradients(loss.sum(), parameters)
-        optimizer.step()  # line 11
+        optimizer.step()
+        update_target(average, policy, weight)
         return loss.detach()
 
     return update
 
 
-def train_policies(rows: TensorDict, card: dict, args, seeds: list[int], states: list[dict], env: EnvBase | None, label: str):
-    """Lines 9-12 of Algorithm 1 for several seeds together: args.steps gradient steps on Eq. 11, evaluated args.evals times on the way.
+def set_schedule(optimizer, weight: Tensor, step: int, args):
+    """Writes this step's learning rate, and the average's `weight`, into the tensors that the update reads.
 
-    `states` are the seeds' checkpoints, equally far; "w" [T] in them are the transitions' ratios, None for plain BC. A
-    generator: after every evaluation, which goes on in a thread beside the updates, it yields for each seed (what a
-    checkpoint needs, row of metrics.csv).
+    The average is exponential with decay --ema, but covers no more than a tenth of the steps so far: early on it would
+    otherwise be mostly the untrained policy.
+    """
+    for group in optimizer.param_groups:
+        group["lr"].fill_(args.lr * (1 - (step - 1) / args.steps) if args.lr_decay else args.lr)
+    weight.fill_(max(1 - args.ema, 1 / (AVERAGED * (step - 1) + 1)) if args.ema else 1.0)
+
+
+# ---------------------------------------------------------------- lines 9 to 12
+
+
+def train_policies(
+    rows: TensorDict, card: dict, args, seeds: list[int], states: list[dict], env: EnvBase | None, label: str,
+    first: Tensor | None = None,
+):  # fmt: skip
+    """Lines 9 to 12 for several seeds together: args.steps gradient steps on Eq. 11 with args.evals evaluations.
+
+    `states` are the seeds' checkpoints, all at the same step. "w" [T] in them are the transitions' ratios, None for BC.
+    `first` are the rows of the transitions to draw from, without it all. A generator: after every evaluation, which
+    runs in a thread beside the updates, it yields for each seed (what a checkpoint needs, row of metrics.csv).
     """
     device, start, seconds = pick_device(args.device), states[0]["step"], states[0]["seconds"]
     sizes = card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], args.hidden
-    policies = []
+    each = []
     for seed in seeds:
         torch.manual_seed(seed)
-        policies.append(make_policy(*sizes).to(device))
-    policy = stack(policies)
+        each.append(make_policy(*sizes).to(device))
+    policy, average = stack(each), stack(copy.deepcopy(each))
     optimizer = adam(list(policy.parameters()), args.lr, device)
     generators = make_generators(seeds, 2, rows)
-    parts = {"policy": policy, "policy_optimizer": optimizer}
+    parts = {"eta": policy, "policy": average, "policy_optimizer": optimizer}  # "policy" is what is played
     if start:
         load_seeds(parts, generators, states)
     stats = [{} if state["w"] is None else ratio_stats(state["w"]) for state in states]
-    replay = make_replay(with_ratios(rows, {seed: state["w"] for seed, state in zip(seeds, states)}), POLICY_KEYS, False, generators, device)
-    update = Graph(make_policy_update(policy, optimizer, len(seeds), args.compile), args.graph)
+    weighted = with_ratios(rows, {seed: state["w"] for seed, state in zip(seeds, states)})
+    replay = make_replay(weighted, POLICY_KEYS, False, generators, device, first)
+    weight = torch.ones((), device=device)
+    update = Graph(make_policy_update(policy, average, optimizer, weight, len(seeds), args.compile), args.graph)
     at, began, played = eval_steps(args), time.perf_counter() - states[0]["wall"], None
 
     def finish(progress: list[dict], table: list[dict], results) -> list[tuple[dict, dict]]:
         table = [row | result | stat for row, result, stat in zip(table, results.result(), stats)]
         return [(state | {"wall": time.perf_counter() - began}, row) for state, row in zip(progress, table)]
 
+    def play(states: list[dict], step: int) -> list[dict]:
+        results = []
+        for seed, state in zip(seeds, states):
+            player = make_policy(*sizes)
+            player.load_state_dict(state["policy"])
+            results.append(evaluation(player, env, args.eval_episodes, seed, step))
+        return results
+
     with ThreadPoolExecutor(1) as beside:
+        batches = minibatches(start, at, (replay, args.batch_size))
         clock = time.perf_counter()
-        bar = tqdm(minibatches(start, at, (replay, args.batch_size)), initial=start, total=args.steps, desc=f"{label} {name_seeds(seeds)}", mininterval=1)
-        for step, batch in bar:
-            loss = update(batch)
+        for step, batch in tqdm(batches, f"{label} {name_seeds(seeds)}", args.steps, initial=start, mininterval=1):  # line 10
+            set_schedule(optimizer, weight, step, args)
+            loss = update(batch)  # line 11
             if step in at:
                 table = [{"stage": "policy", "step": step, "policy_loss": value} for value in loss.reshape(-1).tolist()]
                 seconds += time.perf_counter() - clock
                 if played is not None:
                     yield finish(*played)
                 progress = [state | {"step": step, "seconds": seconds} for state in seed_states(parts, generators)]
-                players = [make_policy(*sizes) for _ in seeds]
-                for player, state in zip(players, progress):
-                    player.load_state_dict(state["policy"])
-                played = progress, table, beside.submit(lambda players: [evaluation(p, env, args, s) for p, s in zip(players, seeds)], players)
+                played = progress, table, beside.submit(play, progress, step)
                 clock = time.perf_counter()
         if played is not None:
             yield finish(*played)
 
 
+# ---------------------------------------------------------------- the script
+
+
+def name_of(args: Args) -> str:
+    """The run's method, as its directory is called."""
+    if args.checkpoint is not None:
+        return "weighted-bc"
+    return "bc" if args.best == 1 else f"bc-best{100 * args.best:g}"
+
+
+def train_seeds(args: Args, rows: TensorDict, card: dict, w: Tensor | None, env: EnvBase | None) -> list[list[dict]]:
+    """BC for args.seeds, each in its own run directory; returns the rows of each seed's metrics.csv.
+
+    Seeds at the same step are trained together.
+    """
+    algo = name_of(args)
+    first = None if args.best == 1 else best_transitions(rows, args.best)
+    runs = start_runs(args, algo, card, rows, {"w": w})
+    for seeds in same_step(runs):
+        states = [runs[seed].state | {"w": w} for seed in seeds]
+        for progress in train_policies(rows, card, args, seeds, states, env, algo, first):
+            save_checkpoints(runs, seeds, progress)
+        for seed in seeds:
+            state = runs[seed].state
+            finish_run(runs[seed], args, card, len(seeds), args.steps, state["seconds"], state["wall"])
+    return [run.metrics for run in runs.values()]
+
+
 def main(args: Args):
     check_args(args)
+    check_policy_stage(args)
+    if not 0 < args.best <= 1:
+        raise BadInput(f"--best is {args.best}: give a share of the episodes in (0, 1]")
+    if args.best < 1 and args.checkpoint is not None:
+        raise BadInput("--best and --checkpoint are two ways to weight the data: give one of them")
     device = pick_device(args.device, args.tf32)
     rows, card = load_dataset(args, device)
-    w, algo = None, "bc"
+    w = None
     if args.checkpoint is not None:
         source = load_checkpoint(args.checkpoint)
         check_checkpoint(source, card, args.checkpoint)
-        w, algo = source.get("w"), "weighted-bc"
+        w = source.get("w")
         if w is None:
-            raise BadInput(f"{args.checkpoint} holds no ratio: it is a run of plain BC, or was stopped before its ratio was computed")
+            raise BadInput(
+                f"{args.checkpoint} holds no ratio: it is a run of plain BC, or was stopped before its ratio was computed"
+            )
         w = w.to(rows["state"].device)
     env = try_eval_env(card, args.eval_episodes, args.workers)
-    curves = {algo: train_seeds(args, algo, rows, card, w, env)}
-    report(curves, card, args, f"learning_curve_{algo}.png")
-
-
-def train_seeds(args: Args, algo: str, rows: TensorDict, card: dict, w: torch.Tensor | None, env: EnvBase | None) -> list[list[dict]]:
-    """Plain or weighted BC for args.seeds, together as far as they are equally far, each in its own run directory.
-
-    Returns the rows of each seed's metrics.csv.
-    """
-    runs = start_runs(args, algo, card, rows, {"w": w})
-    for seeds in equally_far(runs):
-        for progress in train_policies(rows, card, args, seeds, [runs[seed].state | {"w": w} for seed in seeds], env, algo):
-            save_checkpoints(runs, seeds, progress)
-        for seed in seeds:
-            finish_run(runs[seed], args, card, len(seeds), args.steps, runs[seed].state["seconds"], runs[seed].state["wall"])
-    return [run.metrics for run in runs.values()]
+    report({name_of(args): train_seeds(args, rows, card, w, env)}, card, args, f"learning_curve_{name_of(args)}.png")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import tyro
 from torchrl.envs import EnvBase
@@ -114,6 +115,18 @@ def evaluate(policy: torch.nn.Module, env: EnvBase, episodes: int, seed: int) ->
     }
 
 
+def evaluation(policy: torch.nn.Module, env: EnvBase | None, episodes: int, seed: int, step: int) -> dict:
+    """What an evaluation after `step` adds to a row of metrics.csv: nothing where there is no simulator.
+
+    The start states are drawn from (seed, step), so evaluations of one run do not repeat the same starts.
+    """
+    if env is None:
+        return {}
+    result = evaluate(policy, env, episodes, int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
+    names = {"return": "return_mean", "return_std": "return_std", "winrate": "winrate", "replayed": "replayed"}
+    return {name: result[key] for name, key in names.items()}
+
+
 def load_policy(run: str | Path, device="cpu") -> tuple[torch.nn.Module, dict]:
     """A run's policy and its checkpoint."""
     state = load_checkpoint(run)
@@ -158,10 +171,10 @@ def main(args: Args):
     cells = [(state["algo"], state["card"], {k: v for k, v in state["config"].items() if k not in (*FREE, "checkpoint")}) for _, state in loaded]
     if len({Path(run).resolve() for run in args.run}) == len(rows) > 1 and all(cell == cells[0] for cell in cells):  # seeds of one cell
         means = torch.tensor([row["return_mean"] for row in rows])
-        print(f"{'mean ± std over runs':<70}{means.mean():>10.2f} ± {means.std(correction=0):<7.2f}")
+        print(f"{'mean ± std over runs':<70}{means.mean():>10.2f} ± {means.std():<7.2f}")
         if all(row["winrate"] is not None for row in rows):
             wins = 100 * torch.tensor([row["winrate"] for row in rows])
-            print(f"{'winrate, mean ± std over runs':<70}{wins.mean():>9.1f}% ± {wins.std(correction=0):.1f}")
+            print(f"{'winrate, mean ± std over runs':<70}{wins.mean():>9.1f}% ± {wins.std():.1f}")
     if args.out:
         Path(args.out).write_text(json.dumps(rows, indent=2) + "\n")
 

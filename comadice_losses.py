@@ -120,50 +120,59 @@ def q_loss(
     return expectation((A_tot - td) ** 2, rho)  # Eq. 9
 
 
-def dual_loss(nu_tot_init: Tensor, A_tot: Tensor, alpha: float | Tensor, f: Divergence, gamma: float,
-              lam: float | Tensor = 0.0, p0: Tensor | None = None, rho: Tensor | None = None) -> Tensor:
-    """L(nu, theta) = (1 - gamma) E_p0[nu_tot(s0)] + E_D[alpha f*(A_tot / alpha)], minimised over nu and theta (Eq. 7).
+def dual_loss(
+    nu_tot_init: Tensor,
+    A_tot: Tensor,
+    alpha: float | Tensor,
+    f: Divergence,
+    gamma: float,
+    lam: float | Tensor = 0.0,
+    mass: float = 1.0,
+    p0: Tensor | None = None,
+    rho: Tensor | None = None,
+) -> Tensor:
+    """L(nu, theta) = (1 - gamma) E_p0[nu_tot(s0)] + mass E_D[alpha f*(A_tot / alpha)] (Eq. 7), to be minimised.
 
-    That is Eq. 6, the Lagrangian's minimax problem, with its inner maximum over w in closed form (Prop. 4.1).
+    This is the minimax problem of Eq. 6 with its inner maximum over w in closed form (Prop. 4.1).
 
-    Objective `exact`: A_tot is the TD form, with the gradient through nu_tot(s) and nu_tot(s'): Prop. 4.1's gradient.
-    Objective `printed`: A_tot is M[q - nu] with q fixed, as Eq. 10 stands in the paper. Its gradient only pushes nu up
-    where it is not initial, and nothing balances the mixer's bias, so it has no minimum.
+    Objective `exact`: A_tot is the TD form. The gradient flows through nu_tot(s) and nu_tot(s'), as Prop. 4.1 says.
+    Objective `printed`: A_tot is M[q - nu] with q fixed, as Eq. 10 is printed. The gradient can only push nu up at
+    states that are not initial, and nothing balances the mixer's bias. So this loss has no minimum.
 
-    lam is the multiplier of E_D[w] = 1 (Table 4's lambda, after OptiDICE): L is minimised over it too.
+    mass is the total weight of rho^mu, (1 - gamma) E[sum_t gamma^t] over episodes. It is 1 in the paper's endless MDP.
+    Where episodes terminate it is below 1. With mass 1 there, the policy does not tend to the behaviour as alpha grows.
+    lam is the multiplier of E_D[w] = 1 (Table 4's lambda, as in OptiDICE). L is minimised over it too.
     """
-    # Prop. 4.1 (exact), Eq. 10 (printed)
-    return (1 - gamma) * expectation(nu_tot_init, p0) + expectation(alpha * f.f_star((A_tot - lam) / alpha), rho) + lam
+    data_term = mass * expectation(alpha * f.f_star((A_tot - lam) / alpha), rho)
+    return (1 - gamma) * expectation(nu_tot_init, p0) + data_term + lam  # Eq. 10 (printed), Prop. 4.1 (exact)
 
 
 def semi_loss(nu_tot: Tensor, A_tot: Tensor, alpha: float | Tensor, f: Divergence, rho: Tensor | None = None) -> Tensor:
-    """Objective `semi`: E_D[nu_tot(s) + alpha f*(A_tot / alpha)], the semi-gradient of Mao et al. (2024).
+    """Objective `semi`: E_D[nu_tot(s) + alpha f*(A_tot / alpha)], with nu_tot(s') in A_tot held fixed.
 
-    A_tot is the TD form with nu_tot(s') from target networks, so the gradient goes through nu_tot(s) alone. For data
-    that are stationary, (1 - gamma) E_p0[nu_tot] = E_D[nu_tot(s) - gamma nu_tot(s')]; what is left of it without the
-    gradient at s' is nu_tot(s). At its minimum E[w | s] = 1 in every state, so no normaliser is needed, with or without
-    termination. It solves another problem than Eq. 2-3: the policy is held near the behaviour state by state, not in
-    its occupancy.
+    For stationary data (1 - gamma) E_p0[nu_tot] = E_D[nu_tot(s) - gamma nu_tot(s')]. Without a gradient at s', only
+    nu_tot(s) is left of it. Mao et al. (2024) study semi-gradients of DICE losses; the unit weight on nu_tot(s) is this
+    project's choice. It makes E[w | s] = 1 in every state at the minimum, with or without termination, so no
+    normaliser is needed. The policy is held near the behaviour in each state, and not in its occupancy as in Eq. 2-3.
     """
     return expectation(nu_tot + alpha * f.f_star(A_tot / alpha), rho)
 
 
-def released_loss(
+def released_nu_loss(
     nu_init: Tensor, A: Tensor, alpha: float | Tensor, f: Divergence, gamma: float, lam: float | Tensor = 0.0
 ) -> Tensor:
-    """Objective `released`: the rule of the authors' released code, for local values nu_i(s0) and A_i = W_i (q_i -
-    nu_i), [B, n].
+    """Objective `released_nu`: how the authors' released code moves nu, for a given multiplier lam.
 
-    f(w) and the factor A_i beside w are constants here, so nu's gradient is -W_i r'(y) y with y = (A_i - lam) / alpha
-    and r = w*: an asymmetric regression of nu_i onto q_i. The initial states enter unmixed.
+    nu_init [B, n] are local values nu_i(s0). A [B, n] are local advantages A_i = W_i (q_i - nu_i). f(w) and the factor
+    A_i beside w are constants here. So nu's gradient is -W_i r'(y) y with y = (A_i - lam) / alpha and r = w*, an
+    asymmetric regression of nu_i onto q_i. The initial states are not mixed. docs/PAPER.md lists what else the released
+    code does.
     """
     A = A - (lam.detach() if isinstance(lam, Tensor) else lam)
     w = f.w_star(A / alpha)
-    return (
-        (1 - gamma) * nu_init.mean()
-        + (w * A.detach() - alpha * f.f(w).detach()).mean()
-        + (lam * (1 - w.detach())).mean()
-    )
+    constant_A, constant_w = A.detach(), w.detach()
+    nu_term = (w * constant_A - alpha * f.f(constant_w)).mean()
+    return (1 - gamma) * nu_init.mean() + nu_term + (lam * (1 - constant_w)).mean()
 
 
 def occupancy_ratio(A_tot: Tensor, alpha: float | Tensor, f: Divergence, lam: float | Tensor = 0.0) -> Tensor:
@@ -174,9 +183,8 @@ def occupancy_ratio(A_tot: Tensor, alpha: float | Tensor, f: Divergence, lam: fl
     return f.w_star((A_tot - lam) / alpha)  # Prop. 4.1 and Section 4.3
 
 
-def released_ratio(A: Tensor, alpha: float | Tensor, f: Divergence, lam: float | Tensor = 0.0) -> Tensor:
-    """The weight that goes with `released`: local ratios of A_i = W_i (q_i - nu_i) [B, n], summed over agents ->
-    [B]."""
+def released_nu_ratio(A: Tensor, alpha: float | Tensor, f: Divergence, lam: float | Tensor = 0.0) -> Tensor:
+    """The weight that goes with `released_nu`: ratios of A_i = W_i (q_i - nu_i) [B, n], summed over agents -> [B]."""
     return f.w_star((A - lam) / alpha).sum(-1)
 
 

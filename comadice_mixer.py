@@ -204,23 +204,16 @@ class CategoricalPolicy(nn.Module):
 
 
 class Critics(nn.Module):
-    """psi_nu, psi_q and theta together: what lines 3-8 of Algorithm 1 train."""
+    """psi_nu, psi_q and theta together: what lines 3 to 8 of Algorithm 1 train."""
 
     def __init__(
-        self,
-        n_agents,
-        obs_dim,
-        state_dim,
-        action_dim,
-        discrete,
-        hidden=256,
-        mixer_hidden=64,
-        mixer_layers=1,
-        layer_norm=False,
-    ):
+        self, n_agents, obs_dim, state_dim, action_dim, discrete, hidden=256, mixer_hidden=64, mixer_layers=1,
+        layer_norm=False, with_q=True,
+    ):  # fmt: skip
         super().__init__()
         self.nu = Nu(n_agents, obs_dim, hidden, layer_norm)
-        self.q = Q(n_agents, obs_dim, action_dim, hidden, discrete, layer_norm)
+        if with_q:
+            self.q = Q(n_agents, obs_dim, action_dim, hidden, discrete, layer_norm)
         self.mixer = MIXERS[mixer_layers](n_agents, state_dim, mixer_hidden)
         # The multiplier of E[w] = 1 (Table 4's lambda); it stays at 0 where the normaliser is off.
         self.lam = nn.Parameter(torch.zeros(()))

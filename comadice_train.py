@@ -1,26 +1,27 @@
 """ComaDICE, Algorithm 1: from an offline dataset to local policies to a measured return.
 
-    python comadice_train.py                  # a small hopper dataset that ships with this code; a few minutes on a CPU
+    python comadice_train.py                        # the demonstration: a small hopper dataset, minutes on a CPU
     python comadice_train.py --env mamujoco --task hopper --quality medium-replay --seeds 0 1 2 3 4
 
-Lines 3-8 train nu, q and the mixer for --steps, then the ratio w* is computed once for every transition of the dataset,
-then lines 9-12 (comadice_bc.py) train the local policies by weighted behavioural cloning for as many steps.
+Lines 3-8 train nu, q and the mixer in this file. Then w* is computed once for every transition of the dataset.
+Lines 9-12 train the local policies by weighted behavioural cloning, in comadice_bc.py. The equations are in
+comadice_losses.py, the networks in comadice_mixer.py.
 """
-
-import copy
-import math
-import sys
-import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
-from typing import Literal
 
 import environments.threads  # noqa: F401 -- before torch
 
 # isort: split
+import copy
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Literal, NamedTuple
+
 import torch
 import tyro
 from tensordict import TensorDict
+from torch import Tensor
+from torchrl.objectives.value.functional import reward2go
 from tqdm import tqdm
 
 import comadice_bc
@@ -28,17 +29,16 @@ import comadice_losses as losses
 from comadice_eval import try_eval_env
 from comadice_mixer import Critics
 from environments.checks import BadInput, check_positive, pick_device, run_script
-from offline_data.dataset import CHUNK
+from offline_data.dataset import CHUNK, DATA_ROOT, last_rows
 from offline_data.replay import as_transition, initial_rows, make_replay, minibatches, transition_rows
 from support.report import report
 from support.runs import (
-    RunArgs,
     check_args,
     check_discount,
-    equally_far,
     eval_steps,
     finish_run,
     load_dataset,
+    same_step,
     save_checkpoints,
     start_runs,
 )
@@ -53,269 +53,426 @@ from support.seeds import (
     set_gradients,
     split_seeds,
     stack,
+    update_target,
 )
 
-# What Eq. 9 and Eq. 10 need of a transition.
+# What Eq. 9 and Eq. 10 need of a transition, and of an initial state.
 CRITIC_KEYS = ["state", ("agents", "observation"), ("agents", "action"), "reward", "terminated"]
 INIT_KEYS = ["state", ("agents", "observation")]
 
+Objective = Literal["semi", "exact", "printed", "released_nu"]
+
 
 @dataclass
-class Args(RunArgs):
-    objective: Literal["exact", "printed", "released", "semi"] | None = None
-    """how nu and theta are trained, see comadice_losses.py (default: exact for continuous actions, semi for discrete ones)"""
-    advantage: Literal["td", "q"] = "td"
-    """what w* is extracted from: r + gamma nu_tot(s') - nu_tot(s), or the paper's M[q - nu]"""
-    critic_lr: float = 1e-4
-    """Adam's learning rate for nu, q and the mixer (Table 4 gives q's); --lr is the policies'"""
+class Args:
+    """Train ComaDICE. Without --env, --task, --quality and --data it is the demonstration.
+
+    The flags come in four groups. Task: --env to --data. Method: --preset to --lambda-scale. Optimisation: --steps to
+    --layer-norm. Run: --seeds to --overwrite.
+    """
+
+    # Task
+    env: str | None = None
+    """simulator: mamujoco, smacv2, smacv1, smax (default mamujoco, or what --data holds)"""
+    task: str | None = None
+    """task of that simulator (default hopper or zerg_5_vs_5, or what --data holds)"""
+    quality: str | None = None
+    """quality of the dataset (default medium-replay, of battles medium, or what --data holds)"""
+    data: str | None = None
+    """a dataset directory, instead of data/ENV/TASK/QUALITY"""
+
+    # Method
+    preset: Literal["comadice", "paper"] = "comadice"
+    """comadice: what RESULTS.md measured best; paper: Table 4 and Eq. 10 as printed. Other flags override it"""
+    objective: Objective | None = None
+    """how nu and theta are trained (comadice_losses.py). It brings its own --advantage, --alpha and --tau"""
+    advantage: Literal["td", "q"] | None = None
+    """what w* is computed from: r + gamma nu_tot(s') - nu_tot(s), or M[q - nu], for which q is trained by Eq. 9"""
     alpha: float | None = None
-    """weight of the divergence from the data, in units of the reward (Eq. 1; default: 5 times the data's mean absolute reward with semi, else half of it)"""
+    """weight of the divergence from the data, in units of the reward (default with semi: 5 mean absolute rewards)"""
     f: Literal["soft_chi2", "chi2", "kl"] = "soft_chi2"
     """f-divergence (Section B.5)"""
-    mixer_layers: Literal[1, 2] = 1
-    """layers of the mixer (Section B.6)"""
-    mixer_hidden: int = 64
-    """hidden units of the mixer's hyper-networks (Table 4)"""
     gamma: float = 0.99
     """discount (Table 4)"""
+    bound: bool | None = None
+    """clip nu_tot(s') to the range of the data's discounted returns, so that no alpha diverges (default with semi)"""
+    mixer_layers: Literal[1, 2] = 1
+    """layers of the mixer (Section B.6)"""
+    lambda_scale: float | None = None
+    """learning rate of the multiplier of E[w] = 1, relative to --critic-lr (Table 4's lambda; 0: off)"""
+
+    # Optimisation
+    steps: int = 200_000
+    """gradient steps of each stage"""
+    critic_lr: float | None = None
+    """Adam's learning rate for nu, q and the mixer (default 3e-4; Table 4: 1e-4)"""
+    lr: float | None = None
+    """Adam's learning rate for the policies (default 1e-3; Table 4: 1e-4)"""
+    lr_decay: bool | None = None
+    """let the policies' learning rate fall linearly to 0 (default; Table 4 has none)"""
+    ema: float | None = None
+    """decay of the average of the policies' weights, which is what is played (default 0.999; 0: no average)"""
+    tau: float | None = None
+    """step of the target networks towards the networks (default with semi: 0.05; Table 4: 0.005)"""
+    batch_size: int = 128
+    """transitions in a batch (Table 4)"""
     init_batch_size: int = 32
     """initial states in a batch"""
-    tau: float | None = None
-    """step of the target networks towards the networks (default: 0.05 with semi, else Table 4's 0.005)"""
-    lambda_scale: float = 0.0
-    """learning rate of the multiplier that holds E[w] = 1, relative to --critic-lr (Table 4's lambda; 0: off)"""
+    hidden: int = 256
+    """hidden units of the local networks (Table 4)"""
+    mixer_hidden: int = 64
+    """hidden units of the mixer's hyper-networks (Table 4)"""
     reward_scale: float | None = None
-    """nu and q are learned in units of 1 / reward_scale rewards (default: of 5 mean absolute rewards); alpha's meaning and w* do not depend on it"""
+    """nu and q are learned in units of 1 / reward_scale rewards (default: 5 mean absolute rewards). w* does not change"""
+    layer_norm: bool | None = None
+    """LayerNorm in nu and q (default; the paper has none)"""
+
+    # Run
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """one run for each seed; they are trained together"""
+    out: str = "runs"
+    """run directories go to OUT/ENV/TASK/QUALITY/comadice/seedN"""
+    evals: int = 100
+    """evaluations over the training of the policies (Table 4)"""
+    eval_episodes: int = 32
+    """episodes per evaluation (Table 4)"""
+    workers: int = 1
+    """processes that simulate evaluation episodes"""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
+    tf32: bool = False
+    """on a GPU: matrix products in TF32, faster and less exact"""
+    graph: bool = True
+    """on a GPU: replay the update as a CUDA graph"""
     compile: bool = False
-    """torch.compile the losses (of both stages): for a GPU, on a CPU it is twice as slow"""
-    layer_norm: bool = True
-    """LayerNorm in nu and q: not in the paper, and what makes the ratio worth its weight (README)"""
+    """torch.compile the losses: for a GPU, on a CPU it is slower"""
+    resume: bool = False
+    """go on with runs that were stopped, leave finished ones as they are"""
+    overwrite: bool = False
+    """replace runs that are already there"""
 
 
-# What `python comadice_train.py` runs: the dataset in the repository, fewer steps and evaluations than the paper's, and an alpha that
-# stays nearer to the data, which are 3% of medium-replay's: at alpha 1 the few with a high ratio are overfitted.
-QUICK = Args(quality="demo", seeds=[0, 1, 2], steps=3000, evals=6, eval_episodes=10, lr=1e-3, critic_lr=3e-4, alpha=10.0, overwrite=True)
+# What a flag is where it is not given: first the preset's, then the objective's, then COMMON's. alpha is in units of the
+# reward in PAPER, and of the data's mean absolute reward in OBJECTIVES, so that it means the same on robots and battles.
+PRESETS = {
+    "comadice": {"objective": "semi"},
+    "paper": {  # Table 4; Eq. 10 as it is printed
+        "objective": "printed", "alpha": 10.0, "lambda_scale": 1.0, "tau": 0.005, "critic_lr": 1e-4, "lr": 1e-4,
+        "lr_decay": False, "ema": 0.0, "layer_norm": False, "reward_scale": 1.0,
+    },
+}  # fmt: skip
+OBJECTIVES = {
+    "semi": {"advantage": "td", "alpha": 5.0, "tau": 0.05, "bound": True},
+    "exact": {"advantage": "td", "alpha": 0.5, "tau": 0.005, "bound": False},
+    "printed": {"advantage": "q", "alpha": 5.0, "tau": 0.005, "bound": False},
+    "released_nu": {"advantage": "q", "alpha": 5.0, "tau": 0.005, "bound": False},
+}
+COMMON = {"lambda_scale": 0.0, "critic_lr": 3e-4, "layer_norm": True, "lr": 1e-3, "lr_decay": True, "ema": 0.999}
+
+DEMO = Args(
+    data=str(DATA_ROOT / "mamujoco" / "hopper" / "demo"), seeds=[0, 1, 2], steps=3000, evals=6, eval_episodes=10,
+    resume=True,
+)  # fmt: skip
 
 
-def fill_in(args: Args, rows: TensorDict, card: dict) -> Args:
-    """The defaults that depend on the data: with them alpha means the same, and nu is of the order of 10, on robots and in battles.
-
-    Where episodes end, `exact` leans towards policies that live longer, which is a robot's reward and a battle's stalling (README).
-    Numbers are rounded to four digits, so that they do not depend on the order in which a machine adds up.
-    """
-    size = rows["reward"].double().abs().mean().item() or 1.0
-    objective = args.objective or ("semi" if card["discrete"] else "exact")
-    alpha, tau = (5 * size, 0.05) if objective == "semi" else (0.5 * size, 0.005)
-    defaults = {"objective": objective, "alpha": float(f"{alpha:.4g}"), "tau": tau, "reward_scale": float(f"{0.2 / size:.4g}")}
-    return replace(args, **{name: value for name, value in defaults.items() if getattr(args, name) is None})
-
-
-def values(critics, *where: TensorDict) -> tuple[tuple, tuple, tuple]:
-    """nu [B, n], nu_tot [B] and the mixer's coefficients at several batches of states, from one call of each network."""
-    sizes = [len(w["state"]) for w in where]
-    state = torch.cat([w["state"] for w in where])
-    nu, at = critics.nu(torch.cat([w["agents", "observation"] for w in where])), critics.mixer.at(state)
-    return nu.split(sizes), critics.mixer(nu, state, at).split(sizes), tuple(zip(*(c.split(sizes) for c in at)))
-
-
-def critic_losses(critics, target, batch: TensorDict, init: TensorDict, alpha, args) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The losses of lines 5-7 on one batch: (L_q of Eq. 9, L(nu, theta) of Eq. 10, w [B], nu_tot(s) [B]), the last two detached.
-
-    batch [B]: transitions; init: initial states; alpha: in units of the scaled reward, as both losses and nu_tot are.
-    psi_q is a variable of L_q alone, psi_nu and theta of L(nu, theta) alone; with `released` theta is L_q's.
-    """
-    f, gamma = losses.DIVERGENCES[args.f], args.gamma
-    obs, state = batch["agents", "observation"], batch["state"]
-    reward, terminated = args.reward_scale * batch["reward"][:, 0], batch["terminated"][:, 0]
-    lam = critics.lam if args.lambda_scale else 0.0
-    q = critics.q(obs, batch["agents", "action"])
-
-    if args.objective == "exact":
-        (nu, _, _), (nu_tot, nu_tot_next, nu_tot_init), (theta, _, _) = values(critics, batch, batch["next"], init)
-        A = losses.td_advantage(reward, terminated, nu_tot, nu_tot_next, gamma)  # Eq. 5
-        nu_tot_next = nu_tot_next.detach()  # Eq. 9 then regresses on the same nu_tot(s'), which saves the target's evaluation
-    else:
-        with torch.no_grad():
-            _, (nu_tot_next,), _ = values(target, batch["next"])
-        if args.objective == "semi":
-            (nu,), (nu_tot,), (theta,) = values(critics, batch)
-            A = losses.td_advantage(reward, terminated, nu_tot, nu_tot_next, gamma)  # Eq. 5
-        else:
-            (nu, nu_init), (nu_tot, nu_tot_init), (theta, _) = values(critics, batch, init)
-            if args.objective == "printed":
-                A = critics.mixer.advantage(q.detach() - nu, state, theta)  # A_tot of Section 5
-            elif args.objective == "released":
-                A_i = theta[0].detach() * (q.detach() - nu)  # W_i (q_i - nu_i), [B, n]
-
-    if args.objective == "released":
-        # q_tot itself is regressed, and theta with it; nu_tot(s) is no part of it.
-        L_q = losses.q_loss(critics.mixer(q, state, theta), reward, terminated, torch.zeros_like(nu_tot), nu_tot_next, gamma)
-        L_nu = losses.released_loss(nu_init, A_i, alpha, f, gamma, lam)
-        w = losses.released_ratio(A_i, alpha, f, lam)
-    else:
-        # Line 5, Eq. 9
-        fixed = tuple(c.detach() for c in theta)
-        L_q = losses.q_loss(critics.mixer.advantage(q - nu.detach(), state, fixed), reward, terminated, nu_tot.detach(), nu_tot_next, gamma)
-        # Lines 6-7, Prop. 4.1 or Eq. 10
-        L_nu = losses.semi_loss(nu_tot, A, alpha, f) if args.objective == "semi" else losses.dual_loss(nu_tot_init, A, alpha, f, gamma, lam)
-        w = losses.occupancy_ratio(A, alpha, f, lam)
-    return L_q, L_nu, w.detach(), nu_tot.detach()
-
-
-def critic_metrics(L_q: torch.Tensor, L_nu: torch.Tensor, w: torch.Tensor, nu_tot: torch.Tensor, args) -> dict[str, float]:
-    """What metrics.csv says of a batch; mean_nu is in units of the reward as recorded."""
-    return {"q_loss": L_q.item(), "nu_loss": L_nu.item(), "mean_nu": nu_tot.mean().item() / args.reward_scale, "mean_w": w.mean().item(),
-            "w_zero": (w == 0).float().mean().item(), "ess": losses.effective_sample_size(w).item()}
-
-
-def make_optimizer(critics, args) -> torch.optim.Adam:
-    """Adam for psi_q, psi_nu and theta, and for the multiplier with a rate of its own."""
-    networks = [parameter for name, parameter in critics.named_parameters() if name != "lam"]
-    return adam([{"params": networks}, {"params": [critics.lam], "lr": args.critic_lr * args.lambda_scale}], args.critic_lr, critics.lam.device)
-
-
-@torch.no_grad()
-def update_target(target: Iterable[torch.Tensor], networks: Iterable[torch.Tensor], tau: float):
-    """target <- target + tau (networks - target), in every parameter."""
-    torch._foreach_lerp_(list(target), list(networks), tau)
-
-
-def make_critic_update(critics, target, optimizer, args, alpha: torch.Tensor | None = None):
-    """Lines 5-7 of Algorithm 1 as a function of (batch, init), with one Adam step for all three, and the target networks' step.
-
-    It returns what critic_losses does. Critics of S seeds, stacked, take batches [S, B] and give [S] and [S, B]. alpha [S] in
-    units of the scaled reward may be each one's own; it is args.alpha for all otherwise.
-    """
-    alpha = torch.full_like(critics.lam, args.alpha * args.reward_scale) if alpha is None else alpha
-    networks, targets = list(critics.parameters()), list(target.parameters())
-    trained = [parameter for name, parameter in critics.named_parameters() if name != "lam" or args.lambda_scale]
-    losses_of = per_seed(lambda *inputs: critic_losses(*inputs, args), [critics, target], alpha.numel(), args.compile)
-
-    def update(batch: TensorDict, init: TensorDict):
-        L_q, L_nu, w, nu_tot = losses_of(batch, init, alpha)
-        set_gradients((L_q + L_nu).sum(), trained)  # no parameter is in both, so each has its own loss's gradient
-        optimizer.step()
-        update_target(targets, networks, args.tau)
-        return L_q.detach(), L_nu.detach(), w, nu_tot
-
-    return update
-
-
-@torch.no_grad()
-def dataset_ratio(critics, rows: TensorDict, args) -> torch.Tensor:
-    """w_tot* of every transition of the dataset, [T]: Section 4.3, from the target copies of all networks.
-
-    With advantage "td" q is no part of it: Eq. 9 is trained as Algorithm 1 has it, and not used.
-    """
-    f, alpha = losses.DIVERGENCES[args.f], args.alpha * args.reward_scale
-    lam = critics.lam if args.lambda_scale else 0.0
-    first, device = transition_rows(rows), critics.lam.device
-    w = torch.empty(len(first), dtype=rows["state"].dtype, device=first.device)  # in place: a list of pieces would scatter memory
-    for index, out in zip(first.split(CHUNK // 8), w.split(CHUNK // 8)):
-        batch = as_transition(rows[torch.stack([index, index + 1], -1)].to(device))
-        obs, state = batch["agents", "observation"], batch["state"]
-        nu = critics.nu(obs)
-        if args.objective == "released":
-            A_i = critics.mixer.weights(state) * (critics.q(obs, batch["agents", "action"]) - nu)
-            out.copy_(losses.released_ratio(A_i, alpha, f, lam))
-            continue
-        if args.advantage == "q":
-            A_tot = critics.mixer.advantage(critics.q(obs, batch["agents", "action"]) - nu, state)
-        else:
-            nu_tot_next = critics.mixer(critics.nu(batch["next", "agents", "observation"]), batch["next", "state"])
-            A_tot = losses.td_advantage(args.reward_scale * batch["reward"][:, 0], batch["terminated"][:, 0], critics.mixer(nu, state), nu_tot_next, args.gamma)
-        out.copy_(losses.occupancy_ratio(A_tot, alpha, f, lam))
-    return w
-
-
-def make_critics(card: dict, args) -> Critics:
-    sizes = (card[k] for k in ("n_agents", "obs_dim", "state_dim", "action_dim", "discrete"))
-    return Critics(*sizes, args.hidden, args.mixer_hidden, args.mixer_layers, args.layer_norm)
-
-
-def train_critics(rows: TensorDict, card: dict, args, seeds: list[int], states: list[dict]):
-    """Lines 3-8 of Algorithm 1 for several seeds together, from their checkpoints `states` on, which are equally far.
-
-    A generator: args.evals times on the way it yields for each seed (what a checkpoint needs, row of metrics.csv).
-    """
-    device, start, seconds = pick_device(args.device), states[0]["critic_step"], states[0]["critic_seconds"]
-    each, targets = [], []
-    for seed in seeds:
-        torch.manual_seed(seed)
-        each.append(make_critics(card, args).to(device))
-        targets.append(copy.deepcopy(each[-1]))
-    critics, target = stack(each), stack(targets)
-    optimizer = make_optimizer(critics, args)
-    generators = make_generators(seeds, 1, rows)
-    parts = {"critics": critics, "target": target, "critic_optimizer": optimizer}
-    if start:
-        load_seeds(parts, generators, states)
-    replay = make_replay(rows, CRITIC_KEYS, True, generators, device)
-    initial = make_replay(rows, INIT_KEYS, False, generators, device, initial_rows(rows))
-    update = Graph(make_critic_update(critics, target, optimizer, args), args.graph)
-    at = eval_steps(args)
-    clock = time.perf_counter()
-    batches = minibatches(start, at, (replay, args.batch_size), (initial, args.init_batch_size))
-    for step, batch, init in tqdm(batches, initial=start, total=args.steps, desc=f"critics {name_seeds(seeds)}", mininterval=1):
-        results = update(batch, init)
-        if step in at:
-            table = [{"stage": "critics", "step": step} | critic_metrics(*result, args) for result in split_seeds(results, seeds)]
-            seconds += time.perf_counter() - clock
-            yield [(state | {"critic_step": step, "critic_seconds": seconds}, row) for state, row in zip(seed_states(parts, generators), table)]
-            clock = time.perf_counter()
-
-
-def train_seeds(args: Args, rows: TensorDict, card: dict, env) -> list[list[dict]]:
-    """Algorithm 1 for args.seeds, each in its own run directory; returns the rows of each seed's metrics.csv.
-
-    The seeds are trained together; of runs that are resumed, those that are equally far.
-    """
-    runs = start_runs(args, "comadice", card, rows, {"critic_step": 0, "critic_seconds": 0.0})
-    for seeds in equally_far(runs):
-        if runs[seeds[0]].state["critic_step"] < args.steps:
-            for progress in train_critics(rows, card, args, seeds, [runs[seed].state for seed in seeds]):
-                save_checkpoints(runs, seeds, progress)
-        critics = make_critics(card, args).to(pick_device(args.device))
-        for seed in seeds:
-            critics.load_state_dict(runs[seed].state["target"])
-            runs[seed].state["w"] = dataset_ratio(critics, rows, args)
-        for progress in comadice_bc.train_policies(rows, card, args, seeds, [runs[seed].state for seed in seeds], env, "policy"):
-            save_checkpoints(runs, seeds, progress)
-        for seed in seeds:
-            state = runs[seed].state
-            finish_run(runs[seed], args, card, len(seeds), 2 * args.steps, state["critic_seconds"] + state["seconds"], state["critic_seconds"] + state["wall"])
-    return [run.metrics for run in runs.values()]
-
-
-def main(args: Args):
-    quick = args is QUICK
-    check_args(args)
-    device = pick_device(args.device, args.tf32)
-    if quick:
-        print("No arguments: the demonstration on the small dataset in data/mamujoco/hopper/demo,")
-        print(f"{args.steps:,} steps a stage, {args.evals} evaluations of {args.eval_episodes} episodes, {len(args.seeds)} seeds, alpha {args.alpha:g}.")
-        print("The paper's setting on a full dataset:")
-        print("  python -m offline_data collect --env mamujoco --task hopper")
-        print("  python comadice_train.py --env mamujoco --task hopper --quality medium-replay --seeds 0 1 2 3 4\n")
-    rows, card = load_dataset(args, device)
-    args = fill_in(args, rows, card)
+def resolve(args: Args, mean_abs_reward: float) -> Args:
+    """Fills in every flag that was not given. Raises BadInput for flags that contradict each other."""
+    given = {name: value for name, value in asdict(args).items() if value is not None}
+    preset = PRESETS[args.preset] if args.objective in (None, PRESETS[args.preset]["objective"]) else {}
+    objective = given.get("objective") or preset["objective"]
+    own = dict(OBJECTIVES[objective])
+    # Four digits, so that it does not depend on the order in which a machine adds up.
+    own["alpha"] = float(f"{own['alpha'] * mean_abs_reward:.4g}")
+    own["reward_scale"] = float(f"{0.2 / mean_abs_reward:.4g}")
+    args = Args(**COMMON | own | preset | given)
     check_positive(args, "critic_lr", "mixer_hidden", "init_batch_size", "alpha", "reward_scale")
+    comadice_bc.check_policy_stage(args)
     check_discount(args)
     if not 0 <= args.lambda_scale < math.inf:
         raise BadInput("--lambda-scale must be a finite number, at least 0")
     if args.objective == "semi" and args.lambda_scale:
         raise BadInput("--objective semi has E[w | s] = 1 in every state and no multiplier: use --lambda-scale 0")
-    if args.objective == "released" and args.mixer_layers == 2:
-        raise BadInput("--objective released needs local weights W_i, which a 2-layer mixer does not have: use --mixer-layers 1")
-    env = try_eval_env(card, args.eval_episodes, args.workers)
-    curves = {"ComaDICE": train_seeds(args, rows, card, env)}
-    if quick:
-        shared = {k: v for k, v in asdict(args).items() if k in RunArgs.__dataclass_fields__}
-        bc = comadice_bc.Args(**shared)
-        curves["BC"] = comadice_bc.train_seeds(bc, "bc", rows, card, None, env)
+    if args.objective == "released_nu" and args.mixer_layers == 2:
+        raise BadInput("--objective released_nu needs local weights W_i, so it needs --mixer-layers 1")
+    if args.objective in ("printed", "released_nu") and args.advantage == "td":
+        raise BadInput(f"--objective {args.objective} is defined with q: use --advantage q")
+    return args
 
-    report(curves, card, args, "learning_curve.png")
+
+class DataFacts(NamedTuple):
+    """What the losses need to know of the whole dataset."""
+
+    low: float  # least discounted return that follows any recorded state, in scaled rewards
+    high: float  # largest one
+    mass: float  # total weight of rho^mu, see losses.dual_loss; a time limit counts as going on
+
+
+def data_facts(rows: TensorDict, args: Args) -> DataFacts:
+    """DataFacts of a dataset. low and high are infinite where nu_tot(s') is not clipped."""
+    keep = ~last_rows(rows)
+    reward, done = rows["reward"][keep].double().cpu(), rows["done"][keep].cpu()
+    first = rows["is_init"][keep].cpu()
+    discounted = reward2go(torch.stack([reward, (1 - args.gamma) * torch.ones_like(reward)]), done.expand(2, -1, 1), args.gamma)
+    returns, masses = args.reward_scale * discounted[0], discounted[1][first]
+    ended = rows["terminated"][keep].cpu()[done]
+    mass = masses.where(ended, 1.0).mean().item()
+    if not args.bound:
+        return DataFacts(-math.inf, math.inf, mass)
+    return DataFacts(returns.min().item(), returns.max().item(), mass)
+
+
+# ---------------------------------------------------------------- A_tot and the losses on one batch of transitions [B]
+
+
+def nu_tot(critics: Critics, states: TensorDict) -> Tensor:
+    """nu_tot(s) = M_theta^s[nu(s; psi_nu)] at states [B] -> [B]."""
+    return critics.mixer(critics.nu(states["agents", "observation"]), states["state"])
+
+
+def nu_tot_next(critics: Critics, batch: TensorDict, data: DataFacts) -> Tensor:
+    """nu_tot(s') -> [B], clipped to the returns that the data show."""
+    return nu_tot(critics, batch["next"]).clamp(data.low, data.high)
+
+
+def td_form(batch: TensorDict, nu_s: Tensor, nu_next: Tensor, args: Args) -> Tensor:
+    """A_tot(s, a) = r + gamma nu_tot(s') - nu_tot(s) -> [B]."""
+    reward, terminated = args.reward_scale * batch["reward"][:, 0], batch["terminated"][:, 0]
+    return losses.td_advantage(reward, terminated, nu_s, nu_next, args.gamma)  # Eq. 5
+
+
+def q_form(critics: Critics, batch: TensorDict, nu: Tensor, q: Tensor, args: Args, train_theta: bool = True) -> Tensor:
+    """A_tot(s, a) = M_theta^s[q - nu] -> [B]. With `released_nu` the local A_i = W_i (q_i - nu_i) -> [B, n]."""
+    at = critics.mixer.at(batch["state"])
+    at = at if train_theta else tuple(weights.detach() for weights in at)
+    if args.objective == "released_nu":
+        return at[0] * (q - nu)
+    if args.objective == "printed":
+        return critics.mixer(q - nu, batch["state"], at)  # Section 5, with the mixer's bias
+    return critics.mixer.advantage(q - nu, batch["state"], at)  # without the bias, so that Eq. 5 can hold
+
+
+def local_values(critics: Critics, batch: TensorDict) -> tuple[Tensor, Tensor]:
+    """nu_i(o_i) and q_i(o_i, a_i), each [B, n]."""
+    obs = batch["agents", "observation"]
+    return critics.nu(obs), critics.q(obs, batch["agents", "action"])
+
+
+def semi(critics, target, batch, init, alpha, args, data):
+    """The target networks give nu_tot(s'), so no gradient flows at s'. -> (L(nu, theta), A_tot, nu_tot(s))."""
+    with torch.no_grad():
+        nu_next = nu_tot_next(target, batch, data)
+    nu_s = nu_tot(critics, batch)
+    A_tot = td_form(batch, nu_s, nu_next, args)
+    return losses.semi_loss(nu_s, A_tot, alpha, losses.DIVERGENCES[args.f]), A_tot, nu_s
+
+
+def exact(critics, target, batch, init, alpha, args, data):
+    """Prop. 4.1, with the gradient at s, s' and s0. -> (L(nu, theta), A_tot, nu_tot(s))."""
+    nu_s = nu_tot(critics, batch)
+    A_tot = td_form(batch, nu_s, nu_tot_next(critics, batch, data), args)
+    f, lam = losses.DIVERGENCES[args.f], critics.lam
+    return losses.dual_loss(nu_tot(critics, init), A_tot, alpha, f, args.gamma, lam, data.mass), A_tot, nu_s
+
+
+def printed(critics, target, batch, init, alpha, args, data):
+    """Eq. 10 as it is printed, with q fixed. -> (L(nu, theta), A_tot, nu_tot(s))."""
+    nu, q = local_values(critics, batch)
+    A_tot = q_form(critics, batch, nu, q.detach(), args)
+    f, lam = losses.DIVERGENCES[args.f], critics.lam
+    loss = losses.dual_loss(nu_tot(critics, init), A_tot, alpha, f, args.gamma, lam)  # Eq. 10
+    return loss, A_tot, nu_tot(critics, batch)
+
+
+def released_nu(critics, target, batch, init, alpha, args, data):
+    """The released code's rule for nu, theta fixed. -> (L(nu), A_i [B, n], nu_tot(s))."""
+    nu, q = local_values(critics, batch)
+    A_i = q_form(critics, batch, nu, q.detach(), args, train_theta=False)
+    nu_init = critics.nu(init["agents", "observation"])
+    f, lam = losses.DIVERGENCES[args.f], critics.lam
+    return losses.released_nu_loss(nu_init, A_i, alpha, f, args.gamma, lam), A_i, nu_tot(critics, batch)
+
+
+OBJECTIVE_LOSSES = {"semi": semi, "exact": exact, "printed": printed, "released_nu": released_nu}
+
+
+def q_loss(critics: Critics, target: Critics, batch: TensorDict, args: Args, data: DataFacts) -> Tensor:
+    """L_q(psi_q), nu and theta fixed. With `released_nu` q_tot itself is regressed, and theta with it."""
+    nu, q = local_values(critics, batch)
+    with torch.no_grad():
+        nu_s, nu_next = critics.mixer(nu, batch["state"]), nu_tot_next(target, batch, data)
+    reward, terminated = args.reward_scale * batch["reward"][:, 0], batch["terminated"][:, 0]
+    if args.objective == "released_nu":
+        q_tot = critics.mixer(q, batch["state"])
+        return losses.q_loss(q_tot, reward, terminated, torch.zeros_like(q_tot), nu_next, args.gamma)
+    A_tot = q_form(critics, batch, nu.detach(), q, args, train_theta=False)
+    return losses.q_loss(A_tot, reward, terminated, nu_s, nu_next, args.gamma)  # Eq. 9
+
+
+def ratio(A_tot: Tensor, alpha: float | Tensor, lam: Tensor, args: Args) -> Tensor:
+    """w_tot*(s, a) of A_tot -> [B]."""
+    from_A = losses.released_nu_ratio if args.objective == "released_nu" else losses.occupancy_ratio
+    return from_A(A_tot, alpha, losses.DIVERGENCES[args.f], lam)  # Section 4.3
+
+
+def critic_losses(critics, target, batch, init, alpha, args, data) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The losses of lines 5 to 7: (L_q, L(nu, theta), w [B], nu_tot(s) [B]); the last two are for metrics.csv.
+
+    L_q is 0 where w* does not come from q. No parameter is in both losses.
+    """
+    L_nu, A_tot, nu_s = OBJECTIVE_LOSSES[args.objective](critics, target, batch, init, alpha, args, data)
+    L_q = q_loss(critics, target, batch, args, data) if args.advantage == "q" else torch.zeros_like(L_nu)
+    return L_q, L_nu, ratio(A_tot, alpha, critics.lam, args).detach(), nu_s.detach()
+
+
+def critic_metrics(L_q: Tensor, L_nu: Tensor, w: Tensor, nu_s: Tensor, args: Args) -> dict[str, float]:
+    """What metrics.csv says of a batch; mean_nu is in units of the reward as recorded."""
+    return {
+        "q_loss": L_q.item(),
+        "nu_loss": L_nu.item(),
+        "mean_nu": nu_s.mean().item() / args.reward_scale,
+        "mean_w": w.mean().item(),
+        "w_zero": (w == 0).float().mean().item(),
+        "ess": losses.effective_sample_size(w).item(),
+    }
+
+
+# ---------------------------------------------------------------- lines 3 to 8: training nu, q and the mixer
+
+
+def make_critics(card: dict, args: Args) -> Critics:
+    """psi_nu and theta; psi_q too where w* comes from q; and the multiplier lambda."""
+    sizes = (card[k] for k in ("n_agents", "obs_dim", "state_dim", "action_dim", "discrete"))
+    with_q = args.advantage == "q"
+    return Critics(*sizes, args.hidden, args.mixer_hidden, args.mixer_layers, args.layer_norm, with_q)
+
+
+def make_optimizer(critics: Critics, args: Args) -> torch.optim.Adam:
+    """Adam for psi_q, psi_nu and theta, and for the multiplier with a rate of its own."""
+    networks = [parameter for name, parameter in critics.named_parameters() if name != "lam"]
+    groups = [{"params": networks}, {"params": [critics.lam], "lr": args.critic_lr * args.lambda_scale}]
+    return adam(groups, args.critic_lr, critics.lam.device)
+
+
+def make_critic_update(critics, target, optimizer, args: Args, data: DataFacts, alpha: Tensor | None = None):
+    """Lines 5 to 7 as a function of (batch, init): one Adam step for all three, then the target networks' step.
+
+    It returns what critic_losses does. Critics of S seeds, stacked, take batches [S, B] and give [S] and [S, B]. alpha
+    [S], in scaled rewards, is each seed's own; without it args.alpha is for all.
+    """
+    alpha = torch.full_like(critics.lam, args.alpha * args.reward_scale) if alpha is None else alpha
+    trained = [parameter for name, parameter in critics.named_parameters() if name != "lam" or args.lambda_scale]
+    losses_of = per_seed(lambda *inputs: critic_losses(*inputs, args, data), [critics, target], alpha.numel(), args.compile)
+
+    def update(batch: TensorDict, init: TensorDict):
+        L_q, L_nu, w, nu_s = losses_of(batch, init, alpha)
+        set_gradients((L_q + L_nu).sum(), trained)  # no parameter is in both, so each has its own loss's gradient
+        optimizer.step()
+        update_target(target, critics, args.tau)
+        return L_q.detach(), L_nu.detach(), w, nu_s
+
+    return update
+
+
+def train_critics(rows: TensorDict, card: dict, args: Args, seeds: list[int], states: list[dict]):
+    """Lines 3 to 8 for several seeds together, from their checkpoints `states` on, which are at the same step.
+
+    A generator: args.evals times on the way it yields for each seed (what a checkpoint needs, row of metrics.csv).
+    """
+    device, start, seconds = pick_device(args.device), states[0]["critic_step"], states[0]["critic_seconds"]
+    each = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        each.append(make_critics(card, args).to(device))
+    critics, target = stack(each), stack(copy.deepcopy(each))
+    optimizer = make_optimizer(critics, args)
+    generators = make_generators(seeds, 1, rows)
+    parts = {"critics": critics, "target": target, "critic_optimizer": optimizer}
+    if start:
+        load_seeds(parts, generators, states)
+    transitions = make_replay(rows, CRITIC_KEYS, True, generators, device)
+    initial_states = make_replay(rows, INIT_KEYS, False, generators, device, initial_rows(rows))
+    update = Graph(make_critic_update(critics, target, optimizer, args, data_facts(rows, args)), args.graph)
+    at = eval_steps(args)
+    batches = minibatches(start, at, (transitions, args.batch_size), (initial_states, args.init_batch_size))
+    clock = time.perf_counter()
+    for step, batch, init in tqdm(batches, f"critics {name_seeds(seeds)}", args.steps, initial=start, mininterval=1):  # line 4
+        results = update(batch, init)  # lines 5 to 7
+        if step in at:
+            table = [{"stage": "critics", "step": step} | critic_metrics(*result, args) for result in split_seeds(results, seeds)]
+            seconds += time.perf_counter() - clock
+            progress = [state | {"critic_step": step, "critic_seconds": seconds} for state in seed_states(parts, generators)]
+            yield list(zip(progress, table))
+            clock = time.perf_counter()
+
+
+@torch.no_grad()
+def dataset_ratio(critics: Critics, rows: TensorDict, args: Args) -> Tensor:
+    """w_tot*(s, a) of every transition of the dataset, [T] (Section 4.3). `critics` are the target networks."""
+    data, alpha = data_facts(rows, args), args.alpha * args.reward_scale
+    first, device = transition_rows(rows), critics.lam.device
+    w = torch.empty(len(first), dtype=rows["state"].dtype, device=first.device)  # filled in place, to save memory
+    for index, out in zip(first.split(CHUNK // 8), w.split(CHUNK // 8)):
+        batch = as_transition(rows[torch.stack([index, index + 1], -1)].to(device))
+        if args.advantage == "td":
+            A_tot = td_form(batch, nu_tot(critics, batch), nu_tot_next(critics, batch, data), args)
+        else:
+            A_tot = q_form(critics, batch, *local_values(critics, batch), args)
+        out.copy_(ratio(A_tot, alpha, critics.lam, args))
+    return w
+
+
+# ---------------------------------------------------------------- Algorithm 1
+
+
+def train_seeds(args: Args, rows: TensorDict, card: dict, env) -> list[list[dict]]:
+    """Algorithm 1 for args.seeds, each in its own run directory; returns the rows of each seed's metrics.csv.
+
+    Seeds at the same step are trained together.
+    """
+    runs = start_runs(args, "comadice", card, rows, {"critic_step": 0, "critic_seconds": 0.0})
+    for seeds in same_step(runs):
+        states = [runs[seed].state for seed in seeds]
+        if states[0]["critic_step"] < args.steps:
+            for progress in train_critics(rows, card, args, seeds, states):  # lines 3 to 8
+                save_checkpoints(runs, seeds, progress)
+        critics = make_critics(card, args).to(pick_device(args.device))
+        for seed in seeds:
+            critics.load_state_dict(runs[seed].state["target"])
+            runs[seed].state["w"] = dataset_ratio(critics, rows, args)  # w*, from the target networks
+        states = [runs[seed].state for seed in seeds]
+        for progress in comadice_bc.train_policies(rows, card, args, seeds, states, env, "policy"):  # lines 9 to 12
+            save_checkpoints(runs, seeds, progress)
+        for seed in seeds:
+            state = runs[seed].state
+            seconds, wall = state["critic_seconds"] + state["seconds"], state["critic_seconds"] + state["wall"]
+            finish_run(runs[seed], args, card, len(seeds), 2 * args.steps, seconds, wall)
+    return [run.metrics for run in runs.values()]  # line 13: the policies are in the runs' checkpoints
+
+
+def demonstrate(args: Args, rows: TensorDict, card: dict, env):
+    """ComaDICE beside BC and BC on the best episodes, on the small dataset that comes with the code."""
+    curves = {"ComaDICE": train_seeds(args, rows, card, env)}
+    shared = {k: v for k, v in asdict(args).items() if k in comadice_bc.Args.__dataclass_fields__}
+    for name, best in (("BC", 1.0), ("BC on the best 10%", 0.1)):
+        curves[name] = comadice_bc.train_seeds(comadice_bc.Args(**shared | {"best": best}), rows, card, None, env)
+    report(curves, card, args, "demonstration.png")
+
+
+def main(args: Args):
+    check_args(args)
+    device = pick_device(args.device, args.tf32)
+    rows, card = load_dataset(args, device)
+    args = resolve(args, rows["reward"][~last_rows(rows)].double().abs().mean().item() or 1.0)
+    print(f"preset {args.preset}: objective {args.objective}, w* from {args.advantage}, alpha {args.alpha:g}, tau {args.tau:g}")
+    env = try_eval_env(card, args.eval_episodes, args.workers)
+    if args.data == DEMO.data:
+        demonstrate(args, rows, card, env)
+    else:
+        report({"ComaDICE": train_seeds(args, rows, card, env)}, card, args, "learning_curve.png")
 
 
 if __name__ == "__main__":
-    run_script(main, QUICK if len(sys.argv) == 1 else tyro.cli(Args))
+    args = tyro.cli(Args)
+    if args.env is args.task is args.quality is args.data is None:
+        args = tyro.cli(Args, default=DEMO)
+    run_script(main, args)

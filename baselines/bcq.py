@@ -27,12 +27,10 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
 
-from baselines.common import check, train
+from baselines.common import RunArgs, check, train
 from comadice_mixer import LinearMixer, LocalMLP, Q, make_policy
-from comadice_train import update_target
 from environments.checks import BadInput, run_script
-from support.runs import RunArgs
-from support.seeds import set_gradients
+from support.seeds import set_gradients, update_target
 
 KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
 BOX = 1.0  # the simulator clips continuous actions to [-1, 1]; recorded ones beyond are read as it read them
@@ -205,7 +203,7 @@ def update(networks: nn.Module, target: nn.Module, optimizer, batch: TensorDict,
     for _, loss, modules in losses:
         set_gradients(loss, [p for m in modules for p in m.parameters()])
     optimizer.step()
-    update_target(target.parameters(), networks.parameters(), args.tau)
+    update_target(target, networks, args.tau)
     return {name: loss.detach() for name, loss, _ in losses}
 
 

@@ -3,7 +3,7 @@
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from tensordict import TensorDict
@@ -11,13 +11,12 @@ from torch import nn
 from torchrl.envs import EnvBase
 from tqdm import tqdm
 
-from comadice_bc import evaluation
-from comadice_eval import try_eval_env
+from comadice_bc import check_policy_stage, set_schedule
+from comadice_eval import evaluation, try_eval_env
 from environments.checks import check_positive, pick_device
 from offline_data.replay import make_replay, minibatches
 from support.report import report
 from support.runs import (
-    RunArgs,
     check_args,
     check_discount,
     eval_steps,
@@ -28,80 +27,106 @@ from support.runs import (
     set_random_state,
     start_runs,
 )
-from support.seeds import Graph, adam
+from support.seeds import Graph, adam, update_target
+
+
+@dataclass
+class RunArgs:
+    """The flags that all baselines have."""
+
+    env: str | None = None
+    """simulator: mamujoco, smacv2, smacv1, smax (default mamujoco, or what --data holds)"""
+    task: str | None = None
+    """task of that simulator (default hopper or zerg_5_vs_5, or what --data holds)"""
+    quality: str | None = None
+    """quality of the dataset (default medium-replay, of battles medium, or what --data holds)"""
+    data: str | None = None
+    """a dataset directory, instead of data/ENV/TASK/QUALITY"""
+    out: str = "runs"
+    """run directories go to OUT/ENV/TASK/QUALITY/ALGO/seedN"""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """one run for each seed, one after another"""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
+    tf32: bool = False
+    """on a GPU: matrix products in TF32, faster and less exact"""
+    graph: bool = True
+    """on a GPU: replay the update as a CUDA graph"""
+    resume: bool = False
+    """go on with runs that were stopped, leave finished ones as they are"""
+    overwrite: bool = False
+    """replace runs that are already there"""
+
+    steps: int = 200_000
+    """gradient steps (of each stage, where there are two)"""
+    lr: float = 1e-3
+    """Adam's learning rate"""
+    lr_decay: bool = True
+    """let the learning rate fall linearly to 0, as in comadice_bc.py"""
+    ema: float = 0.999
+    """decay of the average of the policy's weights, which is what is played, as in comadice_bc.py; 0: no average"""
+    batch_size: int = 128
+    """transitions in a batch (Table 4)"""
+    hidden: int = 256
+    """hidden units of the local networks (Table 4)"""
+    evals: int = 100
+    """evaluations over the training of the policy (Table 4)"""
+    eval_episodes: int = 32
+    """episodes an evaluation (Table 4)"""
+    workers: int = 1
+    """processes that simulate evaluation episodes"""
 
 
 def check(args: RunArgs, *positive: str):
     """Raises BadInput for a flag out of its range; `positive` are those of this method that must be positive
     numbers."""
     check_args(args)
+    check_policy_stage(args)
     check_positive(args, *positive)
     check_discount(args)
 
 
-def training(
-    algo: str,
-    parts: dict,
-    rows: TensorDict,
-    keys: list,
-    args: RunArgs,
-    seed: int,
-    card: dict,
-    env: EnvBase | None,
-    metrics: list[dict],
-):
-    """The run of a method that learns all it has in one stage. A generator of (batch of rows' `keys`, losses), one a
-    step.
+def train_seed(algo: str, networks: nn.Module, update: Callable, rows: TensorDict, keys: list, args: RunArgs, seed: int,
+               card: dict, env: EnvBase | None) -> list[dict]:
+    """One run directory, trained in one stage; returns the rows of its metrics.csv. `train` explains the arguments.
 
-    The caller makes its update on the batch and puts what metrics.csv shall show into `losses` (name -> scalar tensor).
-    `parts` are the modules and optimisers that a checkpoint holds, "policy" among them is the one that is evaluated. A
-    stopped run goes on where it was; a finished one yields nothing. The rows of metrics.csv go to `metrics`.
+    A run that was stopped goes on where it was. A finished one is left as it is.
     """
     run = start_runs(replace(args, seeds=[seed]), algo, card, rows, {})[seed]
-    start, seconds, began = run.state["step"], run.state["seconds"], time.perf_counter() - run.state["wall"]
-    metrics += run.metrics
-    run.metrics = metrics  # one list: the caller's
     if run.finished:
-        return
+        return run.metrics
+    device = pick_device(args.device)
+    target, optimizer = copy.deepcopy(networks), adam(list(networks.parameters()), args.lr, device)
+    policy = getattr(networks, "policy", networks)  # BCQ's networks act themselves
+    average, weight = copy.deepcopy(policy), torch.ones((), device=device)
+    parts = {"policy": average, "networks": networks, "target": target, "optimizer": optimizer}  # "policy" is played
+    start, seconds, began = run.state["step"], run.state["seconds"], time.perf_counter() - run.state["wall"]
     if start:
         for name, part in parts.items():
             part.load_state_dict(run.state[name])
         set_random_state(run.state["random"])  # after the initialisations of the parts have drawn from it
-    at, replay = eval_steps(args), make_replay(rows, keys, device=pick_device(args.device))
+
+    def step_of(batch: TensorDict) -> dict:
+        metrics = update(networks, target, optimizer, batch, args)
+        update_target(average, policy, weight)
+        return metrics
+
+    graph, at = Graph(step_of, args.graph), eval_steps(args)
+    batches = minibatches(start, at, (make_replay(rows, keys, device=device), args.batch_size))
     clock = time.perf_counter()
-    for step, batch in tqdm(
-        minibatches(start, at, (replay, args.batch_size)),
-        initial=start,
-        total=args.steps,
-        desc=f"{algo} seed {seed}",
-        mininterval=1,
-    ):
-        losses = {}
-        yield batch, losses
+    for step, batch in tqdm(batches, f"{algo} seed {seed}", args.steps, initial=start, mininterval=1):
+        set_schedule(optimizer, weight, step, args)
+        metrics = graph(batch)
         if step in at:
-            row = {"stage": "policy", "step": step} | {k: v.item() for k, v in losses.items()}
+            row = {"stage": "policy", "step": step} | {name: value.item() for name, value in metrics.items()}
             seconds += time.perf_counter() - clock
-            row |= evaluation(parts["policy"], env, args, seed)
+            row |= evaluation(average, env, args.eval_episodes, seed, step)
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= {"step": step, "seconds": seconds, "wall": time.perf_counter() - began, "random": random_state()}
             save_checkpoint(run, state, row)
             clock = time.perf_counter()
     finish_run(run, args, card, 1, args.steps, run.state["seconds"], run.state["wall"])
-
-
-def train_seed(algo: str, networks: nn.Module, update: Callable, rows: TensorDict, keys: list, args: RunArgs, seed: int,
-               card: dict, env: EnvBase | None) -> list[dict]:
-    """One run directory; returns the rows of its metrics.csv. `train` says what the arguments are."""
-    target = copy.deepcopy(networks)
-    optimizer = adam(list(networks.parameters()), args.lr, pick_device(args.device))
-    policy = getattr(networks, "policy", networks)  # BCQ's networks act themselves
-    parts = {"policy": policy, "target": target, "optimizer": optimizer}
-    if policy is not networks:
-        parts["networks"] = networks
-    step, metrics = Graph(lambda batch: update(networks, target, optimizer, batch, args), args.graph), []
-    for batch, losses in training(algo, parts, rows, keys, args, seed, card, env, metrics):
-        losses |= step(batch)
-    return metrics
+    return run.metrics
 
 
 def train(

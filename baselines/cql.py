@@ -27,12 +27,10 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from baselines.common import check, train
+from baselines.common import RunArgs, check, train
 from comadice_mixer import LinearMixer, Q, make_policy
-from comadice_train import update_target
 from environments.checks import run_script
-from support.runs import RunArgs
-from support.seeds import set_gradients
+from support.seeds import set_gradients, update_target
 
 KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
 BOX = 1.0  # the simulator clips continuous actions to [-1, 1]; recorded ones beyond are read as it read them
@@ -161,7 +159,7 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
     for loss, parameters in [(L_td + args.cql_alpha * L_cql, critic), *steps]:
         set_gradients(loss, parameters)
     optimizer.step()
-    update_target(target.parameters(), networks.parameters(), args.tau)
+    update_target(target, networks, args.tau)
     metrics = {"td_loss": L_td, "conservative_loss": L_cql, "mean_q": q.mean()}
     if steps:
         metrics |= {"policy_loss": L_pi, "entropy": -log_prob.mean()}

@@ -29,12 +29,10 @@ import tyro
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from baselines.common import check, train
+from baselines.common import RunArgs, check, train
 from comadice_mixer import LinearMixer, Q, make_policy
-from comadice_train import update_target
 from environments.checks import run_script
-from support.runs import RunArgs
-from support.seeds import set_gradients
+from support.seeds import set_gradients, update_target
 
 KEYS = [
     "state",
@@ -157,7 +155,7 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
     L_pi = policy_loss(theta[0], A, alpha, networks.policy.log_prob(obs, action, mask))
     set_gradients(L_q + L_pi, list(networks.parameters()))
     optimizer.step()
-    update_target(target.parameters(), networks.parameters(), args.tau)
+    update_target(target, networks, args.tau)
     return {"q_loss": L_q.detach(), "policy_loss": L_pi.detach(), "mean_q": q_tot_next.mean()}
 
 

@@ -29,12 +29,10 @@ import tyro
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from baselines.common import check, train
+from baselines.common import RunArgs, check, train
 from comadice_mixer import Q, make_policy
-from comadice_train import update_target
 from environments.checks import BadInput, run_script
-from support.runs import RunArgs
-from support.seeds import set_gradients
+from support.seeds import set_gradients, update_target
 
 KEYS = [("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
 BOX = 1.0  # the simulator clips continuous actions to [-1, 1]; recorded ones beyond are read as it read them
@@ -179,7 +177,7 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
     for loss, module in ((L_td + args.cql_alpha * L_cql, networks.q), (L_pi, networks.policy)):
         set_gradients(loss, list(module.parameters()))
     optimizer.step()
-    update_target(target.parameters(), networks.parameters(), args.tau)
+    update_target(target, networks, args.tau)
     return {
         k: v.detach()
         for k, v in {"td_loss": L_td, "conservative_loss": L_cql, "policy_loss": L_pi, "mean_q": q_j.mean()}.items()

@@ -21,12 +21,10 @@ import tyro
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from baselines.common import check, train
+from baselines.common import RunArgs, check, train
 from comadice_mixer import LinearMixer, Nu, Q, make_policy
-from comadice_train import update_target
 from environments.checks import run_script
-from support.runs import RunArgs
-from support.seeds import set_gradients
+from support.seeds import set_gradients, update_target
 
 KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
 Z_MAX = 10.0  # the exponent's bound, as in the authors' code
@@ -106,7 +104,7 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
     L_pi = policy_loss(w, q, v, args.alpha, networks.policy.log_prob(obs, action, mask))
     set_gradients(L_q + L_v + L_pi, list(networks.parameters()))
     optimizer.step()
-    update_target(target.parameters(), networks.parameters(), args.tau)
+    update_target(target, networks, args.tau)
     return {
         "q_loss": L_q.detach(),
         "v_loss": L_v.detach(),

@@ -26,7 +26,7 @@ import tyro
 from environments.checks import BadInput
 from offline_data.dataset import read_json
 from offline_data.published import published
-from support.runs import FREE, RunArgs, eval_steps
+from support.runs import FREE, eval_steps, last_evaluations
 
 METHODS = ["bc", "bcq", "cql", "icq", "omar", "omiga", "comadice"]  # the paper's order
 ABLATIONS = {"alpha": "alpha", "f": "f-divergence", "mixer_layers": "layers of the mixer"}  # Sections B.4, B.5, B.6
@@ -454,7 +454,7 @@ def write_report(cells: list[Cell], left_out: list[tuple[Path, str]], last: floa
 
 
 def plot_curves(curves: dict[str, list[list[dict]]], dataset_return: float, title: str, path: Path):
-    """Learning curves: per algorithm the mean and the range over seeds of the evaluated return."""
+    """Learning curves: per method the mean over seeds of the evaluated return, and its standard error as a band."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -465,38 +465,40 @@ def plot_curves(curves: dict[str, list[list[dict]]], dataset_return: float, titl
         seeds = [[row for row in metrics if row.get("return") is not None] for metrics in seeds]
         steps = [row["step"] for row in seeds[0]]
         returns = torch.tensor([[row["return"] for row in metrics] for metrics in seeds])
-        axis.plot(steps, returns.mean(0), label=name)
-        axis.fill_between(steps, returns.min(0).values, returns.max(0).values, alpha=0.2)
+        mean = returns.mean(0)
+        axis.plot(steps, mean, label=name)
+        if len(seeds) > 1:
+            error = returns.std(0) / math.sqrt(len(seeds))
+            axis.fill_between(steps, mean - error, mean + error, alpha=0.2)
     axis.axhline(dataset_return, color="grey", linestyle="--", label="behaviour data")
-    axis.set(xlabel="gradient steps of the policy", ylabel="return", title=title)
+    axis.set(xlabel="gradient steps of the policy", ylabel="return (mean and standard error over seeds)", title=title)
     axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def report(curves: dict[str, list[list[dict]]], card: dict, args: RunArgs, picture: str):
-    """Prints the last evaluations' returns beside the data's, and draws the learning curves into the folder of the
-    runs."""
-    rolled_out = all(
-        "return" in row for seeds in curves.values() for metrics in seeds for row in metrics if row["stage"] == "policy"
-    )
+def report(curves: dict[str, list[list[dict]]], card: dict, args, picture: str):
+    """Prints each method's return beside the data's, and draws the learning curves into the folder of the runs.
+
+    A seed's return is the mean over its last evaluations (support.runs.last_evaluations).
+    """
+    evaluated = {name: [last_evaluations(metrics) for metrics in seeds] for name, seeds in curves.items()}
+    count = len(next(iter(evaluated.values()))[0])
     print(f"\n{args.env} {args.task} {args.quality}, {args.steps:,} steps, seeds {args.seeds}, {card.get('engine')}")
-    print(f"{'':<24}{'return':>12}")
+    print(f"{'':<24}{'return':>12}   mean of the last {count} evaluations, ± standard deviation over seeds")
     print(f"{'behaviour data':<24}{card['return_mean']:>12.2f} ± {card['return_std']:.2f} (over episodes)")
-    if not rolled_out:
+    if not count:
         print("trained policies were not rolled out")
         return
-    for name, seeds in curves.items():
-        returns = torch.tensor([metrics[-1]["return"] for metrics in seeds])
-        spread = (
-            f"{returns.std(correction=0):.2f} (over seeds)"
-            if len(seeds) > 1
-            else f"{seeds[0][-1]['return_std']:.2f} (over episodes)"
-        )
-        wins = [metrics[-1]["winrate"] for metrics in seeds]
-        winrate = "" if None in wins else f", {100 * sum(wins) / len(wins):.1f}% of battles won"
-        print(f"{name:<24}{returns.mean():>12.2f} ± {spread}{winrate}")
+    for name, seeds in evaluated.items():
+        mean = lambda rows, key: sum(row[key] for row in rows) / len(rows)
+        returns = torch.tensor([mean(rows, "return") for rows in seeds])
+        spread = f" ± {returns.std():.2f}" if len(seeds) > 1 else ""
+        each = f"   seeds: {' '.join(f'{x:.4g}' for x in returns.tolist())}" if len(seeds) > 1 else ""
+        battles = seeds[0][0]["winrate"] is not None
+        wins = f"{100 * sum(mean(rows, 'winrate') for rows in seeds) / len(seeds):.1f}% won" if battles else ""
+        print(f"{name:<24}{returns.mean():>12.2f}{spread:<10}{wins}{each}")
     path = Path(args.out, args.env, args.task, args.quality, picture)
     plot_curves(curves, card["return_mean"], f"{args.task} {args.quality}", path)
     print(f"learning curve: {path}")

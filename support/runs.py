@@ -1,4 +1,4 @@
-"""Run directories: the flags that training scripts share, and what a run leaves on disk.
+"""Run directories: what the flags of a training script name, and what a run leaves on disk.
 
     OUT/ENV/TASK/QUALITY/ALGO/seedN/
         config.json      every argument
@@ -10,71 +10,28 @@
 import csv
 import json
 import resource
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from tensordict import TensorDict
 
-from environments.checks import BadInput, check_positive, pick_device
+from environments.checks import BadInput, pick_device
 from environments.simulators import check_task
 from offline_data.dataset import DATA_ROOT, dataset_path, open_dataset, read_json
 from offline_data.published import downloadable
 
+METHOD_FLAGS = ("preset", "objective", "advantage", "alpha", "tau", "lr")  # of a run, that its summary.json repeats
 FITS = 0.7  # of a GPU's free memory may be the dataset's, the rest is for the work on it
 # arguments that may differ when a run is resumed
 FREE = ("seeds", "data", "out", "resume", "overwrite", "device", "workers", "graph")
 
 
-@dataclass
-class RunArgs:
-    """Flags that mean the same in every training script."""
-
-    env: str | None = None
-    """simulator: mamujoco, smacv2, smacv1, smax (default mamujoco, or what --data holds)"""
-    task: str | None = None
-    """task of that simulator (default hopper or zerg_5_vs_5, or what --data holds)"""
-    quality: str | None = None
-    """quality of the dataset (default medium-replay, of battles medium, or what --data holds)"""
-    data: str | None = None
-    """a dataset directory, instead of data/ENV/TASK/QUALITY"""
-    out: str = "runs"
-    """run directories go to OUT/ENV/TASK/QUALITY/ALGO/seedN"""
-    seeds: list[int] = field(default_factory=lambda: [0])
-    """one run for each; comadice_train.py and comadice_bc.py train them together"""
-    device: str = "auto"
-    """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
-    tf32: bool = False
-    """on a GPU: matrix products in TF32, faster and less exact"""
-    graph: bool = True
-    """on a GPU: replay the update as a CUDA graph"""
-    resume: bool = False
-    """go on with runs that were stopped, leave finished ones as they are"""
-    overwrite: bool = False
-    """replace runs that are already there"""
-
-    steps: int = 200_000
-    """gradient steps (of each stage, where there are two)"""
-    lr: float = 1e-4
-    """Adam's learning rate (Table 4)"""
-    batch_size: int = 128
-    """transitions in a batch (Table 4)"""
-    hidden: int = 256
-    """hidden units of the local networks (Table 4)"""
-    evals: int = 100
-    """evaluations over the training of the policy (Table 4)"""
-    eval_episodes: int = 32
-    """episodes an evaluation (Table 4)"""
-    workers: int = 1
-    """processes that simulate evaluation episodes"""
-
-
-def check_args(args: RunArgs):
+def check_args(args):
     """Raises BadInput for a flag out of its range."""
     for name in ("steps", "batch_size", "hidden", "evals", "eval_episodes", "workers"):
         if getattr(args, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a positive number")
-    check_positive(args, "lr")
     if not args.seeds or len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
         raise BadInput(f"--seeds {args.seeds}: give different numbers from 0 on, at least one")
     if args.resume and args.overwrite:
@@ -87,12 +44,12 @@ def check_discount(args):
         raise BadInput(f"--gamma must be in [0, 1) and --tau in (0, 1], they are {args.gamma} and {args.tau}")
 
 
-def eval_steps(args: RunArgs) -> set[int]:
+def eval_steps(args) -> set[int]:
     """The steps after which a stage is evaluated: args.evals of them, evenly spread, the last step among them."""
     return {max(round(i * args.steps / args.evals), 1) for i in range(1, args.evals + 1)}
 
 
-def load_dataset(args: RunArgs, device: torch.device) -> tuple[TensorDict, dict]:
+def load_dataset(args, device: torch.device) -> tuple[TensorDict, dict]:
     """The dataset that the flags name, its rows on `device`; fills in args.env, task and quality from the card."""
     if args.data is None:
         args.env = args.env or "mamujoco"
@@ -145,7 +102,7 @@ class Run:
     finished: bool
 
 
-def start_runs(args: RunArgs, algo: str, card: dict, rows: TensorDict, first: dict) -> dict[int, Run]:
+def start_runs(args, algo: str, card: dict, rows: TensorDict, first: dict) -> dict[int, Run]:
     """Makes or finds the run directory of every seed; `first` is what a method's checkpoint holds before the first
     step.
 
@@ -201,8 +158,8 @@ def start_runs(args: RunArgs, algo: str, card: dict, rows: TensorDict, first: di
     return runs
 
 
-def equally_far(runs: dict[int, Run]) -> list[list[int]]:
-    """The seeds that are not finished, those together that are equally far: they can be trained together."""
+def same_step(runs: dict[int, Run]) -> list[list[int]]:
+    """The seeds that are not finished, in groups at the same step: a group can be trained together."""
     groups = {}
     for seed, run in runs.items():
         if not run.finished:
@@ -276,6 +233,12 @@ def check_checkpoint(state: dict, card: dict, run: str | Path):
             raise BadInput(f"{run}: the checkpoint's {key} is {state['card'].get(key)!r}, here it is {card.get(key)!r}")
 
 
+def last_evaluations(metrics: list[dict]) -> list[dict]:
+    """The evaluations that a run is judged by: the last half of them, at most ten. Empty where rollouts were off."""
+    evaluated = [row for row in metrics if row["stage"] == "policy" and row.get("return") is not None]
+    return evaluated[-min(10, (len(evaluated) + 1) // 2) :] if evaluated else []
+
+
 def random_state() -> dict:
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
@@ -286,12 +249,14 @@ def set_random_state(state: dict):
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def finish_run(run: Run, args: RunArgs, card: dict, together: int, updates: int, seconds: float, wall: float):
-    """Writes summary.json: the last evaluation's return (null where rollouts were off), and the speed of the updates.
+def finish_run(run: Run, args, card: dict, together: int, updates: int, seconds: float, wall: float):
+    """Writes summary.json: the mean return of the last evaluations (null where rollouts were off), and the speed.
 
     `updates` took `seconds`, `together` seeds at once, out of `wall` seconds with the waiting for evaluations.
     """
-    last, device = run.metrics[-1], pick_device(args.device)
+    last, device = last_evaluations(run.metrics), pick_device(args.device)
+    mean = lambda key: sum(row[key] for row in last) / len(last)
+    battles = bool(last) and last[0]["winrate"] is not None
     summary = {
         "env": args.env,
         "task": args.task,
@@ -299,8 +264,10 @@ def finish_run(run: Run, args: RunArgs, card: dict, together: int, updates: int,
         "algo": run.state["algo"],
         "seed": run.seed,
         "steps": args.steps,
-        "return": {"mean": last["return"], "std": last["return_std"]} if "return" in last else None,
-        "winrate": last.get("winrate"),
+        "return": mean("return") if last else None,
+        "winrate": mean("winrate") if battles else None,
+        "evaluations": len(last),
+        **{name: getattr(args, name) for name in METHOD_FLAGS if hasattr(args, name)},
         "dataset_return": card["return_mean"],
         "seeds_together": together,
         "updates_per_second": updates / seconds,

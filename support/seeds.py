@@ -89,7 +89,7 @@ def seed_states(parts: dict, generators: list[torch.Generator]) -> list[dict]:
     and its generator's."""
     def pick(value, s: int, name: str = ""):
         if isinstance(value, dict):
-            return {k: v if k == "param_groups" else pick(v, s, k) for k, v in value.items()}
+            return {k: copy.deepcopy(v) if k == "param_groups" else pick(v, s, k) for k, v in value.items()}
         return (value[s] if len(generators) > 1 and name != "step" else value).clone()
 
     states = {name: part.state_dict() for name, part in parts.items()}
@@ -110,10 +110,16 @@ def load_seeds(parts: dict, generators: list[torch.Generator], states: list[dict
 
 
 def adam(groups: list, lr: float, device: torch.device) -> torch.optim.Adam:
-    """Adam in one fused kernel, which a CUDA graph can hold."""
+    """Adam in one fused kernel, which a CUDA graph can hold. Its learning rate is a tensor: a graph sees it change."""
     # Graph's first calls are eager on purpose
     warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
-    return torch.optim.Adam(groups, lr, fused=True, capturable=device.type == "cuda")
+    return torch.optim.Adam(groups, torch.tensor(lr, device=device), fused=True, capturable=device.type == "cuda")
+
+
+@torch.no_grad()
+def update_target(target: nn.Module, networks: nn.Module, tau: float | torch.Tensor):
+    """target <- target + tau (networks - target), in every parameter."""
+    TensorDict.from_module(target).data.lerp_(TensorDict.from_module(networks).data, tau)
 
 
 def set_gradients(loss: torch.Tensor, parameters: list[torch.Tensor]):
