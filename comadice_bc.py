@@ -1,12 +1,12 @@
 """ComaDICE, lines 9 to 12 of Algorithm 1: weighted behavioural cloning (Eq. 11). Without a ratio it is plain BC.
 
-    python comadice_bc.py --env mamujoco --task hopper --quality medium-replay                # BC
-    python comadice_bc.py --env mamujoco --task hopper --quality medium-replay --best 0.1     # BC on the best 10% of episodes
-    python comadice_bc.py --env mamujoco --task hopper --quality medium-replay \\
-        --checkpoint runs/mamujoco/hopper/medium-replay/comadice/seed0                        # w* of that run
+    python comadice_bc.py --env mamujoco --task hopper                    # BC
+    python comadice_bc.py --env mamujoco --task hopper --best 0.1         # BC on the best 10% of episodes
+    python comadice_bc.py --env mamujoco --task hopper \\
+        --checkpoint runs/mamujoco/hopper/medium-replay/comadice/seed0    # with w* of that run
 
-What is played is an average of the policy's weights over the last steps, and the learning rate falls to 0. Neither is in
-the paper. A single policy's return swings by hundreds from one step to the next (RESULTS.md); the average's does less.
+What is played is an average of the policy's weights over the last steps, and the learning rate falls to 0. Neither is
+in the paper. A single policy's return swings by hundreds from one step to the next (RESULTS.md), the average's less.
 """
 
 import environments.threads  # noqa: F401 -- before torch
@@ -148,8 +148,8 @@ def with_ratios(rows: TensorDict, ratios: dict[int, Tensor | None]) -> TensorDic
         if w is not None:
             if not (torch.isfinite(w).all() and w.mean() > 0):
                 raise BadInput(
-                    f"seed {seed}: the ratio w* can't be used (its mean is {w.mean():.3g}), the critics diverged: use a "
-                    "larger --alpha or another --objective, or leave this seed out"
+                    f"seed {seed}: the ratio w* can't be used (its mean is {w.mean():.3g}), the critics diverged: use "
+                    "a larger --alpha or another --objective, or leave this seed out"
                 )
             columns[-1][first > 0] = w / w.mean()
     rows = rows.clone(recurse=False).unlock_()
@@ -159,7 +159,8 @@ def with_ratios(rows: TensorDict, ratios: dict[int, Tensor | None]) -> TensorDic
 
 def ratio_stats(w: Tensor) -> dict[str, float]:
     """Mean, share of zeros and effective sample size of a ratio over the whole dataset."""
-    return {"mean_w": w.mean().item(), "w_zero": (w == 0).float().mean().item(), "ess": effective_sample_size(w).item()}
+    zero = (w == 0).float().mean().item()
+    return {"mean_w": w.mean().item(), "w_zero": zero, "ess": effective_sample_size(w).item()}
 
 
 def best_transitions(rows: TensorDict, share: float) -> Tensor:
@@ -260,7 +261,8 @@ def train_policies(
     with ThreadPoolExecutor(1) as beside:
         batches = minibatches(start, at, (replay, args.batch_size))
         clock = time.perf_counter()
-        for step, batch in tqdm(batches, f"{label} {name_seeds(seeds)}", args.steps, initial=start, mininterval=1):  # line 10
+        bar = tqdm(batches, f"{label} {name_seeds(seeds)}", args.steps, initial=start, mininterval=1)
+        for step, batch in bar:  # line 10
             set_schedule(optimizer, weight, step, args)
             loss = update(batch)  # line 11
             if step in at:
@@ -319,7 +321,7 @@ def main(args: Args):
         w = source.get("w")
         if w is None:
             raise BadInput(
-                f"{args.checkpoint} holds no ratio: it is a run of plain BC, or was stopped before its ratio was computed"
+                f"{args.checkpoint} holds no ratio: it is a run of BC, or was stopped before its ratio was computed"
             )
         w = w.to(rows["state"].device)
     env = try_eval_env(card, args.eval_episodes, args.workers)

@@ -1,10 +1,10 @@
 """Rolls out saved policies in the real simulator, or collects finished runs into tables and figures.
 
     python comadice_eval.py --run runs/mamujoco/hopper/medium-replay/comadice/seed0 --episodes 100
-    python comadice_eval.py report runs/                                                              # see support/report.py
+    python comadice_eval.py report runs/                                                  # see support/report.py
 
-The first plays the mean action (continuous) or the most likely available one (discrete) and prints return mean and standard
-deviation over episodes, the share of battles won, and mean and standard deviation over seeds where several runs are given.
+The first plays the mean action (continuous), or the most likely available one (discrete). It prints the return's mean
+and standard deviation over episodes, and the share of battles won; for several runs also those over runs.
 """
 
 import json
@@ -52,17 +52,20 @@ def eval_env(card: dict, episodes: int, workers: int = 1) -> EnvBase:
     width = min(math.ceil(episodes / workers), MAX_WIDTH)
     env = make_env(card["env"], card["task"], width, workers, card["interface"])
     n, O = env.observation_spec["agents", "observation"].shape[-2:]
-    actions = env.observation_spec["agents", "action_mask"] if card["discrete"] else env.full_action_spec["agents", "action"]
-    sizes = {"n_agents": n, "obs_dim": O, "state_dim": env.observation_spec["state"].shape[-1], "action_dim": actions.shape[-1]}
-    for key, value in sizes.items():
+    S = env.observation_spec["state"].shape[-1]
+    action_key = ("agents", "action_mask" if card["discrete"] else "action")
+    A = (env.observation_spec if card["discrete"] else env.full_action_spec)[action_key].shape[-1]
+    for key, value in {"n_agents": n, "obs_dim": O, "state_dim": S, "action_dim": A}.items():
         if card[key] != value:
-            name = f"{card['env']} {card['task']}"
-            raise BadInput(f"the dataset's {key} is {card[key]}, the simulator of {name} has {value}: it was made with another interface or version")
+            raise BadInput(
+                f"the dataset's {key} is {card[key]}, the simulator of {card['env']} {card['task']} has {value}: it "
+                "was made with another interface or version"
+            )
     return env
 
 
 def try_eval_env(card: dict, episodes: int, workers: int = 1) -> EnvBase | None:
-    """eval_env, or None, said in one line, where no simulator is at hand: training needs the dataset alone."""
+    """eval_env, or None and one printed line where the simulator is not installed: training needs only the dataset."""
     try:
         return eval_env(card, episodes, workers)
     except NoSimulator as error:
@@ -72,10 +75,10 @@ def try_eval_env(card: dict, episodes: int, workers: int = 1) -> EnvBase | None:
 
 @torch.no_grad()
 def evaluate(policy: torch.nn.Module, env: EnvBase, episodes: int, seed: int) -> dict:
-    """Plays `episodes` whole episodes: their returns, the mean and standard deviation over episodes, and the winrate in battles.
+    """Plays `episodes` whole episodes. Returns their returns, mean and standard deviation, and the winrate in battles.
 
-    A battle whose game died is played again, and counted ("replayed"). The result depends on the policy, the episodes, the
-    env's width and the seed alone; no global random state is used. Raises BadInput where games keep dying.
+    A battle whose game died is played again, and counted ("replayed"). The result depends only on the policy, the
+    episodes, the env's width and the seed; no global random state is used. Raises BadInput where games keep dying.
     """
     device = next(policy.parameters()).device
     battles = "battle_won" in env.observation_spec.keys()
@@ -89,7 +92,12 @@ def evaluate(policy: torch.nn.Module, env: EnvBase, episodes: int, seed: int) ->
         while alive.any():
             mask = td.get(("agents", "action_mask"), None)
             action = policy.act(td["agents", "observation"].to(device), None if mask is None else mask.to(device))
-            td["agents", "action"] = action.to(env.device)
+            action = action.to(env.device)
+            if action.is_floating_point():
+                # The simulator clips what drives its motors, but some robots' reward charges for the action as given.
+                # Where a policy has seen no data its mean can lie far outside of the box: an episode of -5,000.
+                action = env.full_action_spec["agents", "action"].project(action)
+            td["agents", "action"] = action
             # Environments whose episode is over stand still; TorchRL's ParallelEnv can hold whole workers only.
             stepping = alive.squeeze(-1)
             if stepping.ndim == 2:
@@ -107,11 +115,15 @@ def evaluate(policy: torch.nn.Module, env: EnvBase, episodes: int, seed: int) ->
         wins += won[~died].tolist()
         replayed += int(died.sum())
         if replayed > episodes:
-            raise BadInput(f"the game died in {replayed} battles while {len(returns)} were played: look at the game's own log")
+            raise BadInput(f"the game died in {replayed} battles ({len(returns)} were played): see the game's own log")
     returns, lengths, wins = (torch.tensor(x[:episodes], dtype=torch.float32) for x in (returns, lengths, wins))
     return {
-        "return_mean": returns.mean().item(), "return_std": returns.std(correction=0).item(),
-        "winrate": wins.mean().item() if battles else None, "length": lengths.mean().item(), "replayed": replayed, "returns": returns.tolist(),
+        "return_mean": returns.mean().item(),
+        "return_std": returns.std(correction=min(1, episodes - 1)).item(),
+        "winrate": wins.mean().item() if battles else None,
+        "length": lengths.mean().item(),
+        "replayed": replayed,
+        "returns": returns.tolist(),
     }
 
 
@@ -128,7 +140,7 @@ def evaluation(policy: torch.nn.Module, env: EnvBase | None, episodes: int, seed
 
 
 def load_policy(run: str | Path, device="cpu") -> tuple[torch.nn.Module, dict]:
-    """A run's policy and its checkpoint."""
+    """A run's policy and its checkpoint. Raises BadInput for a run without a policy, or one of another network."""
     state = load_checkpoint(run)
     card, config = state["card"], state["config"]
     if not state["policy"]:
@@ -139,14 +151,19 @@ def load_policy(run: str | Path, device="cpu") -> tuple[torch.nn.Module, dict]:
 
             policy = bcq.policy_of_run(card, config)
         else:
-            policy = make_policy(card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], config["hidden"])
+            sizes = (card[key] for key in ("n_agents", "obs_dim", "action_dim", "discrete"))
+            policy = make_policy(*sizes, config["hidden"])
         policy.load_state_dict(state["policy"])
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, KeyError):
         raise BadInput(f"{run}/checkpoint.pt: the policy's parameters are not those of this task's network") from None
     return policy.to(device), state
 
 
-def main(args: Args):
+# ---------------------------------------------------------------- the script
+
+
+def check(args: Args):
+    """Raises BadInput for a flag out of its range."""
     if args.episodes < 1 or args.workers < 1:
         raise BadInput("--episodes and --workers must be positive")
     if not args.run:
@@ -155,6 +172,27 @@ def main(args: Args):
         raise BadInput(f"--seed is {args.seed}: give a number from 0 on")
     if args.out and (Path(args.out).is_dir() or not Path(args.out).absolute().parent.is_dir()):
         raise BadInput(f"can't write --out {args.out}: give a file in a folder that exists")
+
+
+def print_results(rows: list[dict], one_cell: bool):
+    """A line per run; with `one_cell`, where all runs are seeds of one setting, their mean too."""
+    print(f"\n{'run':<70}{'return':>20}{'length':>9}{'winrate':>9}")
+    for row in rows:
+        spread = f"{row['return_mean']:>10.2f} ± {row['return_std']:<7.2f}"
+        winrate = "" if row["winrate"] is None else f"{100 * row['winrate']:>8.1f}%"
+        replayed = f"   {row['replayed']} battles played again: the game died" if row["replayed"] else ""
+        print(f"{row['run']:<70}{spread}{row['length']:>9.1f}{winrate}{replayed}")
+    if not one_cell:
+        return
+    means = torch.tensor([row["return_mean"] for row in rows])
+    print(f"{'mean ± standard deviation over runs':<70}{means.mean():>10.2f} ± {means.std():<7.2f}")
+    if all(row["winrate"] is not None for row in rows):
+        wins = 100 * torch.tensor([row["winrate"] for row in rows])
+        print(f"{'winrate, mean ± standard deviation over runs':<70}{wins.mean():>9.1f}% ± {wins.std():.1f}")
+
+
+def main(args: Args):
+    check(args)
     device = pick_device(args.device)
     loaded = [load_policy(run, device) for run in args.run]  # before the first rollout, so that a bad one costs nothing
     rows, env, last = [], None, None
@@ -162,19 +200,12 @@ def main(args: Args):
         if state["card"] != last:
             env, last = eval_env(state["card"], args.episodes, args.workers), state["card"]
         result = evaluate(policy, env, args.episodes, args.seed)
-        rows.append({"run": str(run), "episodes": args.episodes, **{k: v for k, v in result.items() if k != "returns"}})
-    print(f"\n{'run':<70}{'return':>20}{'length':>9}{'winrate':>9}")
-    for row in rows:
-        winrate = "" if row["winrate"] is None else f"{100 * row['winrate']:>8.1f}%"
-        replayed = f"   {row['replayed']} battles played again: the game died" if row["replayed"] else ""
-        print(f"{row['run']:<70}{row['return_mean']:>10.2f} ± {row['return_std']:<7.2f}{row['length']:>9.1f}{winrate}{replayed}")
-    cells = [(state["algo"], state["card"], {k: v for k, v in state["config"].items() if k not in (*FREE, "checkpoint")}) for _, state in loaded]
-    if len({Path(run).resolve() for run in args.run}) == len(rows) > 1 and all(cell == cells[0] for cell in cells):  # seeds of one cell
-        means = torch.tensor([row["return_mean"] for row in rows])
-        print(f"{'mean ± std over runs':<70}{means.mean():>10.2f} ± {means.std():<7.2f}")
-        if all(row["winrate"] is not None for row in rows):
-            wins = 100 * torch.tensor([row["winrate"] for row in rows])
-            print(f"{'winrate, mean ± std over runs':<70}{wins.mean():>9.1f}% ± {wins.std():.1f}")
+        del result["returns"]
+        rows.append({"run": str(run), "episodes": args.episodes} | result)
+    settings = [{k: v for k, v in state["config"].items() if k not in (*FREE, "checkpoint")} for _, state in loaded]
+    cells = [(state["algo"], state["card"], setting) for (_, state), setting in zip(loaded, settings)]
+    different_runs = len({Path(run).resolve() for run in args.run}) == len(rows) > 1
+    print_results(rows, different_runs and all(cell == cells[0] for cell in cells))
     if args.out:
         Path(args.out).write_text(json.dumps(rows, indent=2) + "\n")
 

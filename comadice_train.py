@@ -123,7 +123,7 @@ class Args:
     mixer_hidden: int = 64
     """hidden units of the mixer's hyper-networks (Table 4)"""
     reward_scale: float | None = None
-    """nu and q are learned in units of 1 / reward_scale rewards (default: 5 mean absolute rewards). w* does not change"""
+    """nu and q are learned in units of 1 / reward_scale rewards (default: 5 mean absolute rewards); w* is the same"""
     layer_norm: bool | None = None
     """LayerNorm in nu and q (default; the paper has none)"""
 
@@ -152,8 +152,8 @@ class Args:
     """replace runs that are already there"""
 
 
-# What a flag is where it is not given: first the preset's, then the objective's, then COMMON's. alpha is in units of the
-# reward in PAPER, and of the data's mean absolute reward in OBJECTIVES, so that it means the same on robots and battles.
+# What a flag is where it is not given: first the preset's value, then the objective's, then COMMON's. OBJECTIVES has
+# alpha in units of the data's mean absolute reward, so that it means the same on robots and in battles.
 PRESETS = {
     "comadice": {"objective": "semi"},
     "paper": {  # Table 4; Eq. 10 as it is printed
@@ -178,7 +178,8 @@ DEMO = Args(
 def resolve(args: Args, mean_abs_reward: float) -> Args:
     """Fills in every flag that was not given. Raises BadInput for flags that contradict each other."""
     given = {name: value for name, value in asdict(args).items() if value is not None}
-    preset = PRESETS[args.preset] if args.objective in (None, PRESETS[args.preset]["objective"]) else {}
+    preset = PRESETS[args.preset]
+    preset = preset if args.objective in (None, preset["objective"]) else {}  # another objective brings its own values
     objective = given.get("objective") or preset["objective"]
     own = dict(OBJECTIVES[objective])
     # Four digits, so that it does not depend on the order in which a machine adds up.
@@ -212,7 +213,8 @@ def data_facts(rows: TensorDict, args: Args) -> DataFacts:
     keep = ~last_rows(rows)
     reward, done = rows["reward"][keep].double().cpu(), rows["done"][keep].cpu()
     first = rows["is_init"][keep].cpu()
-    discounted = reward2go(torch.stack([reward, (1 - args.gamma) * torch.ones_like(reward)]), done.expand(2, -1, 1), args.gamma)
+    both = torch.stack([reward, torch.full_like(reward, 1 - args.gamma)])
+    discounted = reward2go(both, done.expand(2, -1, 1), args.gamma)
     returns, masses = args.reward_scale * discounted[0], discounted[1][first]
     ended = rows["terminated"][keep].cpu()[done]
     mass = masses.where(ended, 1.0).mean().item()
@@ -361,7 +363,8 @@ def make_critic_update(critics, target, optimizer, args: Args, data: DataFacts, 
     """
     alpha = torch.full_like(critics.lam, args.alpha * args.reward_scale) if alpha is None else alpha
     trained = [parameter for name, parameter in critics.named_parameters() if name != "lam" or args.lambda_scale]
-    losses_of = per_seed(lambda *inputs: critic_losses(*inputs, args, data), [critics, target], alpha.numel(), args.compile)
+    on_batch = lambda *inputs: critic_losses(*inputs, args, data)
+    losses_of = per_seed(on_batch, [critics, target], alpha.numel(), args.compile)
 
     def update(batch: TensorDict, init: TensorDict):
         L_q, L_nu, w, nu_s = losses_of(batch, init, alpha)
@@ -395,13 +398,15 @@ def train_critics(rows: TensorDict, card: dict, args: Args, seeds: list[int], st
     at = eval_steps(args)
     batches = minibatches(start, at, (transitions, args.batch_size), (initial_states, args.init_batch_size))
     clock = time.perf_counter()
-    for step, batch, init in tqdm(batches, f"critics {name_seeds(seeds)}", args.steps, initial=start, mininterval=1):  # line 4
+    bar = tqdm(batches, f"critics {name_seeds(seeds)}", args.steps, initial=start, mininterval=1)
+    for step, batch, init in bar:  # line 4
         results = update(batch, init)  # lines 5 to 7
         if step in at:
-            table = [{"stage": "critics", "step": step} | critic_metrics(*result, args) for result in split_seeds(results, seeds)]
             seconds += time.perf_counter() - clock
-            progress = [state | {"critic_step": step, "critic_seconds": seconds} for state in seed_states(parts, generators)]
-            yield list(zip(progress, table))
+            here = {"critic_step": step, "critic_seconds": seconds}
+            progress = [state | here for state in seed_states(parts, generators)]
+            metrics = [critic_metrics(*result, args) for result in split_seeds(results, seeds)]
+            yield [(state, {"stage": "critics", "step": step} | row) for state, row in zip(progress, metrics)]
             clock = time.perf_counter()
 
 
@@ -463,7 +468,8 @@ def main(args: Args):
     device = pick_device(args.device, args.tf32)
     rows, card = load_dataset(args, device)
     args = resolve(args, rows["reward"][~last_rows(rows)].double().abs().mean().item() or 1.0)
-    print(f"preset {args.preset}: objective {args.objective}, w* from {args.advantage}, alpha {args.alpha:g}, tau {args.tau:g}")
+    resolved = f"objective {args.objective}, w* from {args.advantage}, alpha {args.alpha:g}, tau {args.tau:g}"
+    print(f"preset {args.preset}: {resolved}")
     env = try_eval_env(card, args.eval_episodes, args.workers)
     if args.data == DEMO.data:
         demonstrate(args, rows, card, env)
