@@ -170,7 +170,7 @@ OBJECTIVES = {
 COMMON = {"lambda_scale": 0.0, "critic_lr": 3e-4, "layer_norm": True, "lr": 1e-3, "lr_decay": True, "ema": 0.999}
 
 DEMO = Args(
-    data=str(DATA_ROOT / "mamujoco" / "hopper" / "demo"), seeds=[0, 1, 2], steps=3000, evals=6, eval_episodes=10,
+    data=str(DATA_ROOT / "mamujoco" / "hopper" / "few-good"), seeds=[0, 1, 2], steps=3000, evals=6, eval_episodes=10,
     resume=True,
 )  # fmt: skip
 

@@ -21,8 +21,9 @@ def initial_rows(rows: TensorDict) -> torch.Tensor:
 
 
 class RowSampler(Sampler):
-    """Draws rows out of `first` uniformly with replacement, on their device: rows t alone [B], or pairs of rows (t, t +
-    1) [B, 2].
+    """Draws rows out of `first` uniformly with replacement, on their device: rows t alone [B], or pairs (t, t + 1) [B, 2].
+
+    TorchRL's SliceSampler draws trajectories uniformly, so it would draw short episodes too often.
 
     With S generators it draws for S seeds, each from its own: [S, B] or [S, B, 2]. One generator, or none, has no such
     dimension.

@@ -48,6 +48,7 @@ def per_seed(function, modules: list[nn.Module], seeds: int, compiled: bool = Fa
     A GPU does all seeds in one vmapped call. A CPU does one after another, since its batched products are slower than
     single ones (benchmarks/speed.py). `compiled` by torch.compile it is one graph, or an error.
     """
+    # Not TensorDict.from_modules with to_module: inside vmap that left requires_grad off on the module (0.14.3).
     call = Call(function, modules)
     state = dict([*call.named_parameters(), *call.named_buffers()])
 
@@ -137,6 +138,7 @@ class Graph:
     The function must do its work in place, on tensors that stay where they are, and wait for nothing on the host. What
     it returns is overwritten by the next call. The first calls are eager, on the graph's inputs: what they leave behind
     (buffers of libraries, torch.compile's code, which depends on strides) is the graph's. A capture that fails raises.
+    TensorDict's CudaGraphModule does the same, but waits for the GPU at every replay.
     """
 
     def __init__(self, function, enabled: bool = True):
