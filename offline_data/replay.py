@@ -21,7 +21,7 @@ def initial_rows(rows: TensorDict) -> torch.Tensor:
 
 
 class RowSampler(Sampler):
-    """Draws rows out of `first` uniformly with replacement, on their device: rows t alone [B], or pairs (t, t + 1) [B, 2].
+    """Draws rows of `first` uniformly with replacement, on their device: rows t alone [B], or pairs (t, t + 1) [B, 2].
 
     TorchRL's SliceSampler draws trajectories uniformly, so it would draw short episodes too often.
 
