@@ -21,7 +21,6 @@ import torch
 import tyro
 from tensordict import TensorDict
 from torch import Tensor
-from torchrl.objectives.value.functional import reward2go
 from tqdm import tqdm
 
 import comadice_bc
@@ -211,16 +210,16 @@ class DataFacts(NamedTuple):
 def data_facts(rows: TensorDict, args: Args) -> DataFacts:
     """DataFacts of a dataset. low and high are infinite where nu_tot(s') is not clipped."""
     keep = ~last_rows(rows)
-    reward, done = rows["reward"][keep].double().cpu(), rows["done"][keep].cpu()
-    first = rows["is_init"][keep].cpu()
-    both = torch.stack([reward, torch.full_like(reward, 1 - args.gamma)])
-    discounted = reward2go(both, done.expand(2, -1, 1), args.gamma)
-    returns, masses = args.reward_scale * discounted[0], discounted[1][first]
-    ended = rows["terminated"][keep].cpu()[done]
-    mass = masses.where(ended, 1.0).mean().item()
-    if not args.bound:
-        return DataFacts(-math.inf, math.inf, mass)
-    return DataFacts(returns.min().item(), returns.max().item(), mass)
+    reward, done, terminated = (rows[key][keep, 0].cpu() for key in ("reward", "done", "terminated"))
+    # Backwards in time, in plain Python: TorchRL's reward2go asks for 52 GB of memory for 350,000 transitions.
+    returns, value = [], 0.0
+    for r, end in zip(reversed(reward.tolist()), reversed(done.tolist())):
+        value = r if end else r + args.gamma * value
+        returns.append(args.reward_scale * value)
+    ends = done.nonzero()[:, 0]
+    lengths = torch.diff(ends, prepend=torch.tensor([-1])).double()
+    mass = (1 - args.gamma**lengths).where(terminated[ends], 1.0).mean().item()  # (1 - gamma) sum_t gamma^t
+    return DataFacts(min(returns), max(returns), mass) if args.bound else DataFacts(-math.inf, math.inf, mass)
 
 
 # ---------------------------------------------------------------- A_tot and the losses on one batch of transitions [B]
