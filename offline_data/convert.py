@@ -28,13 +28,13 @@ STALL = 300  # seconds without progress after which a conversion counts as hangi
 
 
 def written(folder: Path) -> int:
-    """Bytes below a folder that another process is writing."""
+    """Bytes below a folder that another process is writing, and may rename or remove at any moment."""
     total = 0
-    for file in folder.rglob("*"):
-        try:
+    try:
+        for file in folder.rglob("*"):
             total += file.stat().st_size
-        except OSError:
-            pass
+    except OSError:
+        pass
     return total
 
 
