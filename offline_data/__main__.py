@@ -7,6 +7,7 @@
     python -m offline_data plot data/mamujoco/hopper/medium-replay
 """
 
+import shlex
 import sys
 
 import environments.threads  # noqa: F401 -- before torch
@@ -52,4 +53,4 @@ def main(arguments: list[str]):
 
 
 if __name__ == "__main__":
-    run_script(main, sys.argv[1:])
+    run_script(main, sys.argv[1:], go_on=shlex.join(["python", "-m", "offline_data", *sys.argv[1:]]))
