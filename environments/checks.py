@@ -4,7 +4,9 @@ Importing it does not load torch.
 """
 
 import math
+import signal
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,13 +21,35 @@ class NoSimulator(BadInput):
     """No simulator for this env is installed here, or none exists; the message says which and how to get it."""
 
 
-def run_script(main, *args):
-    """Calls main(*args); input that can't be used ends in one line and exit code 2."""
+class Stopped(KeyboardInterrupt):
+    """SIGTERM came, which is how a cluster stops a job. It ends what is going on as Ctrl-C does."""
+
+
+def run_script(main, *args, go_on: str = ""):
+    """Calls main(*args). Input that can't be used ends in one line and exit code 2.
+
+    Ctrl-C and SIGTERM end in one line, too, and exit code 130 or 143; `go_on` is the command that goes on from there.
+    Whatever main has open is closed on the way out, and further signals are ignored for that time.
+    """
+
+    def stop(number, frame):
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
+        raise Stopped if number == signal.SIGTERM else KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():  # signals are that thread's alone
+        for each in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(each) in (signal.SIG_DFL, signal.default_int_handler):
+                signal.signal(each, stop)
     try:
         main(*args)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt as stopped:
+        name, code = ("SIGTERM", 143) if isinstance(stopped, Stopped) else ("Ctrl-C", 130)
+        print(f"\nstopped by {name}" + (f"; to go on: {go_on}" if go_on else ""), file=sys.stderr)
+        sys.exit(code)
 
 
 def check_positive(args, *names: str):

@@ -16,6 +16,8 @@ from environments.checks import BadInput, NoSimulator
 # The paper's tasks (Section 6.1). Any other scenario and partition is written out: "walker2d_2x3".
 MAMUJOCO_TASKS = {"hopper": ("Hopper", "3x1"), "ant": ("Ant", "2x4"), "halfcheetah": ("HalfCheetah", "6x1")}
 
+MOST_OBSK = 99  # joints away; gymnasium-robotics looks at each distance in turn, and no robot has that many
+
 
 def mamujoco_scenario(task: str) -> tuple[str, str]:
     """Splits a task's name into gymnasium-robotics' scenario and partition.
@@ -95,6 +97,8 @@ class MaMuJoCoEnv(EnvBase):
 
     def __init__(self, task: str, num_envs: int, agent_obsk: int | None = None, device="cpu"):
         super().__init__(device=device, batch_size=torch.Size([num_envs]))
+        if agent_obsk is not None and not 0 <= agent_obsk <= MOST_OBSK:
+            raise BadInput(f"agent_obsk is {agent_obsk}: joints from 0 to {MOST_OBSK} away can be seen")
         scenario, partition, self.n, A = mamujoco_team(task)
         import mujoco
         from gymnasium_robotics import mamujoco_v1

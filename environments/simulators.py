@@ -21,7 +21,10 @@ Every environment speaks the same TensorDict keys (n agents, B environments):
 """
 
 import importlib.metadata
+import multiprocessing
 import re
+import signal
+from contextlib import contextmanager
 from functools import partial
 
 from torchrl.envs import EnvBase, ParallelEnv
@@ -31,7 +34,7 @@ from environments.checks import BadInput, NoSimulator
 
 # What agents see, by env; the first is the default.
 INTERFACES = {
-    "mamujoco": "benchmark|agent_obsk=\\d+",
+    "mamujoco": "benchmark|agent_obsk=[0-9]{1,2}",
     "smacv2": "benchmark",
     "smacv1": "benchmark|standard",
     "smax": "standard",
@@ -57,7 +60,7 @@ def check_interface(env: str, interface: str | None) -> str:
     if not re.fullmatch(INTERFACES[env], interface):
         raise BadInput(
             f"{env} has no interface '{interface}': use "
-            f"{INTERFACES[env].replace('|', ' or ').replace('d+', 'K').replace(chr(92), '')}"
+            f"{INTERFACES[env].replace('|', ' or ').replace('[0-9]{1,2}', 'K (0 to 99)')}"
         )
     return interface
 
@@ -82,6 +85,32 @@ def make_env(
         obsk = None if interface == "benchmark" else int(interface.removeprefix("agent_obsk="))
         make = partial(mamujoco.MaMuJoCoEnv, task, num_envs, obsk)
     return make(device=device) if workers == 1 else ParallelEnv(workers, make, device=device)
+
+
+@contextmanager
+def ctrl_c_waits():
+    """A Ctrl-C within is raised at the end. Processes that are started within never see one.
+
+    A terminal sends Ctrl-C to every process of a command. The one that started the others closes them.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def close_env(env: EnvBase):
+    """Closes an environment that may have been stopped in the middle of a step; no process of it is left."""
+    workers = env.__dict__.get("_workers", [])  # of TorchRL's ParallelEnv
+    try:
+        if not env.is_closed:
+            env.close(raise_if_closed=False)
+    except (OSError, EOFError, RuntimeError, AttributeError):
+        pass  # a worker is gone, or answers the step that nobody waits for: the next lines end it
+    for worker in set(workers) & set(multiprocessing.active_children()):
+        worker.kill()
+        worker.join()
 
 
 def engine(env: str) -> str:

@@ -7,6 +7,7 @@
     python -m offline_data plot data/mamujoco/hopper/medium-replay
 """
 
+import shlex
 import sys
 
 import environments.threads  # noqa: F401 -- before torch
@@ -30,12 +31,11 @@ def main(arguments: list[str]):
         print(HELP)
         return
     if name == "collect":
-        from offline_data.collect import Args
-        from offline_data.collect import main as command
+        from offline_data.collect_args import Args as command
     elif name == "download":
         from offline_data.download import download as command
     elif name == "convert":
-        from offline_data.formats import convert as command
+        from offline_data.convert import convert as command
     elif name == "info":
         from offline_data.published import info as command
     elif name == "plot":
@@ -45,11 +45,12 @@ def main(arguments: list[str]):
     import tyro
 
     prog = f"python -m offline_data {name}"
+    done = tyro.cli(command, prog=prog, args=flags)
     if name == "collect":
-        command(tyro.cli(Args, prog=prog, args=flags))
-    else:
-        tyro.cli(command, prog=prog, args=flags)
+        from offline_data.collect import main as collect  # after the flags are read: it loads torch, for seconds
+
+        collect(done)
 
 
 if __name__ == "__main__":
-    run_script(main, sys.argv[1:])
+    run_script(main, sys.argv[1:], go_on=shlex.join(["python", "-m", "offline_data", *sys.argv[1:]]))

@@ -27,13 +27,19 @@ episodes, by the stochastic policy. demo (only with --demo-samples: about so man
 medium-replay. Everything lies under OUT/ENV/TASK: the datasets, and behaviour/ with checkpoints, the learning curve
 (curve.csv, curve.png) and the episodes of training in one dataset a checkpoint. A run that was stopped goes on with the
 same command.
+
+Nothing that is there already is lost: a dataset that this very command has made is kept, and anything else in its place
+ends the command before training starts, unless --overwrite is given (and a folder that is no dataset even then).
 """
 
 import csv
 import importlib.metadata
+import io
 import math
+import shutil
+import zipfile
 from collections import deque
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -47,70 +53,14 @@ from tqdm import tqdm
 
 from environments import starcraft
 from environments.checks import BadInput, check_positive, pick_device
-from environments.simulators import check_interface, check_task, engine, make_env
-from offline_data.dataset import DATA_ROOT, dataset_path, episode_returns, episodes, open_dataset, table_row
+from environments.simulators import check_interface, check_task, close_env, ctrl_c_waits, engine, make_env
+from offline_data.card import check_free, read_json, short
+from offline_data.collect_args import Args
+from offline_data.dataset import dataset_path, episode_returns, episodes, open_dataset, table_row
+from offline_data.durable import write_bytes, write_text
 from offline_data.writer import DatasetWriter
 
 OBS, ACTION, MASK = ("agents", "observation"), ("agents", "action"), ("agents", "action_mask")
-
-
-@dataclass
-class Args:
-    env: str = "mamujoco"
-    """simulator"""
-    task: str = "hopper"
-    """task of that simulator"""
-    interface: str | None = None
-    """what agents see: benchmark (default), agent_obsk=K (mamujoco: gymnasium-robotics' own, joints up to K away),
-    standard (smacv1: SMAC's own)"""
-    steps: int | None = None
-    """environment steps of MAPPO (default 3 million; 10 million of battles, as the paper)"""
-    samples: int = 1_000_000
-    """robots: transitions of the expert and of the medium dataset"""
-    trajectories: int = 1000
-    """battles: trajectories of a dataset of one quality"""
-    replay_trajectories: int = 10_000
-    """battles: trajectories of medium-replay, about"""
-    record_every: int | None = None
-    """training's every K-th episode is kept for medium-replay (default 1; for battles what --replay-trajectories
-    needs)"""
-    demo_samples: int = 0
-    """transitions of the demo dataset; 0: none"""
-    seed: int = 0
-    """seeds networks, minibatches and simulators"""
-    out: str = str(DATA_ROOT)
-    """datasets go to OUT/ENV/TASK/QUALITY; training looks for them in data/ at the repository's root"""
-    device: str = "cpu"
-    """where MAPPO's networks live"""
-
-    num_envs: int = 32
-    """environments in each worker process"""
-    workers: int = 1
-    """worker processes"""
-    checkpoints: int = 100
-    """checkpoints over training"""
-    horizon: int = 128
-    """steps of each environment between updates"""
-    epochs: int = 8
-    """passes over the steps of one update"""
-    minibatch: int = 512
-    """team transitions in a gradient step"""
-    lr: float = 3e-4
-    """Adam's learning rate, falling linearly to 0"""
-    gamma: float = 0.99
-    """discount"""
-    gae_lambda: float = 0.95
-    """lambda of generalised advantage estimation"""
-    clip: float = 0.2
-    """PPO's clip of the probability ratio"""
-    entropy: float | None = None
-    """weight of the entropy bonus (default 0; 0.01 in battles)"""
-    max_grad_norm: float = 0.5
-    """clip of the gradient's norm"""
-    hidden: int = 128
-    """hidden units of actor and critic"""
-    reward_scale: float | None = None
-    """factor on the rewards that MAPPO learns from (default 0.1; 1 in battles); recorded rewards are the simulator's"""
 
 
 # Return of a battle won without a scratch, by env; the tasks of SMACv1 are cut into qualities by it.
@@ -213,14 +163,118 @@ class EpisodeSplitter:
         return rows
 
 
+# Arguments that may differ when a training run goes on: they don't shape it.
+FREE = ("out", "overwrite", "device", "workers", "samples", "demo_samples", "trajectories")
+
+
+def load_state(args: Args, root: Path) -> dict | None:
+    """What a stopped training run left; None where there is none, or another one that --overwrite replaces.
+
+    Raises BadInput for a file that can't be read, and for a run with other settings, which are named.
+    """
+    path = root / "state.pt"
+    if not path.exists():
+        return None
+    try:
+        data = io.BytesIO(path.read_bytes())
+        with zipfile.ZipFile(data) as archive:
+            if archive.testzip():  # torch.load does not look at the checksums
+                raise ValueError("a checksum differs")
+        data.seek(0)
+        state = torch.load(data, weights_only=True)
+        old = {key: state["args"].get(key) for key in asdict(args)}
+        if not {"loss", "optimizer", "curve", "recent", "wins"} <= state.keys() or not state["curve"]:
+            raise ValueError("a part is missing")
+    except Exception as error:  # torch.load has no one type for a file that is cut, foreign or unsafe
+        raise BadInput(f"{path} can't be read: delete {root} to train again") from error
+    changed = [key for key, value in asdict(args).items() if key not in FREE and old[key] != value]
+    if not changed:
+        return state
+    if args.overwrite:
+        return None
+    named = ", ".join(f"--{key.replace('_', '-')} {old[key]}" for key in changed)
+    raise BadInput(
+        f"{root} holds a run with other settings ({named}): give them again or another --out, or --overwrite replaces "
+        "it"
+    )
+
+
+def made_already(args: Args, path: Path, free=("device",)) -> bool:
+    """Whether this very command has made the dataset at `path`; arguments in `free` may differ.
+
+    Raises BadInput where anything else is there.
+    """
+    if not path.is_symlink() and not path.exists():
+        return False
+    if not (path / "card.json").is_file():
+        raise BadInput(f"{path} is no dataset and is left alone: move it away or give another --out")
+    made, now = read_json(path / "card.json").get("made"), arguments_of(args)
+    old = made.get("arguments") if isinstance(made, dict) else None
+    if not isinstance(old, dict):
+        raise BadInput(f"{path} was not made by this command: give another --out, or --overwrite replaces it")
+    free = {*free, *(["demo_samples"] if path.name != "demo" else [])}
+    changed = sorted(key for key in now.keys() | old.keys() if key not in free and old.get(key) != now.get(key))
+    if changed:
+        named = ", ".join(f"--{key.replace('_', '-')} {short(old.get(key))}" for key in changed)
+        raise BadInput(
+            f"{path} was made with other arguments ({named}): give them again or another --out, or --overwrite "
+            "replaces it"
+        )
+    return True
+
+
+def in_the_way(args: Args, root: Path) -> set[str]:
+    """Looks at everything that the command is going to write, before hours of work: the qualities that are finished.
+
+    Raises BadInput where something is there that would be lost.
+    """
+    state, finished = load_state(args, root), set()
+    for quality in qualities(args):
+        path = root.parent / quality
+        if args.overwrite:
+            check_free(path, overwrite=True)
+        elif made_already(args, path):
+            finished.add(quality)
+    for shard in sorted(root.glob("episodes-*")):  # a run that was killed may have left one more than it knows of
+        number = shard.name.removeprefix("episodes-")
+        if number.isdecimal() and int(number) >= (len(state["curve"]) if state else 0) and not args.overwrite:
+            made_already(args, shard, FREE)
+    return finished
+
+
+def forget(root: Path):
+    """Removes what another training run left, and nothing else; for --overwrite."""
+    for pattern in ("state.pt", "actor-*.pt", "curve.csv", "curve.png"):
+        for path in root.glob(pattern):
+            path.unlink()
+    for shard in root.glob("episodes-*"):
+        if (shard / "card.json").is_file():
+            shutil.rmtree(shard)
+
+
+def save(path: Path, what):
+    """torch.save as a whole file."""
+    data = io.BytesIO()
+    torch.save(what, data)
+    write_bytes(path, data.getbuffer())
+
+
 def train(args: Args, root: Path) -> list[dict]:
     """MAPPO for args.steps.
 
     Returns the learning curve: step, return and winrate (of the last 100 episodes) at each checkpoint.
     """
-    torch.manual_seed(args.seed)
     env = make_env(args.env, args.task, args.num_envs, args.workers, args.interface)
-    env.set_seed(args.seed)
+    try:
+        return train_in(env, args, root)
+    finally:
+        close_env(env)
+
+
+def train_in(env, args: Args, root: Path) -> list[dict]:
+    torch.manual_seed(args.seed)
+    with ctrl_c_waits():  # worker processes start here
+        env.set_seed(args.seed)
     actor, critic = make_actor(env, args.hidden).to(args.device), make_critic(env, args.hidden).to(args.device)
     loss = MAPPOLoss(actor, critic, clip_epsilon=args.clip, entropy_coeff=args.entropy)
     loss.set_keys(action=ACTION, value=("agents", "state_value"), sample_log_prob=("agents", "log_prob"))
@@ -229,14 +283,10 @@ def train(args: Args, root: Path) -> list[dict]:
 
     # What a stopped run left: checkpoints and one dataset of episodes for each.
     curve, recent, wins = [], deque(maxlen=100), deque(maxlen=100)
-    if (root / "state.pt").exists():
-        try:
-            state = torch.load(root / "state.pt", weights_only=True)
-        except Exception as error:  # torch.load has no one type for a file that is cut, foreign or unsafe
-            raise BadInput(f"{root / 'state.pt'} can't be read: delete {root} to train again") from error
-        free = ("out", "device", "workers", "samples", "demo_samples", "trajectories")  # may differ when a run goes on
-        if any(state["args"][k] != v for k, v in asdict(args).items() if k not in free):
-            raise BadInput(f"{root} holds a run with other settings: give them again, another --out, or delete it")
+    state = load_state(args, root)
+    if state is None and args.overwrite:
+        forget(root)
+    if state is not None:
         loss.load_state_dict(state["loss"])
         optimizer.load_state_dict(state["optimizer"])
         curve, recent, wins = state["curve"], deque(state["recent"], maxlen=100), deque(state["wins"], maxlen=100)
@@ -256,56 +306,55 @@ def train(args: Args, root: Path) -> list[dict]:
         auto_register_policy_transforms=False,
     )
     splitter, every = EpisodeSplitter(), max(args.steps // args.checkpoints, frames)
-    writer = DatasetWriter(root / f"episodes-{len(curve):03d}")
+    writer = DatasetWriter(root / f"episodes-{len(curve):03d}", overwrite=True)
     finished, kept, next_checkpoint = 0, 0, done_steps + every
     bar = tqdm(total=args.steps, initial=done_steps, unit="step", desc=f"MAPPO {args.task}", mininterval=1)
     steps = done_steps
-    for batch in collector:
-        for episode in splitter(batch.reshape(-1, args.horizon).cpu()):
-            if finished % args.record_every == 0:
-                writer.append(episode)
-                kept += 1
-            recent.append(episode["reward"][:-1].sum().item())
-            wins.append(bool(episode["battle_won"][-1]) if args.env in BATTLES else None)
-            finished += 1
-        update(loss, optimizer, batch, args)
-        steps += frames
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * max(0.0, 1 - steps / args.steps)
-        bar.update(frames)
-        if recent:
-            bar.set_postfix(
-                {"return": f"{sum(recent) / len(recent):.2f}"}
-                | ({"won": f"{sum(wins) / len(wins):.0%}"} if args.env in BATTLES else {})
-            )
-        if (steps >= next_checkpoint or steps >= args.steps) and kept:
-            writer.close(card(args, "training", {"steps": steps}))
-            curve.append(
-                {
-                    "step": steps,
-                    "return": sum(recent) / len(recent),
-                    "winrate": sum(wins) / len(wins) if args.env in BATTLES else None,
+    with bar:
+        for batch in collector:
+            for episode in splitter(batch.reshape(-1, args.horizon).cpu()):
+                if finished % args.record_every == 0:
+                    writer.append(episode)
+                    kept += 1
+                recent.append(episode["reward"][:-1].sum().item())
+                wins.append(bool(episode["battle_won"][-1]) if args.env in BATTLES else None)
+                finished += 1
+            update(loss, optimizer, batch, args)
+            steps += frames
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * max(0.0, 1 - steps / args.steps)
+            bar.update(frames)
+            if recent:
+                bar.set_postfix(
+                    {"return": f"{sum(recent) / len(recent):.2f}"}
+                    | ({"won": f"{sum(wins) / len(wins):.0%}"} if args.env in BATTLES else {})
+                )
+            if (steps >= next_checkpoint or steps >= args.steps) and kept:
+                writer.close(card(args, "training", {"steps": steps}))
+                curve.append(
+                    {
+                        "step": steps,
+                        "return": sum(recent) / len(recent),
+                        "winrate": sum(wins) / len(wins) if args.env in BATTLES else None,
+                    }
+                )
+                save(root / f"actor-{len(curve) - 1:03d}.pt", actor.state_dict())
+                state = {
+                    "args": asdict(args),
+                    "loss": loss.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "curve": curve,
                 }
-            )
-            torch.save(actor.state_dict(), root / f"actor-{len(curve) - 1:03d}.pt")
-            state = {
-                "args": asdict(args),
-                "loss": loss.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "curve": curve,
-            }
-            torch.save(state | {"recent": list(recent), "wins": list(wins)}, root / "state.pt.partial")
-            (root / "state.pt.partial").rename(root / "state.pt")
-            with open(root / "curve.csv", "w", newline="") as file:
-                table = csv.DictWriter(file, list(curve[0]))
+                save(root / "state.pt", state | {"recent": list(recent), "wins": list(wins)})
+                text = io.StringIO()
+                table = csv.DictWriter(text, list(curve[0]))
                 table.writeheader()
                 table.writerows(curve)
-            next_checkpoint += every
-            if steps >= args.steps:
-                break
-            writer, kept = DatasetWriter(root / f"episodes-{len(curve):03d}"), 0
-    bar.close()
-    collector.shutdown()
+                write_text(root / "curve.csv", text.getvalue())
+                next_checkpoint += every
+                if steps >= args.steps:
+                    break
+                writer, kept = DatasetWriter(root / f"episodes-{len(curve):03d}", overwrite=True), 0
     if splitter.died:
         print(f"{splitter.died} battles were left out: their game died")
     return curve
@@ -326,8 +375,10 @@ def plot_curve(curve: list[dict], path: Path, title: str):
         axis.set(xlabel="environment steps", ylabel=f"{key} (last 100 episodes)", title=title)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120, format="png")
     plt.close(figure)
+    write_bytes(path, image.getbuffer())
 
 
 def update(loss: MAPPOLoss, optimizer, batch: TensorDict, args: Args):
@@ -346,34 +397,51 @@ def update(loss: MAPPOLoss, optimizer, batch: TensorDict, args: Args):
             optimizer.step()
 
 
+def keep(args: Args, path: Path) -> bool:
+    """Whether the dataset at `path` is finished and stays."""
+    if args.overwrite or not made_already(args, path):
+        return False
+    print(f"{path} is there already and is kept")
+    return True
+
+
 def record(args: Args, root: Path, checkpoint: int, quality: str, made: dict):
     """Whole episodes of a checkpoint's stochastic policy: args.trajectories battles, or at least args.samples
     transitions of robots."""
+    if keep(args, root.parent / quality):
+        return
     env = make_env(args.env, args.task, args.num_envs, args.workers, args.interface)
+    try:
+        record_in(env, args, root, checkpoint, quality, made)
+    finally:
+        close_env(env)
+
+
+def record_in(env, args: Args, root: Path, checkpoint: int, quality: str, made: dict):
     seed = args.seed + 1 + checkpoint
     torch.manual_seed(seed)
-    env.set_seed(seed)
+    with ctrl_c_waits():
+        env.set_seed(seed)
     actor = make_actor(env, args.hidden)
     actor.load_state_dict(torch.load(root / f"actor-{checkpoint:03d}.pt", weights_only=True, map_location="cpu"))
-    writer, splitter, recorded = DatasetWriter(root.parent / quality), EpisodeSplitter(), 0
+    writer, splitter, recorded = DatasetWriter(root.parent / quality, args.overwrite), EpisodeSplitter(), 0
     battles = args.env in BATTLES
     wanted = args.trajectories if battles else args.samples
     bar = tqdm(total=wanted, unit="battle" if battles else "step", desc=f"record {quality}", mininterval=1)
-    td = env.reset()
-    with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
-        while recorded < wanted:
-            steps = []
-            for _ in range(args.horizon):
-                step, td = env.step_and_maybe_reset(actor(td))
-                steps.append(step)
-            for episode in splitter(torch.stack(steps, len(env.batch_size)).reshape(-1, args.horizon)):
-                if recorded < wanted:
-                    writer.append(episode)
-                    more = 1 if battles else len(episode) - 1
-                    recorded += more
-                    bar.update(more)
-    bar.close()
-    env.close()
+    with bar:
+        td = env.reset()
+        with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
+            while recorded < wanted:
+                steps = []
+                for _ in range(args.horizon):
+                    step, td = env.step_and_maybe_reset(actor(td))
+                    steps.append(step)
+                for episode in splitter(torch.stack(steps, len(env.batch_size)).reshape(-1, args.horizon)):
+                    if recorded < wanted:
+                        writer.append(episode)
+                        more = 1 if battles else len(episode) - 1
+                        recorded += more
+                        bar.update(more)
     writer.close(card(args, quality, made))
 
 
@@ -381,6 +449,8 @@ def merge(args: Args, sources: list[Path], quality: str, root: Path, made: dict,
           every: int = 1, limit: int | None = None, between=(-math.inf, math.inf)) -> bool:
     """One dataset of the sources' episodes with low < return <= high: every `every`-th, or about `limit`, evenly
     spread. False where there are none."""
+    if keep(args, root.parent / quality):
+        return True
     low, high = between
     opened = [open_dataset(source)[0] for source in sources]
     returns = torch.cat([episode_returns(rows) for rows in opened])
@@ -388,7 +458,7 @@ def merge(args: Args, sources: list[Path], quality: str, root: Path, made: dict,
     if len(fitting) == 0:
         return False
     every = every if limit is None else max(len(fitting) // limit, 1)
-    wanted, writer, number = set(fitting[::every].tolist()), DatasetWriter(root.parent / quality), 0
+    wanted, writer, number = set(fitting[::every].tolist()), DatasetWriter(root.parent / quality, args.overwrite), 0
     for rows in tqdm(opened, desc=f"write {quality}"):
         for episode in episodes(rows):
             if number in wanted:
@@ -398,9 +468,23 @@ def merge(args: Args, sources: list[Path], quality: str, root: Path, made: dict,
     return True
 
 
+def arguments_of(args: Args) -> dict:
+    """The arguments that make a dataset what it is; where it lies is none of them."""
+    return {key: value for key, value in asdict(args).items() if key not in ("out", "overwrite")}
+
+
+def qualities(args: Args) -> list[str]:
+    """The datasets that the command writes, a battle's poor and good only where training has such battles."""
+    if args.env not in BATTLES:
+        names = ["medium-replay", "medium", "expert", "medium-expert"]
+    else:
+        names = ["medium-replay", "medium"] + ([] if args.task in starcraft.SMACV2_TASKS else ["poor", "good"])
+    return names + (["demo"] if args.demo_samples else [])
+
+
 def card(args: Args, quality: str, made: dict) -> dict:
     """All that it takes to make the dataset again."""
-    arguments = {k: v for k, v in asdict(args).items() if k != "out"}
+    arguments = arguments_of(args)
     versions = {package: importlib.metadata.version(package) for package in ("torch", "torchrl", "tensordict", "numpy")}
     made = {"by": "python -m offline_data collect", "arguments": arguments, "versions": versions, **made}
     return {
@@ -485,6 +569,11 @@ def main(args: Args):
     args.device = str(pick_device(args.device))
     make_env(args.env, args.task, 1, 1, args.interface).close()  # and so does a missing simulator
     root = dataset_path(None, args.env, args.task, "behaviour", args.out)
+    if in_the_way(args, root) == set(qualities(args)):
+        for quality in qualities(args):
+            print(f"{root.parent / quality} is there already and is kept")
+            print(table_row(open_dataset(root.parent / quality)[1]))
+        return
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:

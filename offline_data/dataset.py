@@ -23,9 +23,7 @@ as a transition; the row after any transition is its next observation, so nothin
     python -m offline_data info data/mamujoco/hopper/medium-replay      # the dataset's row of Table 3
 """
 
-import json
 import math
-import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -33,28 +31,19 @@ import torch
 from tensordict import TensorDict
 
 from environments.checks import BadInput
+from offline_data.card import (  # noqa: F401 -- the other files take what they need of a card from here
+    COUNTS,
+    DATA_ROOT,
+    RETURNS,
+    check_card,
+    dataset_path,
+    read_json,
+    table_row,
+    verify,
+)
 
-DATA_ROOT = Path(__file__).parent.parent / "data"
-INTERFACE = r"benchmark|standard|agent_obsk=\d+"  # what the agents see, see environments/simulators.py
 CHUNK, CHUNK_BYTES = 65536, 2**26  # rows, and bytes of rows, looked at together in validation: this bounds its memory
-
-
-def dataset_path(data: str | None, env: str, task: str, quality: str, root: str = "data") -> Path:
-    """`data` where it is given, else the directory that env, task and quality name."""
-    return Path(data) if data else Path(root, env, task, quality)
-
-
-def read_json(path: Path) -> dict:
-    """A file's JSON object. Raises BadInput for a file that is missing or anything else."""
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise BadInput(f"{path} is missing: {path.parent} is not complete") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise BadInput(f"{path} can't be read as JSON ({error}): make or copy it again") from None
-    if not isinstance(content, dict):
-        raise BadInput(f"{path} does not hold a JSON object: make or copy it again")
-    return content
+CHECKED_AT_OPENING = 2**26  # bytes of a dataset up to which its checksums are compared whenever it is opened
 
 
 def open_dataset(path: str | Path, env: str | None = None, task: str | None = None) -> tuple[TensorDict, dict]:
@@ -70,13 +59,7 @@ def open_dataset(path: str | Path, env: str | None = None, task: str | None = No
     if not path.is_dir():
         raise BadInput(f"no dataset at {path}")
     card = read_json(path / "card.json")
-    for name in ("env", "task", "quality", "interface"):
-        if not isinstance(card.get(name), str):
-            raise BadInput(f"{path}/card.json: '{name}' is {card.get(name)!r}, not a name")
-    if not re.fullmatch(INTERFACE, card["interface"]):
-        raise BadInput(
-            f"{path}/card.json: 'interface' is '{card['interface']}', not benchmark, standard or agent_obsk=K"
-        )
+    check_card(path, card)
     for name, value in (("env", env), ("task", task)):
         if value is not None and card.get(name) != value:
             raise BadInput(
@@ -85,13 +68,7 @@ def open_dataset(path: str | Path, env: str | None = None, task: str | None = No
 
     # Layout: card.json, TensorDict's meta.json and the sizes on disk must agree.
     meta, agents = read_json(path / "meta.json"), read_json(path / "agents" / "meta.json")
-    counts = {}
-    for name in ("n_agents", "state_dim", "obs_dim", "action_dim", "trajectories", "samples"):
-        counts[name] = card.get(name)
-        if type(counts[name]) is not int or counts[name] < 1:
-            raise BadInput(f"{path}/card.json: '{name}' is {counts[name]!r}, not a positive count")
-    if type(card.get("discrete")) is not bool or not isinstance(card.get("bytes"), dict):
-        raise BadInput(f"{path}/card.json: 'discrete' or 'bytes' is missing")
+    counts = {name: card[name] for name in COUNTS}
     N, n, A = counts["samples"] + counts["trajectories"], counts["n_agents"], counts["action_dim"]
     expected = {
         "state": (torch.float32, (N, counts["state_dim"])),
@@ -105,8 +82,6 @@ def open_dataset(path: str | Path, env: str | None = None, task: str | None = No
     }
     if card["discrete"]:
         expected["agents/action_mask"] = (torch.bool, (N, n, A))
-    if set(card["bytes"]) != set(expected):
-        raise BadInput(f"{path}/card.json lists the fields {sorted(card['bytes'])}, a dataset has {sorted(expected)}")
     for key, (dtype, shape) in expected.items():
         entry = (agents if key.startswith("agents/") else meta).get(key.removeprefix("agents/"))
         if not isinstance(entry, dict) or entry.get("dtype") != str(dtype) or entry.get("shape") != list(shape):
@@ -140,6 +115,9 @@ def open_dataset(path: str | Path, env: str | None = None, task: str | None = No
         rows[tuple(key.split("/"))] = mapped.view(shape)
     _check_episodes(path, rows, card)
     _check_values(path, rows, card)
+    # Last, since what stands above says more of what is wrong.
+    if sum(card["bytes"].values()) <= CHECKED_AT_OPENING:
+        verify(path, card, whole=False)
     return rows.lock_(), card
 
 
@@ -166,9 +144,7 @@ def _check_episodes(path: Path, rows: TensorDict, card: dict):
 
 
 def _check_values(path: Path, rows: TensorDict, card: dict):
-    low, high = card.get("action_low"), card.get("action_high")
-    if not isinstance(low, float | int) or not isinstance(high, float | int):
-        raise BadInput(f"{path}/card.json: action_low or action_high is missing")
+    low, high = card["action_low"], card["action_high"]
     all_last = last_rows(rows)
     together = max(min(CHUNK, CHUNK_BYTES * len(rows) // sum(card["bytes"].values())), 1)
     for start in range(0, len(rows), together):
@@ -193,11 +169,10 @@ def _check_values(path: Path, rows: TensorDict, card: dict):
                     f"{path}: the action at row {start + int((~allowed).nonzero()[0])} is one that its mask forbids"
                 )
     returns = episode_returns(rows)
-    for name, value in (("return_mean", returns.mean().item()), ("return_std", returns.std(correction=0).item())):
-        if not isinstance(card.get(name), float | int) or not math.isclose(
-            value, card[name], rel_tol=1e-4, abs_tol=1e-3
-        ):
-            raise BadInput(f"{path}: the card says {name} {card.get(name)}, the rewards give {value:.4f}")
+    found = (returns.mean(), returns.std(correction=0), returns.min(), returns.max())
+    for name, value in zip(RETURNS, found):
+        if not math.isclose(value, card[name], rel_tol=1e-4, abs_tol=1e-3):
+            raise BadInput(f"{path}: the card says {name} {card[name]}, the rewards give {value:.4f}")
 
 
 def last_rows(rows: TensorDict) -> torch.Tensor:
@@ -219,14 +194,3 @@ def episode_returns(rows: TensorDict) -> torch.Tensor:
     return torch.zeros(int(episode[-1]) + 1, dtype=torch.float64, device=episode.device).index_add_(
         0, episode, rows["reward"][:, 0].double()
     )
-
-
-def table_row(card: dict) -> str:
-    """The dataset's row of the paper's Table 3 (samples are transitions of the team)."""
-    header = ["Instance", "Quality", "Trajectories", "Samples", "Agents", "State dim", "Obs dim", "Action dim"]
-    header.append("Average returns")
-    counts = ("trajectories", "samples", "n_agents", "state_dim", "obs_dim", "action_dim")
-    row = [card["task"], card["quality"], *(card[k] for k in counts)]
-    digits = 1 if card["return_max"] > 10 else 2  # a battle of SMAX is worth at most about 2
-    row.append(f"{card['return_mean']:.{digits}f} ± {card['return_std']:.{digits}f}")
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (header, ["---"] * len(header), row))

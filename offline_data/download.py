@@ -16,8 +16,8 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from environments.checks import BadInput
-from offline_data.dataset import DATA_ROOT, dataset_path
-from offline_data.formats import check_free, convert, need
+from offline_data.card import DATA_ROOT, check_free, dataset_path
+from offline_data.convert import convert
 from offline_data.published import published
 
 BASE_URL = "https://huggingface.co/datasets/InstaDeepAI/og-marl/resolve/main"
@@ -210,6 +210,8 @@ def download(
     url = vault_url(env, task, quality, base_url)
     path = dataset_path(out, env, task, quality, str(DATA_ROOT))
     check_free(path, overwrite)
+    from offline_data.formats import need  # here, so that torch is not loaded for --help
+
     need("tensorstore")  # before hours of download
     archive = Path(downloads, env, url.rsplit("/", 1)[1])
     if not archive.exists():

@@ -28,11 +28,11 @@ What the formats leave unsaid is decided here once, and each card says under "ma
   benchmark's interface a state of another size, or none, gives way to the observations side by side, which is what that
   interface has.
 
-No format is ever unpickled. The C libraries under h5py and tensorstore can crash or hang on damaged files, so `convert`
-reads in a process of its own, whose memory is limited and which is stopped when it writes nothing for long; all that is
-seen of it is one line. Memory is bounded by BLOCK whatever the size of a source. Formats: Flashbax'
-flashbax/vault/vault.py, OG-MARL's og_marl/wrapped_environments and dataset cards, OMIGA's datasets/offline_dataset.py,
-Minari's minari/dataset/_storages/hdf5_storage.py.
+No format is ever unpickled, and no link out of a file is followed. The C libraries under h5py and tensorstore can crash
+or hang on damaged files, so the command (convert.py) runs this file as a process of its own, whose memory is limited
+and which is stopped when it writes nothing for long; all that is seen of it is one line. Memory is bounded by BLOCK
+whatever the size of a source. Formats: Flashbax' flashbax/vault/vault.py, OG-MARL's og_marl/wrapped_environments and
+dataset cards, OMIGA's datasets/offline_dataset.py, Minari's minari/dataset/_storages/hdf5_storage.py.
 """
 
 import importlib
@@ -42,33 +42,25 @@ import os
 import re
 import resource
 import shutil
-import subprocess
 import sys
-import tempfile
-import time
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-import tyro
 from tensordict import TensorDict
 from tqdm import tqdm
 
 from environments.checks import BadInput, run_script
 from environments.mamujoco import benchmark_observation, mamujoco_team
-from offline_data.dataset import DATA_ROOT, INTERFACE, dataset_path, read_json
-from offline_data.published import info
+from offline_data.card import INTERFACE, check_name, read_json
 from offline_data.writer import DatasetWriter
 
-ROOT = Path(__file__).parent.parent
-CHILD_COMMAND = [sys.executable, "-m", "offline_data.formats"]  # the process that `convert` starts
 BLOCK = 32 * 2**20  # bytes of a source that are read together
 EPISODE = 2**28  # bytes of one episode, or of a chunk of HDF5; more is a damaged header
 CHILD_MEMORY = 8 * 2**30  # bytes that a conversion may take: a damaged header may ask for terabytes
-STALL = 300  # seconds without progress after which a conversion counts as hanging
 
 # Steps after which an episode is cut. SMAC: smac_maps.py of smac and smacv2; MuJoCo: gymnasium's registration and
 # OMIGA's episode_limit.
@@ -660,8 +652,9 @@ def convert_here(
     limit: int | None = None,
     last_row: str = "auto",
     return_to_go: bool = False,
+    overwrite: bool = False,
 ) -> Path:
-    """Converts in this process; `convert` does so in another. Nothing is at `out` before the last episode is written.
+    """Converts in this process; convert.py does so in another. Nothing is at `out` before the last episode is written.
 
     Raises BadInput.
     """
@@ -672,6 +665,8 @@ def convert_here(
         raise BadInput(f"there is no {source}")
     if env not in ("mamujoco", "smacv1", "smacv2", "smax"):
         raise BadInput(f"unknown env '{env}': there are mamujoco, smacv1, smacv2, smax")
+    for what, name in (("--task", task), ("--quality", quality)):
+        check_name(what, name)
     if limit is None:
         limit = LIMITS.get(task if env == "smacv1" else env)
     if limit is None or limit < 1:
@@ -684,7 +679,7 @@ def convert_here(
     made["reward"] = (
         "return-to-go: the sum of the rewards from each step on, undiscounted" if return_to_go else "as recorded"
     )
-    writer, shapes = DatasetWriter(out), None
+    writer, shapes = DatasetWriter(out, overwrite), None
     truncated = 0
     try:
         episodes = readable(path, format, READERS[format](path, env, task, interface, limit, last_row, made))
@@ -716,104 +711,20 @@ def convert_here(
         shutil.rmtree(writer.partial, ignore_errors=True)
 
 
-# ---------------------------------------------------------------- what is known of a dataset
-def check_free(path: Path, overwrite: bool):
-    """Raises BadInput where something is at `path` that is no dataset, or that the user did not say to replace."""
-    if path.exists() and not overwrite:
-        raise BadInput(f"{path} is already there: give another --out or --overwrite")
-    if path.exists() and not (path / "card.json").is_file():
-        raise BadInput(f"{path} is no dataset and is left alone: give another --out")
+def end_with_the_parent(partial: Path):
+    """Ends this process as soon as the one that started it is gone: the pipe to its input is closed then."""
+    while os.read(0, 4096):  # waits; sys.stdin itself must not be busy when Python ends
+        pass
+    shutil.rmtree(partial, ignore_errors=True)
+    os._exit(1)
 
 
-def written(folder: Path) -> int:
-    """Bytes below a folder that another process is writing."""
-    total = 0
-    for file in folder.rglob("*"):
-        try:
-            total += file.stat().st_size
-        except OSError:
-            pass
-    return total
-
-
-def convert(
-    source: tyro.conf.Positional[str],
-    format: Literal["vault", "omiga", "npz", "pymarl", "minari"],
-    env: str,
-    task: str,
-    quality: str,
-    out: str | None = None,
-    interface: str | None = None,
-    limit: int | None = None,
-    last_row: Literal["auto", "observation", "transition"] = "auto",
-    return_to_go: bool = False,
-    overwrite: bool = False,
-) -> Path:
-    """Convert a public dataset into the native format.
-
-    Args:
-        source: file or folder
-        format: what it is
-        env: mamujoco, smacv1, smacv2 or smax
-        task: the task it was recorded in, which for minari also says the partition (ant_4x2)
-        quality: its name here
-        out: directory to write, instead of data/ENV/TASK/QUALITY
-        interface: what the agents see: benchmark, standard or agent_obsk=K (default: benchmark; of smacv1's pymarl and
-            smax standard)
-        limit: the recording's step limit, where it is not the task's own
-        last_row: what the row that says done holds (vault, omiga)
-        return_to_go: put the return-to-go in the reward's place, as the released code does in SMAC
-        overwrite: replace a dataset that is already there
-    """
-    path = dataset_path(out, env, task, quality, str(DATA_ROOT))
-    check_free(path, overwrite)
-    job = {
-        "source": str(source),
-        "format": format,
-        "env": env,
-        "task": task,
-        "quality": quality,
-        "out": str(path),
-        "interface": interface,
-        "limit": limit,
-        "last_row": last_row,
-        "return_to_go": return_to_go,
-    }
-    partial = path.with_name(path.name + ".partial")
-    with tempfile.TemporaryFile() as errors:
-        modules = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = os.environ | {"PYTHONPATH": modules}
-        child = subprocess.Popen([*CHILD_COMMAND, json.dumps(job)], stderr=errors, env=environment)
-        try:
-            progress, since = 0, time.monotonic()
-            while child.poll() is None:
-                time.sleep(0.1)
-                before, progress = progress, written(partial)
-                since = time.monotonic() if progress != before else since
-                if time.monotonic() - since > STALL:
-                    raise BadInput(
-                        f"{source} can't be read as {format}: the reader did nothing for {STALL} seconds and was "
-                        "stopped; it is damaged"
-                    )
-        finally:
-            child.kill()
-            child.wait()
-            if child.returncode:
-                shutil.rmtree(partial, ignore_errors=True)
-        errors.seek(0)
-        said = errors.read().decode(errors="replace").strip().splitlines() or [""]
-    if child.returncode == 2 and said[-1].startswith("error: "):
-        raise BadInput(said[-1].removeprefix("error: "))
-    if child.returncode:
-        raise BadInput(
-            f"{source} can't be read as {format}: the reader crashed (exit code {child.returncode}; {said[-1][:200]}); "
-            "the file is damaged"
-        )
-    info(str(path))
-    return path
-
-
-if __name__ == "__main__":  # the process that `convert` starts
+if __name__ == "__main__":  # the process that convert.py starts
+    if len(sys.argv) != 2:
+        sys.exit("use `python -m offline_data convert --help`: this file is started by that command")
+    job = json.loads(sys.argv[1])
+    partial = Path(job["out"]).with_name(Path(job["out"]).name + ".partial")
+    threading.Thread(target=end_with_the_parent, args=(partial,), daemon=True).start()
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_DATA, (CHILD_MEMORY, resource.getrlimit(resource.RLIMIT_DATA)[1]))
-    run_script(lambda: convert_here(**json.loads(sys.argv[1])))
+    run_script(lambda: convert_here(**job))

@@ -6,11 +6,13 @@ dataset against them.
 """
 
 import json
+from pathlib import Path
 
 import tyro
 
 from environments.checks import BadInput
-from offline_data.dataset import episode_returns, open_dataset, table_row
+from offline_data.card import check_card, read_json, table_row
+from offline_data.card import verify as compare_sums
 
 # The paper's Table 3, beside the statistics on OG-MARL's dataset cards (docs/dataset_cards: omiga.md, og_marl.md).
 # A row is: env, task, quality | agents, state, obs, action | Table 3's thousands of trajectories and of samples, mean
@@ -125,8 +127,19 @@ def differences(card: dict) -> tuple[list[str], list[str]]:
     return rows, lines
 
 
-def info(path: tyro.conf.Positional[str]):
-    """Validate a dataset, print its row of Table 3 beside the published ones and flag every difference."""
+def info(path: tyro.conf.Positional[str], verify: bool = False):
+    """Validate a dataset, print its row of Table 3 beside the published ones and flag every difference.
+
+    Args:
+        path: dataset directory
+        verify: compare every file with the checksums in the card (a small dataset's are compared without it, too)
+    """
+    from offline_data.dataset import open_dataset  # here, since torch takes seconds to load
+
+    if verify:
+        card = read_json(Path(path, "card.json"))
+        check_card(path, card)
+        compare_sums(Path(path), card)
     _, card = open_dataset(path)
     rows, lines = differences(card)
     print("\n".join([table_row(card), *rows]))
@@ -136,6 +149,8 @@ def info(path: tyro.conf.Positional[str]):
         print("published: its rewards are returns-to-go, so its returns are not those that were published")
     elif rows:
         print("\n".join(f"published: DIFFERS in {line}" for line in lines) or "published: agrees with every number")
+    if verify:
+        print(f"checksums: all {len(card['sha256'])} files are as they were written")
 
 
 def plot(path: tyro.conf.Positional[str], out: str = "returns.png"):
@@ -149,6 +164,8 @@ def plot(path: tyro.conf.Positional[str], out: str = "returns.png"):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
+    from offline_data.dataset import episode_returns, open_dataset
 
     rows, card = open_dataset(path)
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")

@@ -1,17 +1,16 @@
 """Writes a new dataset, episode by episode. The format stands in dataset.py."""
 
-import json
 import math
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from tensordict import TensorDict
 
 from environments.checks import BadInput
-
-REQUIRED = ["state", "agents/observation", "agents/action", "reward", "terminated", "done", "is_init", "episode"]
-OPTIONAL = ["agents/action_mask"]
+from offline_data.card import FIELDS, MASK, card_text, check_free
+from offline_data.durable import disk_errors, fsync_folder, replace
 
 
 class DatasetWriter:
@@ -20,11 +19,15 @@ class DatasetWriter:
         writer = DatasetWriter(path)
         writer.append(episode)    # TensorDict [T + 1], see dataset.py's docstring; flags and "episode" are added
         writer.close(card)        # completes the card and moves the dataset into place
+
+    Whatever is at `path` already stays: that is BadInput. With `overwrite` close() puts the new dataset in the place of
+    an old one, and of nothing else.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, overwrite: bool = False):
+        self.path, self.overwrite = Path(path), overwrite
         self.partial = self.path.with_name(self.path.name + ".partial")
+        check_free(self.path, overwrite)
         shutil.rmtree(self.partial, ignore_errors=True)
         try:
             (self.partial / "agents").mkdir(parents=True)
@@ -33,6 +36,16 @@ class DatasetWriter:
         self.files, self.template = {}, None
         self.rows, self.returns = 0, []
         self.action_low, self.action_high = math.inf, -math.inf
+
+    @contextmanager
+    def _writing(self):
+        """A full disk ends in one line, and gets back what was written so far."""
+        try:
+            with disk_errors(self.path):
+                yield
+        except BadInput:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            raise
 
     def append(self, episode: TensorDict):
         T = episode.shape[0] - 1
@@ -45,12 +58,13 @@ class DatasetWriter:
             episode[key][T] = 0
         if not episode["done"][T - 1] or episode["done"][: T - 1].any():
             raise ValueError("an episode's last transition, and only that one, must be done")
-        for key in REQUIRED + OPTIONAL:
+        for key in (*FIELDS, MASK):
             value = episode.get(tuple(key.split("/")), None)
             if value is not None:
-                if key not in self.files:
-                    self.files[key] = open(self.partial / f"{key}.raw", "wb")
-                self.files[key].write(value.contiguous().numpy().tobytes())
+                with self._writing():
+                    if key not in self.files:
+                        self.files[key] = open(self.partial / f"{key}.raw", "wb")
+                    self.files[key].write(value.contiguous().numpy().tobytes())
         self.template = episode[:1].select(*(tuple(k.split("/")) for k in self.files))
         self.rows += T + 1
         self.returns.append(episode["reward"].sum().item())
@@ -62,12 +76,14 @@ class DatasetWriter:
 
     def close(self, card: dict) -> Path:
         """`card` says env, task, quality, engine, interface and made (how); the rest is filled in here."""
-        for file in self.files.values():
-            file.close()
-        # TensorDict writes its own meta.json for the full length; then the recorded bytes take the place of its zeros.
-        self.template.expand(self.rows).memmap_like(str(self.partial))
-        for key in self.files:
-            (self.partial / f"{key}.raw").replace(self.partial / f"{key}.memmap")
+        with self._writing():
+            for file in self.files.values():
+                file.close()
+            # TensorDict writes its own meta.json for the full length; then the recorded bytes take the place of its
+            # zeros.
+            self.template.expand(self.rows).memmap_like(str(self.partial))
+            for key in self.files:
+                (self.partial / f"{key}.raw").replace(self.partial / f"{key}.memmap")
         action = self.template["agents", "action"]
         discrete = not action.is_floating_point()
         returns = torch.tensor(self.returns, dtype=torch.float64)
@@ -87,8 +103,21 @@ class DatasetWriter:
             "return_max": returns.max().item(),
             "bytes": {key: (self.partial / f"{key}.memmap").stat().st_size for key in self.files},
         }
-        (self.partial / "card.json").write_text(json.dumps(card, indent=2) + "\n")
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        self.partial.rename(self.path)
+        with self._writing():
+            (self.partial / "card.json").write_text(card_text(card, self.partial))
+        self._move()
         return self.path
+
+    def _move(self):
+        """The new dataset takes its name; an old one is moved aside for that moment, so that one of them is whole."""
+        check_free(self.path, self.overwrite)  # something may have come here meanwhile
+        aside = self.path.with_name(self.path.name + ".replaced")
+        with disk_errors(self.path):
+            if self.path.exists():
+                shutil.rmtree(aside, ignore_errors=True)
+                self.path.rename(aside)
+        replace(self.partial, self.path)
+        with disk_errors(self.path):
+            if self.overwrite and aside.exists():
+                shutil.rmtree(aside)
+                fsync_folder(aside.parent)

@@ -1,7 +1,9 @@
 """The dataset format: what is written is read, and what is damaged is refused and left alone."""
 
+import hashlib
 import json
 import math
+import os
 import random
 import shutil
 import subprocess
@@ -13,8 +15,11 @@ import torch
 from conftest import ROOT, files_hash, hopper_card
 from tensordict import TensorDict
 
+import offline_data.dataset
 from environments.checks import BadInput
+from offline_data.card import check_card
 from offline_data.dataset import dataset_path, episodes, last_rows, open_dataset, table_row
+from offline_data.published import info
 from offline_data.replay import as_transition, initial_rows, make_replay, minibatches
 from offline_data.writer import DatasetWriter
 
@@ -143,11 +148,50 @@ def test_writer_refuses_an_episode_that_does_not_end(hopper_episodes, tmp_path):
 
 def test_writer_leaves_no_dataset_before_close_and_replaces_one_after(copy, hopper_episodes):
     before = files_hash(copy)
-    writer = DatasetWriter(copy)
+    writer = DatasetWriter(copy, overwrite=True)
     writer.append(hopper_episodes[0])
     assert files_hash(copy) == before
     writer.close(hopper_card())
     assert open_dataset(copy)[1]["trajectories"] == 1
+    assert [p.name for p in copy.parent.iterdir()] == ["copy"]
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+@pytest.mark.parametrize("what", ["a dataset", "a folder", "a file", "a dead link"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_writer_replaces_nothing_unless_it_is_a_dataset_and_told_to(when, what, overwrite, hopper_data, hopper_episodes, tmp_path):
+    path = tmp_path / "there"
+
+    def put():
+        if what == "a dataset":
+            shutil.copytree(hopper_data, path)
+        elif what == "a folder":
+            path.mkdir()
+            (path / "thesis.tex").write_text("precious")
+        elif what == "a file":
+            path.write_text("precious")
+        else:
+            path.symlink_to(tmp_path / "nowhere")
+
+    def write():
+        writer = DatasetWriter(path, overwrite)
+        writer.append(hopper_episodes[0])
+        if when == "meanwhile":
+            put()
+        writer.close(hopper_card())
+
+    if when == "before":
+        put()
+    if overwrite and what == "a dataset":
+        write()
+        assert open_dataset(path)[1]["trajectories"] == 1
+    else:
+        before = files_hash(tmp_path) if when == "before" else None
+        with pytest.raises(BadInput, match="is no dataset and is left alone" if overwrite else "is already there"):
+            write()
+        assert before is None or files_hash(tmp_path) == before
+        assert path.is_symlink() or path.is_file() or sorted(p.name for p in path.iterdir())[0] in ("agents", "thesis.tex")
+        assert what != "a dataset" or open_dataset(path)[1]["trajectories"] == 12
 
 
 def test_writer_does_not_change_the_episodes(hopper_episodes, tmp_path):
@@ -326,7 +370,7 @@ def test_number_that_is_not_finite_in_a_last_row(copy):
 @pytest.mark.parametrize("value", [7, 0, -1, 2.0, "3", None, True, 10**30])
 def test_card_with_other_sizes(copy, name, value):
     edit(copy / "card.json", **{name: value})
-    refused(copy, f"'{name}' is" if type(value) is not int or value < 1 else "does not describe|episodes do not close")
+    refused(copy, f"'{name}' is" if type(value) is not int or not 1 <= value <= 2**40 else "does not describe|episodes do not close")
 
 
 @pytest.mark.parametrize("changes", [{"samples": 1, "trajectories": 12}, {"discrete": True}, {"discrete": "no"}, {"bytes": {}}, {"bytes": None}, {"bytes": []}])
@@ -512,6 +556,7 @@ def test_fuzz(game, hopper_data, tmp_path):
     rng = random.Random(0)
     outcomes = {"opened": 0, "refused": 0}
     for path in (game, shutil.copytree(hopper_data, tmp_path / "hopper")):
+        without_checksums(path)  # an older dataset: the other checks are on their own
         files = [p for p in sorted(path.rglob("*")) if p.is_file()]
         for _ in range(100):
             file = rng.choice(files)
@@ -536,6 +581,148 @@ def test_fuzz(game, hopper_data, tmp_path):
             assert files_hash(path) == before
             file.write_bytes(original)
     assert outcomes["refused"] > 100 and outcomes["opened"] > 5, outcomes
+
+
+# ---------------------------------------------------------------- hostile cards
+
+
+def hostile_cards(card: dict):
+    """Cards that somebody could send: (field, the card)."""
+    names = ["", ".", "..", "../../../etc", "/tmp/x", "a/b", "a\\b", "C:", "~", "a b", "hopper\n", "\x1b[31mred", "a\0b", "é", "\u202ehopper",
+             "٣", "x" * 65, "x" * 100_000, "$(id)", "%s", "{0}", 3, None, True, ["hopper"], {"env": "hopper"}, 10**30]
+    for field in ("env", "task", "quality"):
+        yield from ((field, card | {field: name}) for name in names)
+    interfaces = ["agent_obsk=99999999999", "agent_obsk=100", "agent_obsk=-1", "agent_obsk=٣", "agent_obsk=1\n", "agent_obsk=1.5", "standard/..", "", 1, []]
+    yield from (("interface", card | {"interface": interface}) for interface in interfaces)
+    counts = [0, -1, 2**41, 10**4000, 1.5, math.nan, math.inf, "12", None, True, [], {}]
+    for field in ("n_agents", "state_dim", "obs_dim", "action_dim", "trajectories", "samples"):
+        yield from ((field, card | {field: count}) for count in counts)
+    numbers = [math.nan, math.inf, -math.inf, 1e39, 10**400, -(10**4000), "0", None, True, [0.0], {}]
+    for field in ("action_low", "action_high", "return_mean", "return_std", "return_min", "return_max"):
+        yield from ((field, card | {field: number}) for number in numbers)
+    yield from (("discrete", card | {"discrete": value}) for value in (None, 1, "true", []))
+    sizes = card["bytes"]
+    others = [None, [], {}, 3, "bytes", sizes | {"../../etc/passwd": 4}, dict.fromkeys(sizes, -1), dict.fromkeys(sizes, 10**4000), dict.fromkeys(sizes, 1.0),
+              dict.fromkeys(sizes, True), dict.fromkeys(sizes)]
+    yield from (("bytes", card | {"bytes": value}) for value in others)
+    sums = card["sha256"]
+    others = [None, [], 3, "sha256", {"../../../etc/passwd": "0" * 64}, {"card.json": "0"}, {"card.json": 0}, {"card.json": ["0" * 64]}, {}, {"card.json": "0" * 63 + "\n"},
+              sums | {"state.memmap": "0" * 64}, {k: v for k, v in sums.items() if k != "reward.memmap"}]
+    yield from (("sha256", card | {"sha256": value}) for value in others)
+    yield from (("engine", card | {"engine": value}) for value in (3, [], "\x1b]0;title\x07", "a\nb", "x" * 1001, {}))
+    deep = "bottom"
+    for _ in range(50):
+        deep = [deep]
+    for value in ("\x1b[2J", {"by": "a\nb"}, {"by\x07": "a"}, {"x": 10**400}, {"x": math.nan}, {"x": [[math.inf]]}, deep, {"a": {"b": deep}}):
+        yield "made", card | {"made": value}
+
+
+def test_hostile_cards_are_refused_in_one_line(hopper_data, tmp_path):
+    """Each field in turn; the rest of the card, and every other file, is as it was."""
+    folder = shutil.copytree(hopper_data, tmp_path / "out" / "set")
+    card, tried = json.loads((folder / "card.json").read_text()), 0
+    sys.set_int_max_str_digits(0)
+    texts = [(field, json.dumps(other)) for field, other in hostile_cards(card)]
+    sys.set_int_max_str_digits(4300)
+    texts += [("card.json", text) for text in ("[" * 100_000, '{"env":' * 50_000, '{"a": "' + "x" * 2**20 + '"}', '{"env": "\\ud800"}')]
+    for field, text in texts:
+        (folder / "card.json").write_text(text)
+        with pytest.raises(BadInput) as caught:
+            open_dataset(folder)
+        said = str(caught.value)
+        assert "card.json" in said or "differs from the card's checksum" in said, (field, said)
+        assert said.isprintable() and len(said) < 600 + len(str(tmp_path)), said
+        tried += 1
+    print(tried, "hostile cards")
+    assert tried > 250 and sorted(p.name for p in tmp_path.iterdir()) == ["out"] and sorted(p.name for p in (tmp_path / "out").iterdir()) == ["set"]
+
+
+def test_the_generator_of_hostile_cards_starts_from_a_sound_one(hopper_data):
+    card = json.loads((hopper_data / "card.json").read_text())
+    check_card(hopper_data, card)
+    assert all(repr(other) != repr(card) for _, other in hostile_cards(card))
+
+
+@pytest.mark.parametrize("names", [("..", "hopper", "x"), ("mamujoco", "../hopper", "x"), ("mamujoco", "hopper", "/tmp/x"), ("mamujoco", "hopper", "")])
+def test_names_that_are_paths_make_no_path(names):
+    with pytest.raises(BadInput, match="not a name of letters"):
+        dataset_path(None, *names)
+
+
+@pytest.mark.parametrize("data", ["", "a\0b"])
+def test_data_that_names_no_folder(data):
+    with pytest.raises(BadInput, match="names no folder"):
+        dataset_path(data, None, None, None)
+
+
+# ---------------------------------------------------------------- checksums
+
+
+def without_checksums(path):
+    """What an older version wrote."""
+    card = json.loads((path / "card.json").read_text())
+    del card["sha256"]
+    (path / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+
+
+def test_the_card_has_a_checksum_of_every_file(recorded):
+    path, _ = recorded
+    sums, files = json.loads((path / "card.json").read_text())["sha256"], files_hash(path)
+    assert sums.keys() == files.keys() and len(files) >= 11
+    assert {k: v for k, v in sums.items() if k != "card.json"} == {k: v for k, v in files.items() if k != "card.json"}
+    text = (path / "card.json").read_text().replace(sums["card.json"], "0" * 64)
+    assert hashlib.sha256(text.encode()).hexdigest() == sums["card.json"]
+
+
+FLIPS = int(os.environ.get("FLIPS", 40))
+
+
+def test_every_flipped_bit_is_found(game, tmp_path, capsys):
+    """One bit anywhere in a dataset, the card included: `info --verify` names the file. FLIPS=500 tries more of them."""
+    rng = random.Random(1)
+    info(str(game), verify=True)
+    assert "checksums: all 12 files" in capsys.readouterr().out
+    files = [p for p in sorted(game.rglob("*")) if p.is_file()]
+    for i in range(FLIPS):
+        file = files[i % len(files)]
+        data = bytearray(file.read_bytes())
+        original, place = bytes(data), rng.randrange(len(data))
+        data[place] ^= 1 << rng.randrange(8)
+        file.write_bytes(data)
+        with pytest.raises(BadInput, match=file.name) as caught:
+            info(str(game), verify=True)
+        assert "\n" not in str(caught.value), (file, place)
+        file.write_bytes(original)
+    info(str(game), verify=True)
+
+
+def test_a_small_dataset_is_compared_when_it_is_opened_and_a_large_one_is_not(copy, monkeypatch):
+    poke(copy, "state", 0, 1.25)  # finite, and nothing else of it is on the card
+    refused(copy, "state.memmap differs from the card's checksum")
+    monkeypatch.setattr(offline_data.dataset, "CHECKED_AT_OPENING", 1000)
+    assert open_dataset(copy)[0]["state"][0, 0] == 1.25
+    with pytest.raises(BadInput, match=r"state\.memmap differs"):
+        info(str(copy), verify=True)
+
+
+def test_a_note_in_the_card_may_be_changed_by_hand(copy):
+    edit(copy / "card.json", made={"by": "somebody", "note": "the good one"})
+    assert open_dataset(copy)[1]["made"]["note"] == "the good one"
+    with pytest.raises(BadInput, match=r"card\.json differs"):
+        info(str(copy), verify=True)
+
+
+def test_a_dataset_without_checksums_opens_but_is_not_verified(copy):
+    without_checksums(copy)
+    assert open_dataset(copy)[1]["trajectories"] == 12
+    with pytest.raises(BadInput, match="has no checksums"):
+        info(str(copy), verify=True)
+
+
+def test_the_datasets_in_the_repository_are_as_their_cards_say(capsys):
+    for name in ("mamujoco/hopper", "smax/zerg_5_vs_5"):
+        info(str(ROOT / "data" / name / "demo"), verify=True)
+    assert capsys.readouterr().out.count("files are as they were written") == 2
 
 
 # ---------------------------------------------------------------- command line

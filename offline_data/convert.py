@@ -1,0 +1,122 @@
+"""Conversion of a public dataset: the command. The formats stand in formats.py.
+
+    python -m offline_data convert hopper.vlt/Medium --format vault --env mamujoco --task hopper --quality medium
+
+The C libraries under the formats can crash or hang on a damaged file, so the reading is done in a process of its own
+(formats.py, run as a script). This one watches it: nothing is seen of a crash but one line. If this one is killed, the
+reader sees that its input has ended and goes too.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from environments.checks import BadInput
+from offline_data.card import DATA_ROOT, check_free, dataset_path
+
+ROOT = Path(__file__).parent.parent
+READER = (sys.executable, "-m", "offline_data.formats")
+STALL = 300  # seconds without progress after which a conversion counts as hanging
+
+
+def written(folder: Path) -> int:
+    """Bytes below a folder that another process is writing, and may rename or remove at any moment."""
+    total = 0
+    try:
+        for file in folder.rglob("*"):
+            total += file.stat().st_size
+    except OSError:
+        pass
+    return total
+
+
+def convert(
+    source: tyro.conf.Positional[str],
+    format: Literal["vault", "omiga", "npz", "pymarl", "minari"],
+    env: str,
+    task: str,
+    quality: str,
+    out: str | None = None,
+    interface: str | None = None,
+    limit: int | None = None,
+    last_row: Literal["auto", "observation", "transition"] = "auto",
+    return_to_go: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Convert a public dataset into the native format.
+
+    Args:
+        source: file or folder
+        format: what it is
+        env: mamujoco, smacv1, smacv2 or smax
+        task: the task it was recorded in, which for minari also says the partition (ant_4x2)
+        quality: its name here
+        out: directory to write, instead of data/ENV/TASK/QUALITY
+        interface: what the agents see: benchmark, standard or agent_obsk=K (default: benchmark; of smacv1's pymarl and
+            smax standard)
+        limit: the recording's step limit, where it is not the task's own
+        last_row: what the row that says done holds (vault, omiga)
+        return_to_go: put the return-to-go in the reward's place, as the released code does in SMAC
+        overwrite: replace a dataset that is already there
+    """
+    path = dataset_path(out, env, task, quality, str(DATA_ROOT))
+    check_free(path, overwrite)
+    job = {
+        "source": str(source),
+        "format": format,
+        "env": env,
+        "task": task,
+        "quality": quality,
+        "out": str(path),
+        "interface": interface,
+        "limit": limit,
+        "last_row": last_row,
+        "return_to_go": return_to_go,
+        "overwrite": overwrite,
+    }
+    partial = path.with_name(path.name + ".partial")
+    with tempfile.TemporaryFile() as errors:
+        path_of_modules = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        child = subprocess.Popen(
+            [*READER, json.dumps(job)],
+            stdin=subprocess.PIPE,  # nothing is written to it; it ends with this process
+            stderr=errors,
+            env=os.environ | {"PYTHONPATH": path_of_modules},
+        )
+        try:
+            progress, since = 0, time.monotonic()
+            while child.poll() is None:
+                time.sleep(0.1)
+                before, progress = progress, written(partial)
+                since = time.monotonic() if progress != before else since
+                if time.monotonic() - since > STALL:
+                    raise BadInput(
+                        f"{source} can't be read as {format}: the reader did nothing for {STALL} seconds and was "
+                        "stopped; it is damaged"
+                    )
+        finally:
+            child.kill()
+            child.wait()
+            if child.returncode:
+                shutil.rmtree(partial, ignore_errors=True)
+        errors.seek(0)
+        said = errors.read().decode(errors="replace").strip().splitlines() or [""]
+    if child.returncode == 2 and said[-1].startswith("error: "):
+        raise BadInput(said[-1].removeprefix("error: "))
+    if child.returncode:
+        raise BadInput(
+            f"{source} can't be read as {format}: the reader crashed (exit code {child.returncode}; {said[-1][:200]}); "
+            "the file is damaged"
+        )
+    from offline_data.published import info  # here, so that torch is not loaded for --help
+
+    info(str(path))
+    return path

@@ -1,0 +1,115 @@
+"""Files that are whole or absent, after a crash, a kill or a power cut too.
+
+    write_text(path, text)          # a new file, or an existing one replaced as a whole
+    write_bytes(path, data)         # for example what torch.save wrote into an io.BytesIO
+    replace(partial, path)          # a file or folder that is ready takes its final name
+    with disk_errors(path): ...     # what the disk refuses in here becomes one line
+
+A reader never sees half of a file under its final name: the bytes are written to PATH.partial, flushed to the disk, and
+then renamed, and the folder's entry is flushed as well. What the system refuses (a full disk, a quota, a read-only
+folder) is raised as BadInput with one line that says what to do. Importing this module does not load torch.
+"""
+
+import errno
+import os
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from environments.checks import BadInput
+
+AGAIN = "run the command again"
+
+
+def device_of(path: str | Path) -> str:
+    """The mount point of the disk that a path lies on, whether the path exists or not."""
+    path = Path(path).absolute()
+    return str(next(folder for folder in (path, *path.parents) if os.path.ismount(folder) or folder == folder.parent))
+
+
+@contextmanager
+def disk_errors(path: str | Path, again: str = AGAIN):
+    """Within it, an OSError becomes BadInput. `path` is what is being written, `again` how to go on with more space.
+
+    torch.save to a path hides that the disk is full ("unexpected pos ..."), so save to an io.BytesIO and use
+    write_bytes.
+    """
+    try:
+        yield
+    except OSError as error:
+        at = error.filename if isinstance(error.filename, str) else path
+        if error.errno == errno.ENOSPC:
+            what = f"no space left on {device_of(path)}; free some and {again} (it was writing {path})"
+        elif error.errno == errno.EDQUOT:
+            what = f"your quota on {device_of(path)} is used up; free some and {again} (it was writing {path})"
+        elif error.errno == errno.EROFS:
+            what = f"can't write {path}: {device_of(path)} is mounted read-only; choose another folder"
+        elif error.errno in (errno.EACCES, errno.EPERM):
+            what = f"can't write {path}: you are not allowed to write {at}; change its rights or choose another folder"
+        elif error.errno == errno.ENOENT:
+            what = f"can't write {path}: {at} is not there, or was removed meanwhile; {again}"
+        else:
+            what = f"can't write {path}: {error.strerror or error}"
+        raise BadInput(what) from None
+
+
+def fsync_folder(path: str | Path):
+    """Flushes a folder's list of names. Some network file systems can't do that for a folder, and need not."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(handle)
+
+
+def fsync_tree(path: str | Path):
+    """Flushes a file, or every file and folder below a folder. Links are not followed."""
+    if not os.path.isdir(path):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        return
+    for folder, _, names in os.walk(path):
+        for name in names:
+            if not os.path.islink(os.path.join(folder, name)):
+                fsync_tree(os.path.join(folder, name))
+        fsync_folder(folder)
+
+
+def replace(partial: str | Path, path: str | Path, again: str = AGAIN):
+    """Gives a file or folder that is completely written its final name, flushed to the disk before and after.
+
+    A file takes the place of an older file. A folder never takes the place of anything but an empty folder: the system
+    itself refuses that, and it is raised as BadInput.
+    """
+    with disk_errors(path, again):
+        fsync_tree(partial)
+        try:
+            os.rename(partial, path)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+                raise BadInput(
+                    f"{path} is already there and is left alone: move it away, or choose another place"
+                ) from None
+            raise
+        fsync_folder(Path(path).parent)
+
+
+def write_bytes(path: str | Path, data: bytes | memoryview, again: str = AGAIN):
+    """Writes a file as a whole. If that fails, an older file at `path` is as it was and nothing new is left."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with disk_errors(path, again):
+            partial.write_bytes(data)
+        replace(partial, path, again)
+    except BaseException:  # Ctrl-C too: no half of a file stays behind
+        with suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def write_text(path: str | Path, text: str, again: str = AGAIN):
+    """Writes a text file as a whole, in UTF-8."""
+    write_bytes(path, text.encode(), again)
