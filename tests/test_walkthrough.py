@@ -54,6 +54,9 @@ def complaints_about_numbers(numbers: dict) -> list[str]:
         "primal and dual are equal": n["duality_gap"] < 1e-5 and n["largest_duality_gap_of_all_alphas"] < 1e-5,
         "the networks' w is the exact w*": n["w_error"] < 1e-3,
         "the networks' w of semi is that of bisection": n["semi_w_error"] < 1e-3,
+        "A_tot is M[q] - M[nu], without the bias": n["mixer_error"] < 1e-9,
+        "Eq. 9 gives the best additive advantage": n["additive_error"] < 1e-4,
+        "Eq. 11 gives the product of the local shares": n["policy_error"] < 1e-3,
         "weighted BC is far above BC and the data": n["return_weighted_bc"] > max(n["return_bc"], n["return_behaviour"]) + 0.5,
         "so it is with semi": n["return_weighted_bc_semi"] > max(n["return_bc"], n["return_behaviour"]) + 0.5,
         "BC is below the data": n["return_bc"] < n["return_behaviour"] - 0.1,
@@ -143,9 +146,10 @@ def test_broken_outputs_are_seen(name):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("duality_gap", 1e-4), ("w_error", 0.01), ("semi_w_error", 0.01), ("return_weighted_bc", 0.0), ("return_weighted_bc", 2.0),
-    ("return_weighted_bc_semi", 0.0), ("return_bc", 0.1), ("printed_mean_w", 0.9), ("printed_mean_w", float("nan")),
-    ("semi_worst_mean_w", 0.1), ("semi_total_variation_at_alpha_100", 0.05), ("w_error", float("nan")),
+    ("duality_gap", 1e-4), ("w_error", 0.01), ("semi_w_error", 0.01), ("mixer_error", 0.1), ("additive_error", 0.01),
+    ("policy_error", 0.01), ("return_weighted_bc", 0.0), ("return_weighted_bc", 2.0), ("return_weighted_bc_semi", 0.0),
+    ("return_bc", 0.1), ("printed_mean_w", 0.9), ("printed_mean_w", float("nan")), ("semi_worst_mean_w", 0.1),
+    ("semi_total_variation_at_alpha_100", 0.05), ("w_error", float("nan")),
 ])
 def test_wrong_numbers_are_seen(name, value):
     assert len(complaints_about_numbers(committed_numbers() | {name: value})) == 1
