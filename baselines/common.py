@@ -27,7 +27,7 @@ from support.runs import (
     set_random_state,
     start_runs,
 )
-from support.seeds import Graph, adam, update_target
+from support.seeds import Graph, adam, load_part, update_target
 
 
 @dataclass
@@ -103,7 +103,7 @@ def train_seed(algo: str, networks: nn.Module, update: Callable, rows: TensorDic
     start, seconds, began = run.state["step"], run.state["seconds"], time.perf_counter() - run.state["wall"]
     if start:
         for name, part in parts.items():
-            part.load_state_dict(run.state[name])
+            load_part(part, run.state[name])
         set_random_state(run.state["random"])  # after the initialisations of the parts have drawn from it
 
     def step_of(batch: TensorDict) -> dict:
