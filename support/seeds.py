@@ -117,8 +117,10 @@ def adam(groups: list, lr: float, device: torch.device) -> torch.optim.Adam:
 
 
 def load_part(part, state: dict):
-    """part.load_state_dict(state). An optimiser's learning rates go where its parameters are: a checkpoint is read on the
-    CPU, and a rate that lies there would be a constant of the CUDA graph."""
+    """part.load_state_dict(state), with an optimiser's learning rates where its parameters are.
+
+    A checkpoint is read on the CPU, and a rate that lies there would be a constant of the CUDA graph.
+    """
     part.load_state_dict(state)
     for group in getattr(part, "param_groups", []):
         if isinstance(group["lr"], torch.Tensor):
@@ -128,7 +130,8 @@ def load_part(part, state: dict):
 @torch.no_grad()
 def update_target(target: nn.Module, networks: nn.Module, tau: float | torch.Tensor):
     """target <- target + tau (networks - target), in every parameter."""
-    mine, theirs = (TensorDict.from_module(module).data for module in (target, networks))
+    # named_parameters has a parameter that two modules share once, TensorDict.from_module has it twice
+    mine, theirs = (TensorDict(dict(module.named_parameters())).data for module in (target, networks))
     if isinstance(tau, torch.Tensor):  # one beside every parameter; alone it would be read on the host
         tau = theirs.apply(lambda _: tau)
     mine.lerp_(theirs, tau)

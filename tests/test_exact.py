@@ -8,7 +8,7 @@ Run with `pytest tests/test_exact.py -s` to see the numbers that the tests measu
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,7 +23,7 @@ import comadice_losses as losses
 import comadice_train
 from comadice_mixer import Critics
 from comadice_train import DataFacts
-from offline_data.replay import as_transition
+from offline_data.replay import as_transition, transition_rows
 
 FS = ["kl", "chi2", "soft_chi2"]
 ALPHAS = [0.1, 1.0, 10.0]
@@ -200,14 +200,14 @@ def td_form(critics, m):
     return nu_tot, losses.td_advantage(m.t.r, m.t.terminated, nu_tot[:, None], m.t.P @ nu_tot, m.gamma)
 
 
-def train_exact(m, name, alpha, trained=("nu", "mixer"), lam=False):
-    """Minimises the objective `exact`: (critics, w [S, A], the minimum)."""
+def train_exact(m, name, alpha, trained=("nu", "mixer"), lam=False, mass=1.0):
+    """Minimises the objective `exact`: (critics, w [S, A], the minimum). The data's occupancy has this mass (see Model)."""
     f, critics = losses.DIVERGENCES[name], tabular_critics(m.n, m.S, m.S)
     parameters = [p for module in trained for p in getattr(critics, module).parameters()] + [critics.lam] * lam
 
     def loss():
         nu_tot, A = td_form(critics, m)
-        return losses.dual_loss(nu_tot, A, alpha, f, m.gamma, critics.lam if lam else 0.0, p0=m.t.p0, rho=m.t.D)
+        return losses.dual_loss(nu_tot, A, alpha, f, m.gamma, critics.lam if lam else 0.0, mass, p0=m.t.p0, rho=m.t.D)
 
     value = minimise(loss, parameters, max_iter=50 if lam else 4000)  # with lambda there is a flat direction to walk along for ever
     with torch.no_grad():
@@ -281,6 +281,19 @@ def test_exact_objective_with_termination(name, alpha, termination):
         if termination == "constant":  # every policy lives equally long: (1 - gamma) sum_t (gamma 0.9)^t
             assert mass == pytest.approx((1 - m.gamma) / (1 - 0.9 * m.gamma), abs=1e-4)
         print(f"{termination} termination, n={n} {name} alpha={alpha:g}: E_D[w] = {mass:.4f}, behaviour {m.d.sum():.4f}")
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("name", FS)
+def test_exact_objective_with_the_data_s_mass(name, alpha):
+    """Eq. 2-3 with rho^mu the discounted occupancy itself, whose mass is below 1 where episodes terminate."""
+    m = random_model(2, termination="random")
+    mass = m.d.sum()
+    assert mass < 0.6
+    solution = exact_solution(replace(m, D=m.d), name, alpha)
+    _, w, value = train_exact(m, name, alpha, mass=mass)
+    assert abs(w - solution.w).max() <= 1e-3  # both are rho / d
+    assert abs(value - solution.value) <= 1e-5
 
 
 @pytest.mark.parametrize("name", FS)
@@ -479,6 +492,91 @@ def test_semi_objective_has_mean_ratio_one_in_every_state(name, termination):
     far = lambda w: 0.5 * (m.D.sum(1) @ abs(policy(w) - policy(solution.w)).sum(1))
     print(f"semi, {name}, {termination} termination: E_D[w] {(m.D * w).sum():.4f} (the solution's {solution.rho.sum():.4f}), mean |w - w*| "
           f"{(m.D * abs(w - solution.w)).sum():.3f}; total variation of policies to the solution's: {far(w):.3f}, of the behaviour's {far(w * 0 + 1):.3f}")
+
+
+# ---------------------------------------------------------------- large alphas
+
+
+def variation(weights, count) -> float:
+    """Mean total variation, over states as the data have them, between the weighted policy and the behaviour's: [S, A] each."""
+    share = count.sum(1) / count.sum()
+    weighted = count * weights
+    return 0.5 * share @ abs(weighted / weighted.sum(1, keepdims=True) - count / count.sum(1, keepdims=True)).sum(1)
+
+
+@pytest.mark.parametrize("termination", ["none", "constant", "random"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_policy_of_exact_tends_to_the_behaviour(seed, termination):
+    """As alpha grows it does where the data term has the occupancy's mass. With mass 1 and termination it does not.
+
+    Then the flow of rho has less mass than D, so that w = 1 is not feasible, however dear the divergence is.
+    """
+    m = random_model(seed, termination=termination)
+    far = {(mass, alpha): variation(train_exact(m, "soft_chi2", alpha, mass=mass)[1], m.D) for mass in (m.d.sum(), 1.0) for alpha in (1.0, 1000.0)}
+    right = {alpha: far[m.d.sum(), alpha] for alpha in (1.0, 1000.0)}
+    print(f"exact, seed {seed}, {termination} termination: total variation {right[1.0]:.4f} at alpha 1, {right[1000.0]:.5f} at 1000; "
+          f"with mass 1 {far[1.0, 1000.0]:.4f} at 1000")
+    assert right[1000.0] < 1e-3 < 0.05 < right[1.0]
+    assert (far[1.0, 1000.0] > 0.1) == (termination == "random")
+
+
+def sampled_dataset(m, episodes, seed=0):
+    """Rows of a dataset that the behaviour policy recorded in the model, at most 60 transitions an episode, and (s, a) of each transition."""
+    rng = np.random.default_rng(seed)
+    mu, steps = m.d / m.d.sum(1, keepdims=True), []
+    for _ in range(episodes):
+        s, begins = rng.choice(m.S, p=m.p0), True
+        for t in range(60):
+            a = rng.choice(m.A, p=mu[s])
+            alive = m.P_alive[s, a]
+            following = rng.choice(m.S + 1, p=[*alive, max(1 - alive.sum(), 0)])
+            ended = following == m.S
+            steps.append((s, a, m.r[s, a], ended, ended or t == 59, begins))
+            s, begins = (0 if ended else following), False
+            if steps[-1][4]:
+                steps.append((s, 0, 0.0, False, False, False))  # the last row: what is seen at the end
+                break
+    s, a, r, terminated, done, first = map(np.array, zip(*steps))
+    column = lambda x: torch.as_tensor(x)[:, None]
+    rows = TensorDict({"state": m.t.state[s], "reward": column(r), "terminated": column(terminated), "done": column(done), "is_init": column(first)}, [len(s)])
+    rows["agents"] = TensorDict({"observation": m.t.obs[s], "action": torch.as_tensor(m.actions)[a]}, [len(s), m.n])
+    keep = transition_rows(rows).numpy()
+    return rows, s[keep], a[keep]
+
+
+@pytest.mark.parametrize("advantage", ["td", "q"])
+@pytest.mark.parametrize("termination", ["none", "random"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_policy_of_the_default_tends_to_the_behaviour(seed, termination, advantage):
+    """Through the code that trains: data of a random MMDP, updates of tabular critics, and w* of the whole dataset.
+
+    Eq. 11's optimum for tabular policies of the team is the weighted share of each action, which is compared with the plain share.
+    """
+    m = random_model(seed, termination=termination)
+    rows, s, a = sampled_dataset(m, 60)
+    count, far = np.zeros((m.S, m.A)), {}
+    np.add.at(count, (s, a), 1)
+    pairs = torch.stack([transition_rows(rows), transition_rows(rows) + 1], -1)
+    batch, init = as_transition(rows[pairs]), rows[rows["is_init"][:, 0]]
+    for alpha in (0.5, 1000.0):
+        given = comadice_train.Args(alpha=alpha, advantage=advantage, gamma=m.gamma, critic_lr=0.02)
+        args = comadice_train.resolve(given, rows["reward"].abs().mean().item())
+        assert args.objective == "semi" and args.bound
+        critics = tabular_critics(m.n, m.S, m.S)
+        target, optimizer = copy.deepcopy(critics), torch.optim.Adam(critics.parameters(), args.critic_lr)
+        if advantage == "td":
+            del critics.q, target.q
+        update = comadice_train.make_critic_update(critics, target, optimizer, args, comadice_train.data_facts(rows, args))
+        for _ in range(300):
+            update(batch, init)
+        w, weighted = comadice_train.dataset_ratio(target, rows, args).numpy(), np.zeros((m.S, m.A))
+        np.add.at(weighted, (s, a), w)
+        far[alpha] = variation(weighted / count.clip(1), count)
+        mean_w = w.mean()
+    print(f"semi, seed {seed}, {termination} termination, w* from {advantage}: total variation {far[0.5]:.4f} at alpha 0.5, {far[1000.0]:.5f} at 1000, "
+          f"where E[w] is {mean_w:.4f}")
+    assert far[1000.0] < 1e-3 < 0.05 < far[0.5]
+    assert mean_w == pytest.approx(1, abs=0.02)
 
 
 # ---------------------------------------------------------------- what training assembles: comadice_train

@@ -168,11 +168,17 @@ def midpoint_gaps(layers, name, form, pairs=500):
     S, n, B, gamma, alpha = 5, 3, 40, 0.9, 1.0
     reward, terminated, s, s_next, s0 = random_transitions(B, S)
     state, q = torch.randn(S, 4).double(), 3 * torch.randn(B, n).double()
+    fixed_next = 3 * torch.randn(B).double()
     mixer = MIXERS[layers](n, 4, hidden=16).double()
 
     def loss(nu):
         if form == "M[q - nu]":
             A = mixer.advantage(q - nu[s], state[s])
+        elif form == "Eq. 10":  # with the mixer's bias
+            A = mixer(q - nu[s], state[s])
+        elif form == "semi":
+            A = losses.td_advantage(reward, terminated, mixer(nu[s], state[s]), fixed_next, gamma)
+            return losses.semi_loss(mixer(nu[s], state[s]), A, alpha, DIVERGENCES[name])
         else:
             A = losses.td_advantage(reward, terminated, mixer(nu[s], state[s]), mixer(nu[s_next], state[s_next]), gamma)
         return losses.dual_loss(mixer(nu[s0], state[s0]), A, alpha, DIVERGENCES[name], gamma)
@@ -183,7 +189,7 @@ def midpoint_gaps(layers, name, form, pairs=500):
         return (L(one) + L(two)) / 2 - L((one + two) / 2)
 
 
-@pytest.mark.parametrize("layers, form", [(1, "M[q - nu]"), (2, "M[q - nu]"), (1, "TD")])
+@pytest.mark.parametrize("layers, form", [(1, "M[q - nu]"), (2, "M[q - nu]"), (1, "Eq. 10"), (2, "Eq. 10"), (1, "TD"), (1, "semi")])
 @pytest.mark.parametrize("name", FS)
 def test_loss_is_convex_in_nu(layers, form, name):
     gaps = midpoint_gaps(layers, name, form)
@@ -191,11 +197,12 @@ def test_loss_is_convex_in_nu(layers, form, name):
 
 
 @pytest.mark.parametrize("name", FS)
-def test_td_form_is_not_convex_with_two_layers(name):
+@pytest.mark.parametrize("form", ["TD", "semi"])
+def test_td_form_is_not_convex_with_two_layers(form, name):
     """nu_tot(s) enters with a minus sign, so a mixer that is convex and not linear breaks it: Theorem 4.2 speaks of M[q - nu]."""
-    gaps = midpoint_gaps(2, name, "TD")
+    gaps = midpoint_gaps(2, name, form)
     failed = (gaps < -1e-6).sum().item()
-    print(f"{name}: {failed} of {len(gaps)} midpoint checks fail")
+    print(f"{form}, {name}: {failed} of {len(gaps)} midpoint checks fail")
     assert failed >= 1
 
 
