@@ -146,10 +146,10 @@ def load_policy(run: str | Path, device="cpu") -> tuple[torch.nn.Module, dict]:
     if not state["policy"]:
         raise BadInput(f"{run} has no policy yet: it was stopped in its first stage, go on with --resume")
     try:
-        if state["algo"] == "bcq":  # its policy is implicit in a generative model and q
-            from baselines import bcq
+        if state["algo"] in ("bcq", "cql"):  # their policies are implicit in q
+            from baselines import bcq, cql
 
-            policy = bcq.policy_of_run(card, config)
+            policy = (bcq if state["algo"] == "bcq" else cql).policy_of_run(card, config)
         else:
             sizes = (card[key] for key in ("n_agents", "obs_dim", "action_dim", "discrete"))
             policy = make_policy(*sizes, config["hidden"])

@@ -14,7 +14,7 @@ import environments.threads  # noqa: F401 -- before torch
 import copy
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -178,7 +178,8 @@ def resolve(args: Args, mean_abs_reward: float) -> Args:
     """Fills in every flag that was not given. Raises BadInput for flags that contradict each other."""
     given = {name: value for name, value in asdict(args).items() if value is not None}
     preset = PRESETS[args.preset]
-    preset = preset if args.objective in (None, preset["objective"]) else {}  # another objective brings its own values
+    if args.objective not in (None, preset["objective"]):  # another objective brings its own advantage, alpha and tau
+        preset = {k: v for k, v in preset.items() if k not in OBJECTIVES[args.objective] and k != "lambda_scale"}
     objective = given.get("objective") or preset["objective"]
     own = dict(OBJECTIVES[objective])
     # Four digits, so that it does not depend on the order in which a machine adds up.
@@ -479,5 +480,5 @@ def main(args: Args):
 if __name__ == "__main__":
     args = tyro.cli(Args)
     if args.env is args.task is args.quality is args.data is None:
-        args = tyro.cli(Args, default=DEMO)
+        args = tyro.cli(Args, default=replace(DEMO, resume=not args.overwrite))
     run_script(main, args)

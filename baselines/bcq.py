@@ -40,18 +40,16 @@ BOX = 1.0  # the simulator clips continuous actions to [-1, 1]; recorded ones be
 class Args(RunArgs):
     phi: float = 0.05
     """continuous actions: bound of the perturbation (Fujimoto et al. 2019a)"""
-    candidates: int = 10
-    """continuous actions: how many the maximum runs over (Fujimoto et al. 2019a)"""
+    candidates: int = 100
+    """continuous actions: how many the played maximum runs over (Fujimoto et al. 2019a, code)"""
+    target_candidates: int = 10
+    """continuous actions: how many the maximum in the target runs over (Fujimoto et al. 2019a)"""
     clip_lambda: float = 0.75
     """continuous actions: weight of the twins' minimum in the target (Fujimoto et al. 2019a)"""
     kl_weight: float = 0.5
     """continuous actions: weight of the auto-encoder's KL term (Fujimoto et al. 2019a, code)"""
     threshold: float = 0.3
     """discrete actions: least likelihood, relative to the likeliest action's (Fujimoto et al. 2019b)"""
-    gamma: float = 0.99
-    """discount"""
-    tau: float = 0.005
-    """step of the target networks towards the networks"""
     mixer_hidden: int = 64
     """hidden units of the mixer's hyper-networks"""
 
@@ -100,17 +98,17 @@ class ContinuousBCQ(nn.Module):
     def __init__(self, card: dict, args: Args):
         super().__init__()
         n, O, S, A = (card[k] for k in ("n_agents", "obs_dim", "state_dim", "action_dim"))
-        self.phi, self.n_candidates = args.phi, args.candidates
+        self.phi = args.phi
         self.encoder = LocalMLP(n, O + A, 4 * A, args.hidden)
         self.decoder = LocalMLP(n, O + 2 * A, A, args.hidden)
         self.perturbation = LocalMLP(n, O + A, A, args.hidden)
-        self.q = nn.ModuleList(Q(n, O, A, args.hidden) for _ in range(2))
+        self.q = nn.ModuleList(Q(n, O, A, args.hidden, layer_norm=args.layer_norm) for _ in range(2))
         self.mixer = LinearMixer(n, S, args.mixer_hidden)
-        self.register_buffer("latents", self.draw(torch.empty(n, 2 * A)))
+        self.register_buffer("latents", self.draw(torch.empty(n, 2 * A), args.candidates))
 
-    def draw(self, like: Tensor) -> Tensor:
-        """Latents for the candidates [K, ...], from Normal(0, 1) clipped to [-0.5, 0.5]."""
-        return torch.randn_like(like.expand(self.n_candidates, *like.shape)).clamp(-0.5, 0.5)
+    def draw(self, like: Tensor, count: int) -> Tensor:
+        """Latents for the candidates [count, ...], from Normal(0, 1) clipped to [-0.5, 0.5]."""
+        return torch.randn_like(like.expand(count, *like.shape)).clamp(-0.5, 0.5)
 
     def decode(self, obs: Tensor, latent: Tensor) -> Tensor:
         return BOX * self.decoder(torch.cat([obs, latent], -1)).tanh()
@@ -141,7 +139,7 @@ class ContinuousBCQ(nn.Module):
         log_std = log_std.clamp(-4, 15)
         reconstruction = self.decode(obs, mean + log_std.exp() * torch.randn_like(mean))
         with torch.no_grad():
-            latents = self.draw(mean)
+            latents = self.draw(mean, args.target_candidates)
             next_obs, latent = next_obs.expand(len(latents), *next_obs.shape), latents[0]
             next_action = target.perturb(next_obs, self.decode(next_obs, latents))
             q_next = soft_clipped(target.q_j(next_obs, next_action), args.clip_lambda).amax(0)
@@ -163,7 +161,7 @@ class DiscreteBCQ(nn.Module):
         super().__init__()
         n, O, S, A = (card[k] for k in ("n_agents", "obs_dim", "state_dim", "action_dim"))
         self.threshold = args.threshold
-        self.q = Q(n, O, A, args.hidden, discrete=True)
+        self.q = Q(n, O, A, args.hidden, discrete=True, layer_norm=args.layer_norm)
         self.mixer = LinearMixer(n, S, args.mixer_hidden)
         self.behaviour = make_policy(n, O, A, True, args.hidden)
 
@@ -211,7 +209,7 @@ def update(networks: nn.Module, target: nn.Module, optimizer, batch: TensorDict,
 
 
 def main(args: Args):
-    check(args, "phi", "candidates", "kl_weight", "mixer_hidden")
+    check(args, "phi", "candidates", "target_candidates", "kl_weight", "mixer_hidden")
     if not 0 <= args.clip_lambda <= 1 or not 0 <= args.threshold < 1:
         raise BadInput("--clip-lambda must be in [0, 1] and --threshold in [0, 1)")
     train("bcq", make_networks, update, KEYS, args)

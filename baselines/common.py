@@ -14,6 +14,7 @@ from tqdm import tqdm
 from comadice_bc import check_policy_stage, set_schedule
 from comadice_eval import evaluation, try_eval_env
 from environments.checks import check_positive, pick_device
+from offline_data.dataset import last_rows
 from offline_data.replay import make_replay, minibatches
 from support.report import report
 from support.runs import (
@@ -27,7 +28,7 @@ from support.runs import (
     set_random_state,
     start_runs,
 )
-from support.seeds import Graph, adam, update_target
+from support.seeds import Graph, adam, load_part, update_target
 
 
 @dataclass
@@ -65,6 +66,14 @@ class RunArgs:
     """let the learning rate fall linearly to 0, as in comadice_bc.py"""
     ema: float = 0.999
     """decay of the average of the policy's weights, which is what is played, as in comadice_bc.py; 0: no average"""
+    gamma: float = 0.99
+    """discount (Table 4)"""
+    tau: float = 0.05
+    """step of the target networks towards the networks, ComaDICE's default (the authors of all five: 0.005)"""
+    reward_scale: float | None = None
+    """rewards are multiplied by it first (default: 0.2 / mean absolute reward, as in comadice_train.py)"""
+    layer_norm: bool = True
+    """LayerNorm in q and v, as in comadice_train.py"""
     batch_size: int = 128
     """transitions in a batch (Table 4)"""
     hidden: int = 256
@@ -79,11 +88,25 @@ class RunArgs:
 
 def check(args: RunArgs, *positive: str):
     """Raises BadInput for a flag out of its range; `positive` are those of this method that must be positive
-    numbers."""
+    numbers, or None where the data give them."""
     check_args(args)
     check_policy_stage(args)
-    check_positive(args, *positive)
+    check_positive(args, *(name for name in (*positive, "reward_scale") if getattr(args, name) is not None))
     check_discount(args)
+
+
+def resolve(args: RunArgs, mean_abs_reward: float, defaults: dict[str, float]) -> RunArgs:
+    """Fills in --reward-scale, and the method's own `defaults` of flags that depend on the data, where not given."""
+    own = {"reward_scale": 0.2 / mean_abs_reward} | defaults
+    # Four digits, so that it does not depend on the order in which a machine adds up.
+    return replace(args, **{name: float(f"{x:.4g}") for name, x in own.items() if getattr(args, name) is None})
+
+
+def scaled(rows: TensorDict, scale: float) -> TensorDict:
+    """The dataset with its rewards multiplied by `scale`."""
+    rows = rows.clone(recurse=False).unlock_()
+    rows["reward"] = scale * rows["reward"]
+    return rows.lock_()
 
 
 def train_seed(algo: str, networks: nn.Module, update: Callable, rows: TensorDict, keys: list, args: RunArgs, seed: int,
@@ -103,7 +126,7 @@ def train_seed(algo: str, networks: nn.Module, update: Callable, rows: TensorDic
     start, seconds, began = run.state["step"], run.state["seconds"], time.perf_counter() - run.state["wall"]
     if start:
         for name, part in parts.items():
-            part.load_state_dict(run.state[name])
+            load_part(part, run.state[name])
         set_random_state(run.state["random"])  # after the initialisations of the parts have drawn from it
 
     def step_of(batch: TensorDict) -> dict:
@@ -136,16 +159,23 @@ def train(
     keys: list,
     args: RunArgs,
     prepare: Callable = lambda rows: rows,
+    defaults: Callable = lambda card, unit: {},
 ):
     """Trains a method for args.seeds, one after another, and reports.
 
     make_networks(card, args) gives all that it learns. update(networks, target, optimizer, batch, args) is one step on
     a batch of the rows' `keys`, and returns what metrics.csv shall show. prepare(rows) may add keys to the dataset's
-    rows.
+    rows. defaults(card, unit) are values of flags that depend on the data, whose mean absolute reward is `unit`.
+    Rewards are scaled before all that, temperatures are flags in units of the recorded reward, as ComaDICE's alpha is.
     """
     device = pick_device(args.device, args.tf32)
     rows, card = load_dataset(args, device)
-    env, rows, curves = try_eval_env(card, args.eval_episodes, args.workers), prepare(rows), []
+    unit = rows["reward"][~last_rows(rows)].double().abs().mean().item() or 1.0
+    own = defaults(card, unit)
+    args = resolve(args, unit, own)
+    print(f"{algo}: {', '.join(f'{name} {getattr(args, name):g}' for name in ('tau', 'reward_scale', *own))}")
+    env, curves = try_eval_env(card, args.eval_episodes, args.workers), []
+    rows = prepare(scaled(rows, args.reward_scale))
     for seed in args.seeds:
         torch.manual_seed(seed)
         networks = make_networks(card, args).to(device)

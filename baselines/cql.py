@@ -43,10 +43,6 @@ class Args(RunArgs):
     error, so 1 is its alpha = 0.5"""
     cql_samples: int = 10
     """continuous actions: samples of each kind in the log-sum-exp (Kumar et al., Appendix F)"""
-    gamma: float = 0.99
-    """discount"""
-    tau: float = 0.005
-    """step of the target networks towards the networks"""
     mixer_hidden: int = 64
     """hidden units of the mixer's hyper-networks"""
 
@@ -103,13 +99,18 @@ class Networks(nn.Module):
     def __init__(self, card: dict, args: Args):
         super().__init__()
         n, O, S, A, discrete = (card[k] for k in ("n_agents", "obs_dim", "state_dim", "action_dim", "discrete"))
-        self.q = Q(n, O, A, args.hidden, discrete)
+        self.q = Q(n, O, A, args.hidden, discrete, args.layer_norm)
         self.mixer = LinearMixer(n, S, args.mixer_hidden)
         self.policy = make_policy(n, O, A, discrete, args.hidden)
         if discrete:
             self.policy.net = self.q.net
         else:
             self.log_temperature = nn.Parameter(torch.zeros(()))
+
+
+def policy_of_run(card: dict, config: dict) -> nn.Module:
+    """What the "policy" of a checkpoint with this card and config loads into: with discrete actions q's own network."""
+    return Networks(card, Args(**config)).policy
 
 
 def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, args: Args) -> dict[str, Tensor]:

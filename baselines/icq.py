@@ -46,17 +46,22 @@ KEYS = [
 ]
 
 
+def defaults(card: dict, unit: float) -> dict[str, float]:
+    """Published values, over what a step pays in their experiments, times what it pays in these data (`unit`).
+
+    ICQ-MA on StarCraft has alpha 0.1, and its code has alpha_q 1000. A step pays about 0.25 there (Table 3, SMACv2).
+    OMIGA's experiments with ICQ on MaMuJoCo have alpha 100. A step pays about 2 there (Table 3).
+    """
+    return {"alpha": (0.1 / 0.25 if card["discrete"] else 100 / 2) * unit, "alpha_q": 1000 / 0.25 * unit}
+
+
 @dataclass
 class Args(RunArgs):
     alpha: float | None = None
-    """temperature of the policies' weights, in units of the reward (default 0.1 for discrete actions, ICQ-MA's on
-    StarCraft, and 100 for continuous ones, that of OMIGA's experiments on MaMuJoCo)"""
-    alpha_q: float = 1000.0
-    """temperature of the weights in q's target (ICQ-MA's code)"""
-    gamma: float = 0.99
-    """discount"""
-    tau: float = 0.005
-    """step of the target networks towards the networks"""
+    """temperature of the policies' weights, in units of the reward (default: 0.4 mean absolute rewards for discrete
+    actions, 50 for continuous ones)"""
+    alpha_q: float | None = None
+    """temperature of the weights in q's target, in units of the reward (default: 4000 mean absolute rewards)"""
     mixer_hidden: int = 64
     """hidden units of the mixer's hyper-networks"""
 
@@ -118,7 +123,7 @@ class Networks(nn.Module):
     def __init__(self, card: dict, args: Args):
         super().__init__()
         n, O, S, A, discrete = (card[k] for k in ("n_agents", "obs_dim", "state_dim", "action_dim", "discrete"))
-        self.q = Q(n, O, A, args.hidden, discrete)
+        self.q = Q(n, O, A, args.hidden, discrete, args.layer_norm)
         self.mixer = LinearMixer(n, S, args.mixer_hidden)
         self.policy = make_policy(n, O, A, discrete, args.hidden)
 
@@ -148,11 +153,12 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
         terminated,
         batch["has_next"][:, 0],
         q_tot_next,
-        args.alpha_q,
+        args.alpha_q * args.reward_scale,
         args.gamma,
     )
-    alpha = args.alpha or (0.1 if networks.q.discrete else 100.0)
-    L_pi = policy_loss(theta[0], A, alpha, networks.policy.log_prob(obs, action, mask))
+    # temperatures are scaled as the rewards of the batch are
+    log_prob = networks.policy.log_prob(obs, action, mask)
+    L_pi = policy_loss(theta[0], A, args.alpha * args.reward_scale, log_prob)
     set_gradients(L_q + L_pi, list(networks.parameters()))
     optimizer.step()
     update_target(target, networks, args.tau)
@@ -163,8 +169,8 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
 
 
 def main(args: Args):
-    check(args, "alpha_q", "mixer_hidden", *(["alpha"] if args.alpha is not None else []))
-    train("icq", Networks, update, KEYS, args, with_next_action)
+    check(args, "alpha", "alpha_q", "mixer_hidden")
+    train("icq", Networks, update, KEYS, args, with_next_action, defaults)
 
 
 if __name__ == "__main__":

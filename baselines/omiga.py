@@ -30,14 +30,19 @@ KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "ac
 Z_MAX = 10.0  # the exponent's bound, as in the authors' code
 
 
+def defaults(card: dict, unit: float) -> dict[str, float]:
+    """alpha is 5 mean absolute rewards (`unit`), as ComaDICE's is.
+
+    The authors have 10 everywhere. A step of MaMuJoCo pays about 2 (Table 3), so 10 is 5 mean absolute rewards there.
+    Where a step pays 0.02, as in SMAX, 10 is 500 of them, and the method is plain BC.
+    """
+    return {"alpha": 5 * unit}
+
+
 @dataclass
 class Args(RunArgs):
-    alpha: float = 10.0
-    """weight of the KL divergence from the data, in units of the reward (the authors' value on MaMuJoCo and SMAC)"""
-    gamma: float = 0.99
-    """discount"""
-    tau: float = 0.005
-    """step of the target networks towards the networks"""
+    alpha: float | None = None
+    """weight of the KL divergence from the data, in units of the reward (default: 5 mean absolute rewards)"""
     mixer_hidden: int = 64
     """hidden units of the mixer's hyper-networks"""
 
@@ -81,8 +86,8 @@ class Networks(nn.Module):
     def __init__(self, card: dict, args: Args):
         super().__init__()
         n, O, S, A, discrete = (card[k] for k in ("n_agents", "obs_dim", "state_dim", "action_dim", "discrete"))
-        self.q = Q(n, O, A, args.hidden, discrete)
-        self.v = Nu(n, O, args.hidden)
+        self.q = Q(n, O, A, args.hidden, discrete, args.layer_norm)
+        self.v = Nu(n, O, args.hidden, args.layer_norm)
         self.mixer = LinearMixer(n, S, args.mixer_hidden)
         self.policy = make_policy(n, O, A, discrete, args.hidden)
 
@@ -98,10 +103,10 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
     with torch.no_grad():
         v_tot_next = target.mixer(target.v(batch["next", "agents", "observation"]), batch["next", "state"])
         w, q = target.mixer.weights(state), target.q(obs, action)
-    v = networks.v(obs)
+    v, alpha = networks.v(obs), args.alpha * args.reward_scale  # as the rewards of the batch are scaled
     L_q = q_loss(networks.mixer(networks.q(obs, action), state), reward, terminated, v_tot_next, args.gamma)
-    L_v = v_loss(w, q, v, args.alpha)
-    L_pi = policy_loss(w, q, v, args.alpha, networks.policy.log_prob(obs, action, mask))
+    L_v = v_loss(w, q, v, alpha)
+    L_pi = policy_loss(w, q, v, alpha, networks.policy.log_prob(obs, action, mask))
     set_gradients(L_q + L_v + L_pi, list(networks.parameters()))
     optimizer.step()
     update_target(target, networks, args.tau)
@@ -119,7 +124,7 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
 
 def main(args: Args):
     check(args, "alpha", "mixer_hidden")
-    train("omiga", Networks, update, KEYS, args)
+    train("omiga", Networks, update, KEYS, args, defaults=defaults)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def load_seeds(parts: dict, generators: list[torch.Generator], states: list[dict
         return torch.stack(values) if len(values) > 1 and name != "step" else values[0]
 
     for name, part in parts.items():
-        part.load_state_dict(join([state[name] for state in states]))
+        load_part(part, join([state[name] for state in states]))
     for generator, state in zip(generators, states):
         generator.set_state(state["generator"])
 
@@ -117,10 +117,25 @@ def adam(groups: list, lr: float, device: torch.device) -> torch.optim.Adam:
     return torch.optim.Adam(groups, torch.tensor(lr, device=device), fused=True, capturable=device.type == "cuda")
 
 
+def load_part(part, state: dict):
+    """part.load_state_dict(state), with an optimiser's learning rates where its parameters are.
+
+    A checkpoint is read on the CPU, and a rate that lies there would be a constant of the CUDA graph.
+    """
+    part.load_state_dict(state)
+    for group in getattr(part, "param_groups", []):
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"] = group["lr"].to(group["params"][0].device)
+
+
 @torch.no_grad()
 def update_target(target: nn.Module, networks: nn.Module, tau: float | torch.Tensor):
     """target <- target + tau (networks - target), in every parameter."""
-    TensorDict.from_module(target).data.lerp_(TensorDict.from_module(networks).data, tau)
+    # named_parameters has a parameter that two modules share once, TensorDict.from_module has it twice
+    mine, theirs = (TensorDict(dict(module.named_parameters())).data for module in (target, networks))
+    if isinstance(tau, torch.Tensor):  # one beside every parameter; alone it would be read on the host
+        tau = theirs.apply(lambda _: tau)
+    mine.lerp_(theirs, tau)
 
 
 def set_gradients(loss: torch.Tensor, parameters: list[torch.Tensor]):

@@ -31,6 +31,13 @@ B, n, O, S, A = 7, 2, 3, 5, 4
 GAMMA = 0.9
 
 
+def resolved(module, discrete: bool, **flags):
+    """The flags of a method on data of mean absolute reward 0.4."""
+    card = {"discrete": discrete, "quality": "medium"}
+    own = module.defaults(card, 0.4) if hasattr(module, "defaults") else {}
+    return baselines.common.resolve(module.Args(hidden=6, gamma=GAMMA, tau=0.25, **flags), 0.4, own)
+
+
 def make_networks(module, discrete: bool, args, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     card = {"n_agents": n, "obs_dim": O, "state_dim": S, "action_dim": A, "discrete": discrete}
@@ -62,10 +69,13 @@ def make_batch(discrete: bool) -> TensorDict:
 
 
 def dense(net: nn.Sequential, x: np.ndarray) -> np.ndarray:
-    layers = [m for m in net if isinstance(m, nn.Linear)]
-    for i, layer in enumerate(layers):
-        x = layer.weight.detach().numpy() @ x + layer.bias.detach().numpy()
-        x = np.maximum(x, 0) if i < len(layers) - 1 else x
+    for layer in net:
+        if isinstance(layer, nn.Linear):
+            x = layer.weight.detach().numpy() @ x + layer.bias.detach().numpy()
+        elif isinstance(layer, nn.LayerNorm):
+            x = (x - x.mean()) / np.sqrt(x.var() + layer.eps) * layer.weight.detach().numpy() + layer.bias.detach().numpy()
+        elif isinstance(layer, nn.ReLU):
+            x = np.maximum(x, 0)
     return x
 
 
@@ -113,8 +123,9 @@ def omiga_losses(net, target, batch, args, calls) -> dict:
         q_loss.append((q_tot - r - (0 if terminated else GAMMA * v_next)) ** 2)
         w = np.abs(dense(target.mixer.W, s))
         v = [local(net.v.net, i, o[i])[0] for i in range(n)]
-        z = [w[i] * (q_value(target.q, i, o[i], a[i]) - v[i]) / args.alpha for i in range(n)]
-        v_loss.append(sum(np.exp(z[i]) + w[i] * v[i] / args.alpha for i in range(n)))
+        alpha = args.alpha * args.reward_scale  # the batch's rewards are scaled
+        z = [w[i] * (q_value(target.q, i, o[i], a[i]) - v[i]) / alpha for i in range(n)]
+        v_loss.append(sum(np.exp(z[i]) + w[i] * v[i] / alpha for i in range(n)))
         policy_loss.append(-sum(np.exp(z[i]) * log_prob(net.policy, i, o[i], a[i], m[i]) for i in range(n)))
     return {"q_loss": np.mean(q_loss), "v_loss": np.mean(v_loss), "policy_loss": np.mean(policy_loss)}
 
@@ -123,19 +134,20 @@ def icq_losses(net, target, batch, args, calls) -> dict:
     rows = list(arrays(batch))
     q_next = [mix(target.mixer, [q_value(target.q, i, o2[i], a2[i]) for i in range(n)], s2) for *_, s2, o2, a2, _ in rows]
     with_next = [b for b, row in enumerate(rows) if row[6]]
-    Z = sum(math.exp(q_next[b] / args.alpha_q) for b in with_next) / len(with_next)
+    alpha, alpha_q = args.alpha * args.reward_scale, args.alpha_q * args.reward_scale  # the batch's rewards are scaled
+    Z = sum(math.exp(q_next[b] / alpha_q) for b in with_next) / len(with_next)
     errors, exponent, log_pi = [], np.zeros((B, n)), np.zeros((B, n))
     for b, (s, o, a, m, r, terminated, has_next, *_) in enumerate(rows):
         q = [q_value(net.q, i, o[i], a[i]) for i in range(n)]
         if terminated or has_next:
-            backup = math.exp(q_next[b] / args.alpha_q) / Z * q_next[b] if has_next else 0
+            backup = math.exp(q_next[b] / alpha_q) / Z * q_next[b] if has_next else 0
             errors.append((r + GAMMA * backup - mix(net.mixer, q, s)) ** 2)
         for i in range(n):
             baseline = 0.0
             if m[i] is not None:
                 pi = np.exp(log_softmax(local(net.policy.net, i, o[i]), m[i]))
                 baseline = sum(pi[k] * q_value(net.q, i, o[i], k) for k in range(A))
-            exponent[b, i] = np.abs(dense(net.mixer.W, s))[i] * (q[i] - baseline) / (args.alpha or (0.1 if m[i] is not None else 100))
+            exponent[b, i] = np.abs(dense(net.mixer.W, s))[i] * (q[i] - baseline) / alpha
             log_pi[b, i] = log_prob(net.policy, i, o[i], a[i], m[i])
     weight = np.exp(exponent) / np.exp(exponent).mean(0)
     return {"q_loss": np.mean(errors), "policy_loss": -(weight * log_pi).sum(1).mean()}
@@ -224,7 +236,7 @@ def bcq_losses(net, target, batch, args, calls) -> dict:
                 kl = (mean**2 + np.exp(2 * log_std) - 1 - 2 * log_std) / 2
                 vae.append((error**2).mean() + args.kl_weight * kl.mean())
                 values = []
-                for k in range(args.candidates):
+                for k in range(args.target_candidates):
                     x = perturbed(target, i, o2[i], np.tanh(local(net.decoder, i, o2[i], latents[k, b, i])))
                     twins = [q_value(q, i, o2[i], x) for q in target.q]
                     values.append(args.clip_lambda * min(twins) + (1 - args.clip_lambda) * max(twins))
@@ -243,7 +255,7 @@ def bcq_losses(net, target, batch, args, calls) -> dict:
 def updated(name: str, discrete: bool, batch: TensorDict, change=None, lr: float = 1e-3, **flags):
     """One update of networks and of targets that differ from them: (metrics, networks and targets before, after, what modules were fed)."""
     module = METHODS[name]
-    args = module.Args(hidden=6, gamma=GAMMA, tau=0.25, **flags)
+    args = resolved(module, discrete, **flags)
     net, target = make_networks(module, discrete, args, 1), make_networks(module, discrete, args, 2)
     if change is not None:
         change(net, target)
@@ -377,7 +389,7 @@ def test_update_waits_for_nothing(name, discrete):
     """No value is fetched to the host, and twice the agents need no more operations."""
     module, names = METHODS[name], []
     for agents in (2, 4):
-        args = module.Args(hidden=6)
+        args = resolved(module, discrete)
         card = {"n_agents": agents, "obs_dim": O, "state_dim": S, "action_dim": A, "discrete": discrete}
         net = (module.make_networks if module is bcq else module.Networks)(card, args)
         rows = {"observation": torch.randn(B, agents, O), "action": torch.randint(A, (B, agents)) if discrete else torch.randn(B, agents, A)}
@@ -396,7 +408,7 @@ def test_update_waits_for_nothing(name, discrete):
 def train(name: str, discrete: bool, device: str, enabled: bool) -> tuple[list[torch.Tensor], Graph, list[tuple[int, ...]], TensorDict]:
     """Eight updates through a Graph: (the tensors that were trained, the graph, where they lay after each step, its last batch)."""
     module = METHODS[name]
-    args = module.Args(hidden=6, gamma=GAMMA, tau=0.25)
+    args = resolved(module, discrete)
     net, target = (make_networks(module, discrete, args, seed).to(device) for seed in (1, 2))
     optimizer = adam(list(net.parameters()), 1e-3, torch.device(device))
     graph, batch, places = Graph(lambda batch: module.update(net, target, optimizer, batch, args), enabled), make_batch(discrete).to(device), []
@@ -612,7 +624,7 @@ def test_script(name, kind, data, tmp_path, monkeypatch, capsys):
     state = torch.load(whole / "checkpoint.pt", weights_only=True)
     assert [row["step"] for row in state["metrics"]] == [10, 20] and all(row["stage"] == "policy" for row in state["metrics"])
     assert all(math.isfinite(v) for row in state["metrics"] for k, v in row.items() if k.endswith("_loss"))
-    assert summary["return"] is None if kind == "discrete" else math.isfinite(summary["return"]["mean"])
+    assert summary["return"] is None if kind == "discrete" else math.isfinite(summary["return"])
 
     original, calls = baselines.common.save_checkpoint, []
     def stopping(*a):
@@ -634,8 +646,8 @@ def test_script(name, kind, data, tmp_path, monkeypatch, capsys):
 @each
 def test_saved_policy_is_the_one_that_was_evaluated(name, hopper_data, tmp_path, monkeypatch):
     module, played = METHODS[name], []
-    original = comadice_bc.evaluate
-    monkeypatch.setattr(comadice_bc, "evaluate", lambda policy, *a: played.append(copy.deepcopy(policy)) or original(policy, *a))
+    original = baselines.common.evaluation
+    monkeypatch.setattr(baselines.common, "evaluation", lambda policy, *a: played.append(copy.deepcopy(policy)) or original(policy, *a))
     module.main(module.Args(**TINY, data=str(hopper_data), out=str(tmp_path)))
     run = tmp_path / "mamujoco/hopper/random" / name / "seed0"
     obs = torch.randn(4, 3, 14)

@@ -8,7 +8,7 @@ Run with `pytest tests/test_exact.py -s` to see the numbers that the tests measu
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,7 +22,8 @@ from torch import nn
 import comadice_losses as losses
 import comadice_train
 from comadice_mixer import Critics
-from offline_data.replay import as_transition
+from comadice_train import DataFacts
+from offline_data.replay import as_transition, transition_rows
 
 FS = ["kl", "chi2", "soft_chi2"]
 ALPHAS = [0.1, 1.0, 10.0]
@@ -199,14 +200,14 @@ def td_form(critics, m):
     return nu_tot, losses.td_advantage(m.t.r, m.t.terminated, nu_tot[:, None], m.t.P @ nu_tot, m.gamma)
 
 
-def train_exact(m, name, alpha, trained=("nu", "mixer"), lam=False):
-    """Minimises the objective `exact`: (critics, w [S, A], the minimum)."""
+def train_exact(m, name, alpha, trained=("nu", "mixer"), lam=False, mass=1.0):
+    """Minimises the objective `exact`: (critics, w [S, A], the minimum). The data's occupancy has this mass (see Model)."""
     f, critics = losses.DIVERGENCES[name], tabular_critics(m.n, m.S, m.S)
     parameters = [p for module in trained for p in getattr(critics, module).parameters()] + [critics.lam] * lam
 
     def loss():
         nu_tot, A = td_form(critics, m)
-        return losses.dual_loss(nu_tot, A, alpha, f, m.gamma, critics.lam if lam else 0.0, p0=m.t.p0, rho=m.t.D)
+        return losses.dual_loss(nu_tot, A, alpha, f, m.gamma, critics.lam if lam else 0.0, mass, p0=m.t.p0, rho=m.t.D)
 
     value = minimise(loss, parameters, max_iter=50 if lam else 4000)  # with lambda there is a flat direction to walk along for ever
     with torch.no_grad():
@@ -280,6 +281,19 @@ def test_exact_objective_with_termination(name, alpha, termination):
         if termination == "constant":  # every policy lives equally long: (1 - gamma) sum_t (gamma 0.9)^t
             assert mass == pytest.approx((1 - m.gamma) / (1 - 0.9 * m.gamma), abs=1e-4)
         print(f"{termination} termination, n={n} {name} alpha={alpha:g}: E_D[w] = {mass:.4f}, behaviour {m.d.sum():.4f}")
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("name", FS)
+def test_exact_objective_with_the_data_s_mass(name, alpha):
+    """Eq. 2-3 with rho^mu the discounted occupancy itself, whose mass is below 1 where episodes terminate."""
+    m = random_model(2, termination="random")
+    mass = m.d.sum()
+    assert mass < 0.6
+    solution = exact_solution(replace(m, D=m.d), name, alpha)
+    _, w, value = train_exact(m, name, alpha, mass=mass)
+    assert abs(w - solution.w).max() <= 1e-3  # both are rho / d
+    assert abs(value - solution.value) <= 1e-5
 
 
 @pytest.mark.parametrize("name", FS)
@@ -480,13 +494,99 @@ def test_semi_objective_has_mean_ratio_one_in_every_state(name, termination):
           f"{(m.D * abs(w - solution.w)).sum():.3f}; total variation of policies to the solution's: {far(w):.3f}, of the behaviour's {far(w * 0 + 1):.3f}")
 
 
+# ---------------------------------------------------------------- large alphas
+
+
+def variation(weights, count) -> float:
+    """Mean total variation, over states as the data have them, between the weighted policy and the behaviour's: [S, A] each."""
+    share = count.sum(1) / count.sum()
+    weighted = count * weights
+    return 0.5 * share @ abs(weighted / weighted.sum(1, keepdims=True) - count / count.sum(1, keepdims=True)).sum(1)
+
+
+@pytest.mark.parametrize("termination", ["none", "constant", "random"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_policy_of_exact_tends_to_the_behaviour(seed, termination):
+    """As alpha grows it does where the data term has the occupancy's mass. With mass 1 and termination it does not.
+
+    Then the flow of rho has less mass than D, so that w = 1 is not feasible, however dear the divergence is.
+    """
+    m = random_model(seed, termination=termination)
+    far = {(mass, alpha): variation(train_exact(m, "soft_chi2", alpha, mass=mass)[1], m.D) for mass in (m.d.sum(), 1.0) for alpha in (1.0, 1000.0)}
+    right = {alpha: far[m.d.sum(), alpha] for alpha in (1.0, 1000.0)}
+    print(f"exact, seed {seed}, {termination} termination: total variation {right[1.0]:.4f} at alpha 1, {right[1000.0]:.5f} at 1000; "
+          f"with mass 1 {far[1.0, 1000.0]:.4f} at 1000")
+    assert right[1000.0] < 1e-3 < 0.05 < right[1.0]
+    assert (far[1.0, 1000.0] > 0.1) == (termination == "random")
+
+
+def sampled_dataset(m, episodes, seed=0):
+    """Rows of a dataset that the behaviour policy recorded in the model, at most 60 transitions an episode, and (s, a) of each transition."""
+    rng = np.random.default_rng(seed)
+    mu, steps = m.d / m.d.sum(1, keepdims=True), []
+    for _ in range(episodes):
+        s, begins = rng.choice(m.S, p=m.p0), True
+        for t in range(60):
+            a = rng.choice(m.A, p=mu[s])
+            alive = m.P_alive[s, a]
+            following = rng.choice(m.S + 1, p=[*alive, max(1 - alive.sum(), 0)])
+            ended = following == m.S
+            steps.append((s, a, m.r[s, a], ended, ended or t == 59, begins))
+            s, begins = (0 if ended else following), False
+            if steps[-1][4]:
+                steps.append((s, 0, 0.0, False, False, False))  # the last row: what is seen at the end
+                break
+    s, a, r, terminated, done, first = map(np.array, zip(*steps))
+    column = lambda x: torch.as_tensor(x)[:, None]
+    rows = TensorDict({"state": m.t.state[s], "reward": column(r), "terminated": column(terminated), "done": column(done), "is_init": column(first)}, [len(s)])
+    rows["agents"] = TensorDict({"observation": m.t.obs[s], "action": torch.as_tensor(m.actions)[a]}, [len(s), m.n])
+    keep = transition_rows(rows).numpy()
+    return rows, s[keep], a[keep]
+
+
+@pytest.mark.parametrize("advantage", ["td", "q"])
+@pytest.mark.parametrize("termination", ["none", "random"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_policy_of_the_default_tends_to_the_behaviour(seed, termination, advantage):
+    """Through the code that trains: data of a random MMDP, updates of tabular critics, and w* of the whole dataset.
+
+    Eq. 11's optimum for tabular policies of the team is the weighted share of each action, which is compared with the plain share.
+    """
+    m = random_model(seed, termination=termination)
+    rows, s, a = sampled_dataset(m, 60)
+    count, far = np.zeros((m.S, m.A)), {}
+    np.add.at(count, (s, a), 1)
+    pairs = torch.stack([transition_rows(rows), transition_rows(rows) + 1], -1)
+    batch, init = as_transition(rows[pairs]), rows[rows["is_init"][:, 0]]
+    for alpha in (0.5, 1000.0):
+        given = comadice_train.Args(alpha=alpha, advantage=advantage, gamma=m.gamma, critic_lr=0.02)
+        args = comadice_train.resolve(given, rows["reward"].abs().mean().item())
+        assert args.objective == "semi" and args.bound
+        critics = tabular_critics(m.n, m.S, m.S)
+        target, optimizer = copy.deepcopy(critics), torch.optim.Adam(critics.parameters(), args.critic_lr)
+        if advantage == "td":
+            del critics.q, target.q
+        update = comadice_train.make_critic_update(critics, target, optimizer, args, comadice_train.data_facts(rows, args))
+        for _ in range(300):
+            update(batch, init)
+        w, weighted = comadice_train.dataset_ratio(target, rows, args).numpy(), np.zeros((m.S, m.A))
+        np.add.at(weighted, (s, a), w)
+        far[alpha] = variation(weighted / count.clip(1), count)
+        mean_w = w.mean()
+    print(f"semi, seed {seed}, {termination} termination, w* from {advantage}: total variation {far[0.5]:.4f} at alpha 0.5, {far[1000.0]:.5f} at 1000, "
+          f"where E[w] is {mean_w:.4f}")
+    assert far[1000.0] < 1e-3 < 0.05 < far[0.5]
+    assert mean_w == pytest.approx(1, abs=0.02)
+
+
 # ---------------------------------------------------------------- what training assembles: comadice_train
 
 B, B0, N_AGENTS, N_OBS, N_STATES, N_ACTIONS = 11, 5, 3, 4, 5, 3
 GAMMA, SCALE, ALPHA = 0.9, 0.1, 0.4  # ALPHA in units of the scaled reward, as critic_losses has it
+FREE = DataFacts(-np.inf, np.inf, 1.0)  # nothing is clipped, nothing terminates
 
 
-def random_setting(seed=0):
+def random_setting(seed=0, lam=0.2):
     """Random tables, a target that differs from the critics, and batches of one-hot states and (other) local observations."""
     g = torch.Generator().manual_seed(seed)
     one_hot = lambda high, *shape: torch.eye(high, dtype=torch.float64)[torch.randint(high, shape, generator=g)]
@@ -495,7 +595,7 @@ def random_setting(seed=0):
     for module in (critics, target):
         for table in (module.nu.table, module.q.table):
             nn.init.normal_(table, generator=g)
-        nn.init.constant_(module.lam, 0.2)
+        nn.init.constant_(module.lam, lam)
     seen = lambda size: {"state": one_hot(N_STATES, size), "agents": {"observation": one_hot(N_OBS, size, N_AGENTS)}}
     batch = TensorDict(seen(B) | {"next": seen(B), "terminated": (torch.arange(B) % 3 == 0)[:, None]}, [B])
     batch["reward"] = 5 * torch.randn(B, 1, generator=g).double()
@@ -503,8 +603,8 @@ def random_setting(seed=0):
     return critics, target, batch, TensorDict(seen(B0), [B0])
 
 
-def by_hand(critics, target, batch, init, objective, name, lam):
-    """L_q, L_nu, w and their gradients, written out in numpy for tables and the 1-layer mixer."""
+def by_hand(critics, target, batch, init, objective, name, lam, data=FREE):
+    """L_q, L_nu, w and their gradients, written out in numpy for tables and the 1-layer mixer, with q (--advantage q)."""
     f = NUMPY_F[name]
     array = lambda x: x.detach().numpy()
 
@@ -521,12 +621,12 @@ def by_hand(critics, target, batch, init, objective, name, lam):
     q = np.einsum("bio,bia,ioa->bi", obs, taken, array(critics.q.table))
     r, alive = SCALE * array(batch["reward"])[:, 0], 1.0 - array(batch["terminated"])[:, 0]
     tot, tot1, tot0 = (nu * W).sum(1) + b, (nu1 * W1).sum(1) + b1, (nu0 * W0).sum(1) + b0
-    target_next = (nu_of(target, next_obs) * Wt).sum(1) + bt
-    if objective == "exact":  # Eq. 9 as printed: the same nu and theta at s'; the other objectives take their target copies
-        target_next = tot1
-    td = r + GAMMA * alive * target_next - tot
+    target_next = ((nu_of(target, next_obs) * Wt).sum(1) + bt).clip(data.low, data.high)
+    td_of_target = r + GAMMA * alive * target_next - tot  # what q is fitted to
+    td = r + GAMMA * alive * tot1.clip(data.low, data.high) - tot if objective == "exact" else td_of_target
+    mass = data.mass if objective == "exact" else 1.0
 
-    if objective == "released":
+    if objective == "released_nu":
         residual = (W * q).sum(1) + b - r - GAMMA * alive * target_next
         y = (W * (q - nu) - lam) / ALPHA
         L_nu = (1 - GAMMA) * nu0.mean() + (ALPHA * f.star(y)).mean() + lam * (1 - f.w(y)).mean()
@@ -534,19 +634,21 @@ def by_hand(critics, target, batch, init, objective, name, lam):
         at_nu, at_next, at_init = -W * f.dw(y) * y / (B * N_AGENTS), 0 * W, 0 * W0 + (1 - GAMMA) / (B0 * N_AGENTS)
         theta = {"b": 2 * residual.mean(), "W": 2 * (residual[:, None] * q * sign).mean(0)}
     else:
-        residual = (W * (q - nu)).sum(1) - td
-        A = (W * (q - nu)).sum(1) if objective == "printed" else td
+        A_q = (W * (q - nu)).sum(1) + (b if objective == "printed" else 0)  # Eq. 10 has the mixer's bias
+        residual = A_q - td_of_target
+        A = A_q if objective == "printed" else td
         w = f.w((A - lam) / ALPHA)
-        L_nu = (ALPHA * f.star((A - lam) / ALPHA)).mean() + (tot.mean() if objective == "semi" else (1 - GAMMA) * tot0.mean() + lam)
-        g = w[:, None]
+        L_nu = mass * (ALPHA * f.star((A - lam) / ALPHA)).mean() + (tot.mean() if objective == "semi" else (1 - GAMMA) * tot0.mean() + lam)
+        g = mass * w[:, None]
         init_b, init_W = (0, 0) if objective == "semi" else (1 - GAMMA, (1 - GAMMA) * (nu0 * sign0).mean(0))
         # How L_nu depends on nu_tot(s) and nu_tot(s') (through w, Prop. 4.1), and the same for theta's last biases.
         down = (1 - g) if objective == "semi" else -g
-        up = GAMMA * alive[:, None] * g if objective == "exact" else 0 * g
+        inside = (data.low < tot1) & (tot1 < data.high)
+        up = GAMMA * (alive * inside)[:, None] * g if objective == "exact" else 0 * g
         at_nu, at_next = down * W / B, up * W1 / B
         at_init = 0 * W0 if objective == "semi" else (1 - GAMMA) * W0 / B0
         if objective == "printed":
-            theta = {"b": init_b, "W": init_W + (g * (q - nu) * sign).mean(0)}
+            theta = {"b": init_b + g.mean(), "W": init_W + (g * (q - nu) * sign).mean(0)}
         else:
             theta = {"b": init_b + (down + up).mean(), "W": init_W + (down * nu * sign + up * nu1 * sign1).mean(0)}
     psi_nu = sum(np.einsum("bi,bio->io", x, o) for x, o in ((at_nu, obs), (at_next, next_obs), (at_init, init_obs)))
@@ -555,16 +657,21 @@ def by_hand(critics, target, batch, init, objective, name, lam):
 
 
 # The multiplier is no part of semi_loss, so `semi` is tried without it.
-SETTINGS = [(o, lam) for o in ("exact", "printed", "semi", "released") for lam in (0.0, 0.5) if not (o == "semi" and lam)]
+SETTINGS = [(o, lam) for o in ("exact", "printed", "semi", "released_nu") for lam in (0.0, 0.5) if not (o == "semi" and lam)]
 
 
 @pytest.mark.parametrize("name", FS)
+@pytest.mark.parametrize("data", [FREE, DataFacts(-0.2, 0.3, 0.6)], ids=["free", "clipped, mass 0.6"])
 @pytest.mark.parametrize("objective, lambda_scale", SETTINGS)
-def test_critic_losses_and_gradients_by_hand(objective, lambda_scale, name):
-    critics, target, batch, init = random_setting()
-    args = comadice_train.Args(objective=objective, f=name, gamma=GAMMA, alpha=ALPHA / SCALE, reward_scale=SCALE, lambda_scale=lambda_scale, tau=0.005)
-    hand = by_hand(critics, target, batch, init, objective, name, 0.2 if lambda_scale else 0.0)
-    L_q, L_nu, w, nu_tot = comadice_train.critic_losses(critics, target, batch, init, ALPHA, args)
+def test_critic_losses_and_gradients_by_hand(objective, lambda_scale, data, name):
+    lam = 0.2 if lambda_scale else 0.0
+    critics, target, batch, init = random_setting(lam=lam)
+    args = comadice_train.Args(objective=objective, advantage="q", f=name, gamma=GAMMA, alpha=ALPHA / SCALE, reward_scale=SCALE,
+                               lambda_scale=lambda_scale, tau=0.005)
+    hand = by_hand(critics, target, batch, init, objective, name, lam, data)
+    if data is not FREE:  # the clip matters to what is compared
+        assert hand.L_q != by_hand(critics, target, batch, init, objective, name, lam).L_q
+    L_q, L_nu, w, nu_tot = comadice_train.critic_losses(critics, target, batch, init, ALPHA, args, data)
     np.testing.assert_allclose([L_q.item(), L_nu.item()], [hand.L_q, hand.L_nu], rtol=1e-9)
     np.testing.assert_allclose(w, hand.w, rtol=1e-9)
     metrics = comadice_train.critic_metrics(L_q, L_nu, w, nu_tot, args)
@@ -575,15 +682,16 @@ def test_critic_losses_and_gradients_by_hand(objective, lambda_scale, name):
     before, before_target = copy.deepcopy(critics), copy.deepcopy(target)
     for p in (p for name, p in critics.named_parameters() if name != "lam"):
         p.grad = torch.ones_like(p)  # as the last step may have left it
-    comadice_train.make_critic_update(critics, target, torch.optim.SGD(critics.parameters(), 0.1), args)(batch, init)
+    comadice_train.make_critic_update(critics, target, torch.optim.SGD(critics.parameters(), 0.1), args, data)(batch, init)
     np.testing.assert_allclose(critics.q.table.grad, hand.psi_q, atol=1e-12)
     np.testing.assert_allclose(critics.nu.table.grad, hand.psi_nu, atol=1e-12)
     np.testing.assert_allclose(critics.mixer.b[2].bias.grad, [hand.theta["b"]], atol=1e-12)
     np.testing.assert_allclose(critics.mixer.W[2].bias.grad, hand.theta["W"], atol=1e-12)
-    if lambda_scale and objective != "released":
-        np.testing.assert_allclose(critics.lam.grad, 1 - hand.w.mean(), atol=1e-12)
+    if lambda_scale and objective != "released_nu":
+        mass = data.mass if objective == "exact" else 1
+        np.testing.assert_allclose(critics.lam.grad, 1 - mass * hand.w.mean(), atol=1e-12)
     if not lambda_scale:
-        assert critics.lam.item() == 0.2
+        assert critics.lam.item() == 0
     for new, old, new_target, old_target in zip(*(x.parameters() for x in (critics, before, target, before_target))):
         torch.testing.assert_close(new, old - 0.1 * new.grad if new.grad is not None else old)
         torch.testing.assert_close(new_target, (1 - args.tau) * old_target + args.tau * new)
@@ -591,23 +699,39 @@ def test_critic_losses_and_gradients_by_hand(objective, lambda_scale, name):
 
 @pytest.mark.parametrize("lambda_scale", [0.0, 0.5])
 @pytest.mark.parametrize("mixer_layers", [1, 2])
-@pytest.mark.parametrize("objective", ["exact", "printed", "semi", "released"])
+@pytest.mark.parametrize("objective", ["exact", "printed", "semi", "released_nu"])
 def test_no_parameter_is_in_both_losses(objective, mixer_layers, lambda_scale):
     """Who is trained by which loss; their sum has each one's gradient only because q, nu and theta are constants in the other loss."""
-    if (objective, mixer_layers) == ("released", 2) or (objective == "semi" and lambda_scale):
+    if (objective, mixer_layers) == ("released_nu", 2) or (objective == "semi" and lambda_scale):
         return  # refused by comadice_train.py
     critics, target, batch, init = random_setting()
     critics.mixer = target.mixer = comadice_train.Critics(N_AGENTS, 1, batch["state"].shape[-1], 1, True, mixer_layers=mixer_layers).mixer.double()
-    args = comadice_train.Args(objective=objective, reward_scale=0.1, lambda_scale=lambda_scale)
-    L_q, L_nu, _, _ = comadice_train.critic_losses(critics, target, batch, init, ALPHA, args)
+    args = comadice_train.Args(objective=objective, advantage="q", reward_scale=0.1, lambda_scale=lambda_scale)
+    L_q, L_nu, _, _ = comadice_train.critic_losses(critics, target, batch, init, ALPHA, args, FREE)
 
     def trains(loss) -> set[str]:
         parts = {"q": critics.q, "nu": critics.nu, "theta": critics.mixer}
         used = lambda parameters: any(g is not None for g in torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True))
         return {name for name, part in parts.items() if used(list(part.parameters()))} | ({"lam"} if used([critics.lam]) else set())
 
-    lam = {"lam"} if lambda_scale else set()
-    assert (trains(L_q), trains(L_nu)) == (({"q", "theta"}, {"nu"} | lam) if objective == "released" else ({"q"}, {"nu", "theta"} | lam))
+    lam = {"lam"} if objective != "semi" else set()  # which is trained with lambda_scale alone
+    assert (trains(L_q), trains(L_nu)) == (({"q", "theta"}, {"nu"} | lam) if objective == "released_nu" else ({"q"}, {"nu", "theta"} | lam))
+
+
+@pytest.mark.parametrize("objective", ["exact", "semi"])
+def test_without_q_nothing_else_changes(objective):
+    """q is there with --advantage q alone; nu, theta and their step are the same without it."""
+    critics, target, batch, init = random_setting(lam=0.0)
+    args = comadice_train.Args(objective=objective, advantage="q", gamma=GAMMA, alpha=ALPHA / SCALE, reward_scale=SCALE, lambda_scale=0.0, tau=0.005)
+    _, L_nu, w, nu_tot = comadice_train.critic_losses(critics, target, batch, init, ALPHA, args, FREE)
+    del critics.q, target.q
+    args.advantage = "td"
+    L_q, *same = comadice_train.critic_losses(critics, target, batch, init, ALPHA, args, FREE)
+    assert L_q == 0 and all(torch.equal(x, y) for x, y in zip(same, (L_nu, w, nu_tot)))
+    comadice_train.make_critic_update(critics, target, torch.optim.SGD(critics.parameters(), 0.1), args, FREE)(batch, init)
+    card = {"n_agents": 2, "obs_dim": 3, "state_dim": 4, "action_dim": 2, "discrete": True}
+    parts = lambda advantage: {name.split(".")[0] for name, _ in comadice_train.make_critics(card, comadice_train.Args(advantage=advantage, layer_norm=True)).named_parameters()}
+    assert parts("td") == {"nu", "mixer", "lam"} and parts("q") == {"nu", "q", "mixer", "lam"}
 
 
 def two_row_episodes(batch):
@@ -617,19 +741,27 @@ def two_row_episodes(batch):
         rows[key] = torch.stack([batch[key], batch["next"][key]], 1).flatten(0, 1)
     for key in (("agents", "action"), "reward", "terminated"):
         rows[key] = torch.stack([batch[key], torch.zeros_like(batch[key])], 1).flatten(0, 1)
-    rows["done"] = (torch.arange(2 * len(batch)) % 2 == 0)[:, None]
+    rows["done"] = rows["is_init"] = (torch.arange(2 * len(batch)) % 2 == 0)[:, None]
     return rows
 
 
-@pytest.mark.parametrize("objective, advantage", [("exact", "td"), ("exact", "q"), ("released", "td")])
-def test_dataset_ratio_by_hand(objective, advantage, monkeypatch):
+@pytest.mark.parametrize("objective, advantage, bound",
+                         [("exact", "td", False), ("semi", "td", True), ("exact", "q", False), ("printed", "q", False), ("released_nu", "q", False)])
+def test_dataset_ratio_by_hand(objective, advantage, bound, monkeypatch):
     """Section 4.3 over a whole dataset, looked at in pieces of two transitions; all networks are the ones given."""
     monkeypatch.setattr(comadice_train, "CHUNK", 16)
-    critics, _, batch, init = random_setting()
-    args = comadice_train.Args(objective=objective, advantage=advantage, gamma=GAMMA, alpha=ALPHA / SCALE, reward_scale=SCALE)
+    critics, _, batch, init = random_setting(lam=0.0)
+    args = comadice_train.Args(objective=objective, advantage=advantage, gamma=GAMMA, alpha=ALPHA / SCALE, reward_scale=SCALE, bound=bound)
     w = comadice_train.dataset_ratio(critics, two_row_episodes(batch), args)
-    same = {("exact", "q"): "printed"}.get((objective, advantage), objective)  # whose A_tot it is
-    np.testing.assert_allclose(w, by_hand(critics, critics, batch, init, same, "soft_chi2", 0.0).w, rtol=1e-9)
+    # Here every transition is an episode, and what follows a state is its one reward.
+    data = DataFacts(SCALE * batch["reward"].min().item(), SCALE * batch["reward"].max().item(), 1.0) if bound else FREE
+    hand = by_hand(critics, critics, batch, init, objective, "soft_chi2", 0.0, data)
+    if (objective, advantage) == ("exact", "q"):  # M[q - nu] without the bias, which Eq. 10 as printed has
+        no_bias = copy.deepcopy(critics)
+        for parameter in no_bias.mixer.b[2].parameters():
+            parameter.data.zero_()
+        hand = by_hand(no_bias, no_bias, batch, init, "printed", "soft_chi2", 0.0)
+    np.testing.assert_allclose(w, hand.w, rtol=1e-9)
 
 
 @pytest.mark.parametrize("alpha", [1.0, 10.0])
@@ -656,9 +788,9 @@ def test_training_assembly_solves_a_dataset(name, alpha):
     rows = two_row_episodes(batch)
     batch = as_transition(rows.view(-1, 2))
 
-    args = comadice_train.Args(objective="exact", f=name, alpha=alpha, gamma=m.gamma, reward_scale=0.1)
+    args = comadice_train.Args(objective="exact", advantage="td", f=name, alpha=alpha, gamma=m.gamma, reward_scale=0.1)
     critics = tabular_critics(m.n, m.S, m.S)
-    loss = lambda: comadice_train.critic_losses(critics, critics, batch, init, alpha * args.reward_scale, args)[1]
+    loss = lambda: comadice_train.critic_losses(critics, critics, batch, init, alpha * args.reward_scale, args, FREE)[1]
     value = minimise(loss, [*critics.nu.parameters(), *critics.mixer.parameters()])
     assert value == pytest.approx(args.reward_scale * solution.value, abs=1e-5)
     assert abs(comadice_train.dataset_ratio(critics, rows, args).numpy() - solution.w[s, a]).max() <= 1e-3

@@ -107,15 +107,15 @@ def test_gradient_of_prop_4_1(name, alpha):
 
 
 @pytest.mark.parametrize("name", FS)
-def test_semi_and_released_gradients(name):
-    """semi: 1 - w at nu_tot(s). released: r'(y) y / (B n) at A, whatever f's value is, and lambda's part beside it."""
+def test_semi_and_released_nu_gradients(name):
+    """semi: 1 - w at nu_tot(s). released_nu: r'(y) y / (B n) at A, whatever f's value is, and lambda's part beside it."""
     g = torch.Generator().manual_seed(0)
     A, nu, nu_init = (torch.randn(7, 3, generator=g, dtype=torch.float64).requires_grad_() for _ in range(3))
     alpha, lam, f = 0.7, 0.2, DIVERGENCES[name]
     gradient = torch.autograd.grad(losses.semi_loss(nu, A - nu, alpha, f), nu)[0]
     torch.testing.assert_close(gradient, (1 - f.w_star((A - nu).detach() / alpha)) / nu.numel())
 
-    at_init, at_A = torch.autograd.grad(losses.released_loss(nu_init, A, alpha, f, 0.9, lam), (nu_init, A))
+    at_init, at_A = torch.autograd.grad(losses.released_nu_loss(nu_init, A, alpha, f, 0.9, lam), (nu_init, A))
     y = ((A.detach() - lam) / alpha).numpy()
     slope = {"kl": np.exp(y), "chi2": (y > -1) * 1.0, "soft_chi2": np.exp(np.minimum(y, 0))}[name]
     np.testing.assert_allclose(at_A, slope * y / A.numel(), rtol=1e-10)
@@ -132,8 +132,8 @@ def test_reward_scale(name):
     def terms(nu, c):
         A = losses.td_advantage(c * reward, terminated, nu[s], nu[s_next], gamma)
         value = torch.stack([losses.dual_loss(nu[s0], A, c * alpha, f, gamma, c * 0.2), losses.semi_loss(nu[s], A, c * alpha, f),
-                             losses.released_loss(nu[s0][:, None], A[:, None], c * alpha, f, gamma, c * 0.2)])
-        w = torch.stack([losses.occupancy_ratio(A, c * alpha, f, c * 0.2), losses.released_ratio(A[:, None], c * alpha, f, c * 0.2)])
+                             losses.released_nu_loss(nu[s0][:, None], A[:, None], c * alpha, f, gamma, c * 0.2)])
+        w = torch.stack([losses.occupancy_ratio(A, c * alpha, f, c * 0.2), losses.released_nu_ratio(A[:, None], c * alpha, f, c * 0.2)])
         return value, w
 
     for one, scaled, factor in zip(terms(nu, 1), terms(c * nu, c), (c, 1)):
@@ -168,11 +168,17 @@ def midpoint_gaps(layers, name, form, pairs=500):
     S, n, B, gamma, alpha = 5, 3, 40, 0.9, 1.0
     reward, terminated, s, s_next, s0 = random_transitions(B, S)
     state, q = torch.randn(S, 4).double(), 3 * torch.randn(B, n).double()
+    fixed_next = 3 * torch.randn(B).double()
     mixer = MIXERS[layers](n, 4, hidden=16).double()
 
     def loss(nu):
         if form == "M[q - nu]":
             A = mixer.advantage(q - nu[s], state[s])
+        elif form == "Eq. 10":  # with the mixer's bias
+            A = mixer(q - nu[s], state[s])
+        elif form == "semi":
+            A = losses.td_advantage(reward, terminated, mixer(nu[s], state[s]), fixed_next, gamma)
+            return losses.semi_loss(mixer(nu[s], state[s]), A, alpha, DIVERGENCES[name])
         else:
             A = losses.td_advantage(reward, terminated, mixer(nu[s], state[s]), mixer(nu[s_next], state[s_next]), gamma)
         return losses.dual_loss(mixer(nu[s0], state[s0]), A, alpha, DIVERGENCES[name], gamma)
@@ -183,7 +189,7 @@ def midpoint_gaps(layers, name, form, pairs=500):
         return (L(one) + L(two)) / 2 - L((one + two) / 2)
 
 
-@pytest.mark.parametrize("layers, form", [(1, "M[q - nu]"), (2, "M[q - nu]"), (1, "TD")])
+@pytest.mark.parametrize("layers, form", [(1, "M[q - nu]"), (2, "M[q - nu]"), (1, "Eq. 10"), (2, "Eq. 10"), (1, "TD"), (1, "semi")])
 @pytest.mark.parametrize("name", FS)
 def test_loss_is_convex_in_nu(layers, form, name):
     gaps = midpoint_gaps(layers, name, form)
@@ -191,11 +197,12 @@ def test_loss_is_convex_in_nu(layers, form, name):
 
 
 @pytest.mark.parametrize("name", FS)
-def test_td_form_is_not_convex_with_two_layers(name):
+@pytest.mark.parametrize("form", ["TD", "semi"])
+def test_td_form_is_not_convex_with_two_layers(form, name):
     """nu_tot(s) enters with a minus sign, so a mixer that is convex and not linear breaks it: Theorem 4.2 speaks of M[q - nu]."""
-    gaps = midpoint_gaps(2, name, "TD")
+    gaps = midpoint_gaps(2, name, form)
     failed = (gaps < -1e-6).sum().item()
-    print(f"{name}: {failed} of {len(gaps)} midpoint checks fail")
+    print(f"{form}, {name}: {failed} of {len(gaps)} midpoint checks fail")
     assert failed >= 1
 
 
@@ -281,10 +288,10 @@ def test_effective_sample_size():
 def test_released_multiplier_holds_the_mean_ratio_at_one():
     A, f = torch.randn(64, 3, generator=torch.Generator().manual_seed(0)), DIVERGENCES["soft_chi2"]
     lam = torch.tensor(0.3, requires_grad=True)
-    (gradient,) = torch.autograd.grad(losses.released_loss(torch.zeros(4, 3), A, 0.7, f, 0.9, lam), lam)
+    (gradient,) = torch.autograd.grad(losses.released_nu_loss(torch.zeros(4, 3), A, 0.7, f, 0.9, lam), lam)
     torch.testing.assert_close(gradient, 1 - f.w_star((A - 0.3) / 0.7).mean())
 
 
 def test_released_ratio_sums_over_agents():
     A, f = torch.tensor([[0.0, 1.0, -5.0], [3.0, 4.0, -0.5]]), DIVERGENCES["chi2"]
-    torch.testing.assert_close(losses.released_ratio(A, 1.0, f), torch.tensor([1.0 + 2 + 0, 4 + 5 + 0.5]))
+    torch.testing.assert_close(losses.released_nu_ratio(A, 1.0, f), torch.tensor([1.0 + 2 + 0, 4 + 5 + 0.5]))
