@@ -19,12 +19,28 @@ MAMUJOCO_TASKS = {"hopper": ("Hopper", "3x1"), "ant": ("Ant", "2x4"), "halfcheet
 MOST_OBSK = 99  # joints away; gymnasium-robotics looks at each distance in turn, and no robot has that many
 
 
+def import_robotics():
+    """Imports gymnasium-robotics without its notice about AdroitHand, hands that nothing here uses.
+
+    It prints one at import where Farama's package of notices has an entry for its version.
+    """
+    try:
+        from farama_notifications import notifications
+    except ImportError:
+        notifications = {}
+    notices = notifications.get("gymnasium_robotics", {})
+    for version in [version for version, text in notices.items() if "AdroitHand" in text]:
+        del notices[version]
+    import gymnasium_robotics  # noqa: F401
+
+
 def mamujoco_scenario(task: str) -> tuple[str, str]:
     """Splits a task's name into gymnasium-robotics' scenario and partition.
 
     Raises NoSimulator for a scenario that gymnasium-robotics does not have, or where it is not installed.
     """
     try:
+        import_robotics()
         from gymnasium_robotics.envs.multiagent_mujoco import mujoco_multi
     except ImportError as error:
         raise NoSimulator(

@@ -26,6 +26,7 @@ import re
 import signal
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing import resource_tracker
 
 from torchrl.envs import EnvBase, ParallelEnv
 
@@ -93,7 +94,8 @@ def ctrl_c_waits():
 
     A terminal sends Ctrl-C to every process of a command. The one that started the others closes them.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    resource_tracker.ensure_running()  # it would let Ctrl-C through again as it starts
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which new processes inherit
     try:
         yield
     finally:

@@ -1,5 +1,6 @@
 """The commands for datasets: `python -m offline_data COMMAND`. Each command's module is loaded when it is asked for.
 
+    python -m offline_data list
     python -m offline_data collect --env mamujoco --task hopper
     python -m offline_data download --env mamujoco --task hopper --quality medium-replay
     python -m offline_data convert SOURCE --format omiga --env mamujoco --task hopper --quality expert
@@ -16,6 +17,7 @@ from environments.checks import BadInput, run_script
 HELP = """usage: python -m offline_data COMMAND ...
 
 commands:
+  list        what is on this disk, what comes with the code, what can be downloaded
   collect     train MAPPO in a simulator and record datasets of several qualities
   download    get a published dataset, check it and convert it
   convert     convert a public dataset into the native format
@@ -30,7 +32,9 @@ def main(arguments: list[str]):
     if name in ("-h", "--help"):
         print(HELP)
         return
-    if name == "collect":
+    if name == "list":
+        from offline_data.list import list_datasets as command
+    elif name == "collect":
         from offline_data.collect_args import Args as command
     elif name == "download":
         from offline_data.download import download as command

@@ -1,6 +1,13 @@
 """Download of the published datasets (OG-MARL's vaults), and their conversion.
 
     python -m offline_data download --env mamujoco --task hopper --quality medium-replay
+
+The authors' own copies lie on a second server. Get them with a browser, then `python -m offline_data convert`:
+
+    MaMuJoCo    https://cloud.tsinghua.edu.cn/d/dcf588d659214a28a777
+    SMACv1      https://cloud.tsinghua.edu.cn/d/f3c509d7a9d54ccd89c4
+
+For their SMACv2 data they ask to be contacted.
 """
 
 import errno
@@ -18,7 +25,7 @@ from tqdm import tqdm
 from environments.checks import BadInput
 from offline_data.card import DATA_ROOT, check_free, dataset_path
 from offline_data.convert import convert
-from offline_data.published import published
+from offline_data.published import REPLAYS, downloadable, published
 
 BASE_URL = "https://huggingface.co/datasets/InstaDeepAI/og-marl/resolve/main"
 TRIES, WAIT = 5, 2  # connections of one download, seconds between them
@@ -36,9 +43,12 @@ def vault_url(env: str, task: str, quality: str, base_url: str = BASE_URL) -> st
 
     Raises BadInput for one that nobody published, with how to make it.
     """
+    if (env, quality) == ("mamujoco", "replay") and task in REPLAYS:
+        return f"{base_url.rstrip('/')}/core/gymnasium_mamujoco/{REPLAYS[task]}.zip"
     qualities = [q for (e, t, q), parts in published().items() if (e, t) == (env, task) and parts[2]]
+    qualities += ["replay"] if env == "mamujoco" and task in REPLAYS else []
     if not qualities:
-        tasks = sorted({f"{e} {t}" for (e, t, _), parts in published().items() if parts[2]})
+        tasks = sorted({f"{e} {t}" for e, t, _ in downloadable()})
         how = (
             f"make it with `python -m offline_data collect --env {env} --task {task}`"
             if env in ("smacv2", "smax", "mamujoco")
@@ -198,9 +208,10 @@ def download(
 
     Args:
         env: mamujoco, smacv1 or smacv2
-        task: hopper, ant, halfcheetah; 2c_vs_64zg, 5m_vs_6m, 6h_vs_8z, corridor; terran_5_vs_5, terran_10_vs_10,
-            zerg_5_vs_5
-        quality: expert, medium, medium-replay, medium-expert; good, medium, poor; replay, random
+        task: hopper, ant, halfcheetah (replay: ant_4x2, halfcheetah_2x3, walker2d_2x3 too); 2c_vs_64zg, 5m_vs_6m,
+            6h_vs_8z, corridor; terran_5_vs_5, terran_10_vs_10, zerg_5_vs_5
+        quality: expert, medium, medium-replay, medium-expert; good, medium, poor; replay, random. mamujoco's replay is
+            recorded on this project's own engine, under interface agent_obsk=1; nobody published its statistics
         out: directory to write, instead of data/ENV/TASK/QUALITY
         base_url: where the zips lie
         downloads: directory of the zips
@@ -213,7 +224,8 @@ def download(
     from offline_data.formats import need  # here, so that torch is not loaded for --help
 
     need("tensorstore")  # before hours of download
-    archive = Path(downloads, env, url.rsplit("/", 1)[1])
+    replay = (env, quality) == ("mamujoco", "replay")
+    archive = Path(downloads, "gymnasium_mamujoco" if replay else env, url.rsplit("/", 1)[1])
     if not archive.exists():
         fetch(url, archive)
     unpacked = path.with_name(path.name + ".vault.partial")
@@ -221,6 +233,7 @@ def download(
     try:
         vault = extract(archive, uid(quality), unpacked)
         last_row = "observation" if env == "mamujoco" else "transition"  # see formats.py
+        last_row = "auto" if replay else last_row
         return convert(
             str(vault),
             "vault",
@@ -228,6 +241,7 @@ def download(
             task,
             quality,
             str(path),
+            interface="agent_obsk=1" if replay else None,
             last_row=last_row,
             return_to_go=return_to_go,
             overwrite=overwrite,

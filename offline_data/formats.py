@@ -60,6 +60,7 @@ from offline_data.writer import DatasetWriter
 
 BLOCK = 32 * 2**20  # bytes of a source that are read together
 EPISODE = 2**28  # bytes of one episode, or of a chunk of HDF5; more is a damaged header
+DENSEST = 1100  # bytes that one byte of a compressed file can stand for, at most (deflate: 1,032)
 CHILD_MEMORY = 8 * 2**30  # bytes that a conversion may take: a damaged header may ask for terabytes
 
 # Steps after which an episode is cut. SMAC: smac_maps.py of smac and smacv2; MuJoCo: gymnasium's registration and
@@ -318,6 +319,10 @@ def read_vault(
             raise BadInput(f"{source}: {names[key]} is of shape {list(array.shape)}, not [1, {N} or more steps, ...]")
     row_bytes = sum(math.prod(array.shape[2:]) * array.dtype.numpy_dtype.itemsize for array in arrays.values())
     check_size(source, row_bytes)
+    stored = sum(file.stat().st_size for file in source.rglob("*") if file.is_file())
+    declared = N * math.prod(arrays["observation"].shape[2:]) * arrays["observation"].dtype.numpy_dtype.itemsize
+    if declared > DENSEST * stored:
+        raise BadInput(f"{source} declares {declared:,} bytes of observations and has {stored:,}: it is cut or damaged")
     made["vault"] = f"{source.parent.name}/{source.name}"
     read = {key: lambda start, stop, array=array: array[0, start:stop].read().result() for key, array in arrays.items()}
     yield from row_episodes(read, N, row_bytes, env, interface, limit, last_row, made)
@@ -330,16 +335,27 @@ def check_size(source, episode_bytes: int):
         )
 
 
+def inside(source, group, name: str):
+    """The entry of an HDF5 group; None where there is none. Raises BadInput for a link, which may lead to any file."""
+    h5py = need("h5py")
+    link = group.get(name, getlink=True)
+    if link is not None and not isinstance(link, h5py.HardLink):
+        raise BadInput(f"{source}: '{name}' is a link and is not followed: copy the data into its place")
+    return None if link is None else group[name]
+
+
 def hdf5_arrays(source: Path, file, names: list[str], optional: tuple = ()) -> dict:
     """The named datasets of an open HDF5 file.
 
-    Raises BadInput for one that is missing, not numeric, or stored in absurd chunks.
+    Raises BadInput for one that is missing, a link, not numeric, stored in absurd chunks or in other files, and for one
+    that declares more than the file holds.
     """
     h5py = need("h5py")
-    missing = [name for name in names if name not in file and name not in optional]
+    arrays = {name: inside(source, file, name) for name in names}
+    missing = [name for name, array in arrays.items() if array is None and name not in optional]
     if missing:
         raise BadInput(f"{source} has no {', '.join(missing)}: it holds {', '.join(sorted(file)) or 'nothing'}")
-    arrays = {name: file[name] for name in names if name in file}
+    arrays = {name: array for name, array in arrays.items() if array is not None}
     for name, array in arrays.items():
         if not isinstance(array, h5py.Dataset) or array.dtype.kind not in "biuf" or not array.shape:
             raise BadInput(f"{source}: '{name}' is not an array of numbers")
@@ -347,6 +363,13 @@ def hdf5_arrays(source: Path, file, names: list[str], optional: tuple = ()) -> d
             raise BadInput(f"{source}: '{name}' lies in other files: copy it into one")
         if array.chunks:
             check_size(source, math.prod(array.chunks) * array.dtype.itemsize)
+        # HDF5 reads zeros where nothing is stored, so a file of 2 kB can declare terabytes.
+        declared, stored = math.prod(array.shape) * array.dtype.itemsize, array.id.get_storage_size()
+        chunks = math.prod(math.ceil(n / c) for n, c in zip(array.shape, array.chunks)) if array.chunks else 0
+        if declared > DENSEST * stored or (array.chunks and array.id.get_num_chunks() < chunks):
+            raise BadInput(
+                f"{source}: '{name}' declares {declared:,} bytes and {stored:,} are stored: it is cut or damaged"
+            )
     return arrays
 
 
@@ -429,6 +452,9 @@ def read_npz(
         missing = [name for name in names if f"{name}.npy" not in members]
         if missing:
             raise BadInput(f"{source} has no {', '.join(missing)}: it holds {', '.join(members) or 'nothing'}")
+        size = sum(archive.getinfo(f"{name}.npy").file_size for name in names)
+        if size > DENSEST * source.stat().st_size:
+            raise BadInput(f"{source} declares {size:,} bytes, more than its {source.stat().st_size:,} can hold")
         files = {name: archive.open(f"{name}.npy") for name in names}
         headers = {name: episode_array(file, name, source) for name, file in files.items()}
         E, L = headers["obs"][0][:2]
@@ -441,6 +467,10 @@ def read_npz(
                     f"rewards of {steps}"
                 )
             check_size(source, math.prod(shape[1:]) * dtype.itemsize)
+            held = archive.getinfo(f"{name}.npy").file_size - files[name].tell()
+            if held != math.prod(shape) * dtype.itemsize:
+                what = "ends before" if held < math.prod(shape) * dtype.itemsize else "goes on after"
+                raise BadInput(f"{source}: '{name}' {what} its {E} episodes do: the file was cut or is damaged")
         for _ in range(E):
             parts = {}
             for name, (shape, dtype) in headers.items():
@@ -587,7 +617,7 @@ def read_minari(
             raise BadInput(f"{folder}: metadata.json counts {E} episodes, main_data.hdf5 has {len(file)}")
         for number in range(E):
             name = f"episode_{number}"
-            group = file.get(name)
+            group = inside(source, file, name)
             if not isinstance(group, h5py.Group):
                 raise BadInput(f"{folder}/main_data.hdf5 has no {name}")
             arrays = hdf5_arrays(

@@ -1,6 +1,9 @@
 """Writes a new dataset, episode by episode. The format stands in dataset.py."""
 
+import errno
+import json
 import math
+import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +12,7 @@ import torch
 from tensordict import TensorDict
 
 from environments.checks import BadInput
-from offline_data.card import FIELDS, MASK, card_text, check_free
+from offline_data.card import FIELDS, MASK, card_text, check_free, read_json
 from offline_data.durable import disk_errors, fsync_folder, replace
 
 
@@ -42,7 +45,12 @@ class DatasetWriter:
         """A full disk ends in one line, and gets back what was written so far."""
         try:
             with disk_errors(self.path):
-                yield
+                try:
+                    yield
+                except RuntimeError as error:  # PyTorch's word for it
+                    if os.strerror(errno.ENOSPC) in str(error):
+                        raise OSError(errno.ENOSPC, "") from None
+                    raise
         except BadInput:
             shutil.rmtree(self.partial, ignore_errors=True)
             raise
@@ -79,9 +87,14 @@ class DatasetWriter:
         with self._writing():
             for file in self.files.values():
                 file.close()
-            # TensorDict writes its own meta.json for the full length; then the recorded bytes take the place of its
-            # zeros.
-            self.template.expand(self.rows).memmap_like(str(self.partial))
+            # TensorDict writes its own meta.json and arrays of one row; the recorded ones take their place.
+            self.template.memmap_like(str(self.partial))
+            for folder in (self.partial, self.partial / "agents"):
+                meta = read_json(folder / "meta.json")
+                for entry in [meta, *meta.values()]:
+                    if isinstance(entry, dict) and "shape" in entry:
+                        entry["shape"][0] = self.rows
+                (folder / "meta.json").write_text(json.dumps(meta))
             for key in self.files:
                 (self.partial / f"{key}.raw").replace(self.partial / f"{key}.memmap")
         action = self.template["agents", "action"]

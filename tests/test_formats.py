@@ -6,10 +6,12 @@ import os
 import random
 import resource
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 
 import numpy as np
@@ -485,6 +487,154 @@ def test_other_input_that_is_refused(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.hdf5"]
 
 
+def change_hdf5(path, change):
+    """OMIGA's file with something of it replaced; the links and the holes lead to data that are sound."""
+    recorded = robots()
+    write_omiga(path, recorded)
+    arrays = omiga_arrays(recorded)
+    with h5py.File(path.with_name("other.hdf5"), "w") as other:
+        other["o"] = arrays["o"]
+    arrays["o"].tofile(path.with_name("raw"))
+    with h5py.File(path, "a") as file:
+        del file["o"]
+        if change == "external link":
+            file["o"] = h5py.ExternalLink(str(path.with_name("other.hdf5")), "/o")
+        elif change == "external link to a file that is not there":
+            file["o"] = h5py.ExternalLink("/etc/hostname", "/o")
+        elif change == "soft link":
+            file["elsewhere"], file["o"] = arrays["o"], h5py.SoftLink("/elsewhere")
+        elif change == "soft link that leads outside":
+            file["elsewhere"], file["o"] = h5py.ExternalLink(str(path.with_name("other.hdf5")), "/"), h5py.SoftLink("/elsewhere/o")
+        elif change == "soft link to nothing":
+            file["o"] = h5py.SoftLink("/nothing")
+        elif change == "external storage":
+            file.create_dataset("o", arrays["o"].shape, "f4", external=[(str(path.with_name("raw")), 0, h5py.h5f.UNLIMITED)])
+        elif change == "virtual":
+            layout = h5py.VirtualLayout(arrays["o"].shape, "f4")
+            layout[:] = h5py.VirtualSource(str(path.with_name("other.hdf5")), "o", shape=arrays["o"].shape)
+            file.create_virtual_dataset("o", layout)
+        elif change == "group":
+            file.create_group("o")
+    return path
+
+
+@pytest.mark.parametrize("change, message", [
+    ("external link", "'o' is a link"), ("external link to a file that is not there", "'o' is a link"), ("soft link", "'o' is a link"),
+    ("soft link that leads outside", "'o' is a link"), ("soft link to nothing", "'o' is a link"), ("external storage", "lies in other files"),
+    ("virtual", "lies in other files"), ("group", "is not an array"),
+])
+def test_hdf5_that_leads_elsewhere(change, message, tmp_path):
+    with pytest.raises(BadInput, match=message):
+        convert(change_hdf5(tmp_path / "a.hdf5", change), "omiga", tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_minari_episode_that_is_a_link(tmp_path):
+    source = write_minari(tmp_path / "m", minari_arrays(robots()))
+    with h5py.File(source / "data" / "main_data.hdf5", "a") as file:
+        file.move("episode_1", "episode_0/hidden")
+        file["episode_1"] = h5py.SoftLink("/episode_0/hidden")
+    with pytest.raises(BadInput, match="'episode_1' is a link"):
+        convert(source, "minari", tmp_path / "out")
+
+
+@pytest.mark.parametrize("storage", [{"chunks": (1000, 3, 14)}, {"chunks": (1000, 3, 14), "compression": "gzip"}, {}])
+def test_hdf5_that_declares_what_it_does_not_hold(storage, tmp_path):
+    """A file of a few kB with 38 million rows of zeros, which HDF5 makes up when they are read."""
+    N, path = 38_000_000, tmp_path / "a.hdf5"
+    with h5py.File(path, "w") as file:
+        for name, shape in {"o": (N, 3, 14), "s": (N, 42), "a": (N, 3, 1), "r": (N, 3, 1), "d": (N, 3)}.items():
+            file.create_dataset(name, shape, "f4", **(storage | {"chunks": (1000, *shape[1:])} if storage else {}))
+        if storage:
+            file["o"][:1000] = 1
+    assert path.stat().st_size < 200_000
+    with pytest.raises(BadInput, match="declares 6,384,000,000 bytes and"):
+        convert(path, "omiga", tmp_path / "out", limit=1000)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.hdf5"]
+
+
+def test_compressed_hdf5_of_zeros_is_read(tmp_path):
+    """What is sound and dense is not refused: rewards of zero, compressed."""
+    recorded = robots()
+    for e in recorded:
+        e["reward"][:] = 0
+    read_back(convert(write_hdf5(tmp_path / "a.hdf5", omiga_arrays(recorded), compression="gzip", chunks=True), "omiga", tmp_path / "out"), recorded, True)
+
+
+def test_npz_that_declares_what_it_does_not_hold(tmp_path):
+    arrays = npz_arrays(battles())
+    write_npz(tmp_path / "a.npz", arrays)
+    for name in ("obs", "states", "rewards", "avails"):
+        with zipfile.ZipFile(tmp_path / "a.npz") as good, zipfile.ZipFile(tmp_path / "b.npz", "w", zipfile.ZIP_DEFLATED) as bad:
+            for member in good.namelist():
+                data = good.read(member)
+                if member == f"{name}.npy":
+                    length = data.index(b"\n") + 1
+                    header = {"descr": np.lib.format.dtype_to_descr(arrays[name].dtype), "fortran_order": False, "shape": (10**8, *arrays[name].shape[1:])}
+                    with open(tmp_path / "h", "wb") as file:
+                        np.lib.format.write_array_header_1_0(file, header)
+                    data = (tmp_path / "h").read_bytes() + data[length:]
+                bad.writestr(member, data)
+        with pytest.raises(BadInput, match=r"ends before|are of"):
+            convert(tmp_path / "b.npz", "npz", tmp_path / "out", "smacv1", "corridor")
+        assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("task, quality", [("../../x", "good"), ("corridor", "../x"), ("/tmp/x", "good"), ("corridor", ""), ("corridor", "a\x1b[2J")])
+def test_names_that_are_paths(task, quality, tmp_path):
+    with pytest.raises(BadInput, match="not a name of letters"):
+        convert(write_npz(tmp_path / "a.npz", npz_arrays(battles())) or tmp_path / "a.npz", "npz", tmp_path / "out", "smacv1", task, quality)
+    with pytest.raises(BadInput, match="not a name of letters"):
+        offline_data.convert.convert(str(tmp_path / "a.npz"), "npz", "smacv1", task, quality)
+
+
+def reader_of(pid: int) -> list[int]:
+    """The processes that a process has started and that still live."""
+    found = []
+    for folder in os.listdir("/proc"):
+        if folder.isdigit():
+            try:
+                state, parent = open(f"/proc/{folder}/stat").read().rsplit(") ", 1)[1].split()[:2]
+            except OSError:
+                continue
+            if int(parent) == pid and state != "Z":
+                found.append(int(folder))
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return open(f"/proc/{pid}/stat").read().rsplit(") ", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="looks into /proc")
+@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_killed_conversion_leaves_no_reader(number, code, tmp_path):
+    """The reader hangs at a named pipe that nobody writes to; it goes when the command is gone."""
+    os.mkfifo(tmp_path / "pipe")
+    args = ["--format", "npz", "--env", "smacv1", "--task", "corridor", "--quality", "good", "--out", str(tmp_path / "out")]
+    command = subprocess.Popen([sys.executable, "-m", "offline_data", "convert", str(tmp_path / "pipe"), *args], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        end = time.monotonic() + 120
+        while not (tmp_path / "out.partial").exists():  # now the reader reads
+            assert time.monotonic() < end and command.poll() is None
+            time.sleep(0.1)
+        readers = reader_of(command.pid)
+        assert len(readers) == 1
+        command.send_signal(number)
+        said = command.communicate(timeout=60)[1]
+    finally:
+        command.kill()
+    while alive(readers[0]) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert command.returncode == code and not alive(readers[0])
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+    if number != signal.SIGKILL:
+        assert said.strip().splitlines()[-1].startswith("stopped by ") and "Traceback" not in said
+
+
 # ---------------------------------------------------------------- command line
 
 
@@ -904,5 +1054,7 @@ def test_what_nobody_published():
             offline_data.download.vault_url(env, task, quality)
     urls = {offline_data.download.vault_url(*name) for name, parts in offline_data.published.published().items() if parts[2]}
     assert len(urls) == 10
+    assert offline_data.download.vault_url("mamujoco", "ant_4x2", "replay") == f"{offline_data.download.BASE_URL}/core/gymnasium_mamujoco/4ant.zip"
+    assert {offline_data.download.vault_url(*name) for name in offline_data.published.downloadable()} > urls
     for part in ("core/smac_v2/terran_10_vs_10.zip", "prior_work/omiga/mamujoco/6halfcheetah.zip", "prior_work/omiga/smac_v1/corridor.zip"):
         assert f"{offline_data.download.BASE_URL}/{part}" in urls

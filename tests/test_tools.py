@@ -1,13 +1,32 @@
 """The tools around datasets: durable writing, listing, and what a signal leaves."""
 
 import errno
+import importlib.util
+import json
 import os
+import random
+import shutil
+import signal
 import subprocess
+import sys
+import time
+from dataclasses import replace
 
 import pytest
+from conftest import ROOT, files_hash, hopper_card
 
+import environments.__main__
+import environments.mamujoco
+import environments.smax
+import environments.starcraft
+import offline_data.collect
+import offline_data.list
 from environments.checks import BadInput
+from environments.simulators import make_env
 from offline_data import durable
+from offline_data.dataset import open_dataset
+from offline_data.published import published
+from offline_data.writer import DatasetWriter
 
 # ---------------------------------------------------------------- durable writing
 
@@ -90,3 +109,257 @@ def test_a_disk_that_is_full(tmp_path):
         assert (disk / "a").read_bytes() == b"x" * 1000 and os.listdir(disk) == ["a"]
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_datasets_on_a_disk_that_is_full(hopper_episodes, tmp_path):
+    """20 sizes of a disk, from one that holds nothing to one that holds it all: a whole dataset, or one line and nothing."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    outcomes = []
+    for kib in range(8, 168, 8):
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", disk], capture_output=True).returncode:
+            pytest.skip("a small tmpfs can't be mounted here")
+        try:
+            try:
+                writer = DatasetWriter(disk / "set")
+                for episode in hopper_episodes:
+                    writer.append(episode)
+                open_dataset(writer.close(hopper_card()))
+                outcomes.append("written")
+            except BadInput as error:
+                assert str(error).startswith(f"no space left on {disk}; free some and run the command again"), error
+                assert not (disk / "set").exists() and not (disk / "set.partial").exists()
+                outcomes.append("no space")
+            del writer
+        finally:
+            subprocess.run(["umount", "-l", disk], check=True)
+    assert set(outcomes) == {"written", "no space"} and outcomes == sorted(outcomes), outcomes
+
+
+# ---------------------------------------------------------------- lists
+
+
+def run(*arguments, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120, cwd=ROOT, **kwargs)
+
+
+def test_list_of_datasets(hopper_data, tmp_path, capsys):
+    here = shutil.copytree(hopper_data, tmp_path / "mamujoco" / "hopper" / "random")
+    damaged = shutil.copytree(hopper_data, tmp_path / "mamujoco" / "hopper" / "cut\n")
+    (damaged / "card.json").write_text((damaged / "card.json").read_text()[:50])
+    shutil.copytree(hopper_data, tmp_path / "mamujoco" / "hopper" / "new.partial")
+    offline_data.list.list_datasets(str(tmp_path))
+    lines = capsys.readouterr().out.splitlines()
+    card = json.loads((here / "card.json").read_text())
+    (found,) = [line for line in lines if str(here) in line]
+    assert found.split()[:3] == ["mamujoco", "hopper", "random"] and f"{card['return_mean']:.1f}" in found and " 12 " in found
+    assert sum("comes with the code" in line for line in lines) == 2
+    assert sum("unusable: can't be read as JSON" in line for line in lines) == 1 and not any("partial" in line for line in lines)
+    for env, task, quality in (("mamujoco", "ant", "expert"), ("smacv2", "zerg_5_vs_5", "replay"), ("mamujoco", "walker2d_2x3", "replay")):
+        assert any(line.split()[:3] == [env, task, quality] and line.endswith("download") for line in lines)
+    assert any("1,000" in line and "1.9 GB" in line and "2055.07" in line for line in lines)
+    assert sum("cloud.tsinghua.edu.cn" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize("root", ["", "nowhere"])
+def test_list_of_no_folder(root):
+    with pytest.raises(BadInput, match="is no directory"):
+        offline_data.list.list_datasets(root)
+
+
+@pytest.mark.parametrize("module", ["offline_data.list", "offline_data.collect_args", "offline_data.convert", "offline_data.download", "offline_data.published",
+                                    "offline_data.card", "offline_data.durable", "environments.__main__"])
+def test_lists_and_flags_load_no_torch(module):
+    """This is what makes --help and the lists quick."""
+    code = f"import sys, {module}; sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'mujoco', 'jax')))"
+    assert run("-c", code).returncode == 0
+
+
+@pytest.mark.parametrize("module", ["offline_data list", "offline_data collect --help", "offline_data convert --help", "offline_data download --help",
+                                    "offline_data info --help", "environments"])
+def test_commands_that_only_print_import_no_torch(module):
+    done = run("-X", "importtime", "-m", *module.split())
+    assert done.returncode == 0 and done.stdout and "torchrl" not in done.stderr and " torch\n" not in done.stderr
+
+
+def test_tasks_are_those_of_the_simulators():
+    rows = environments.__main__.tasks()
+    names = {env: [task for e, task, _ in rows if e == env] for env, _, _ in rows}
+    assert names == {"mamujoco": list(environments.mamujoco.MAMUJOCO_TASKS), "smax": environments.smax.TASKS,
+                     "smacv1": environments.starcraft.SMACV1_TASKS, "smacv2": names["smacv2"]}
+    assert sorted(names["smacv2"]) == sorted(environments.starcraft.SMACV2_TASKS)
+    known = {(env, task): list(map(int, sizes)) for (env, task, _), (sizes, *_) in published().items()}
+    for env, task, sizes in rows:
+        assert known.get((env, task), sizes) == sizes
+
+
+@pytest.mark.parametrize("env, task", [("mamujoco", task) for task in environments.mamujoco.MAMUJOCO_TASKS]
+                         + [("smax", "zerg_10_vs_11"), ("smax", "3s5z_vs_3s6z"), ("smax", "corridor")])
+def test_listed_sizes_are_those_of_the_built_environment(env, task):
+    if env == "smax" and importlib.util.find_spec("jaxmarl") is None:
+        pytest.skip("jaxmarl is not installed")
+    made = make_env(env, task, 1)
+    spec = made.observation_spec
+    n, O = spec["agents", "observation"].shape[-2:]
+    action = spec["agents", "action_mask"] if env == "smax" else made.full_action_spec["agents", "action"]
+    assert [n, spec["state"].shape[-1], O, action.shape[-1]] == next(s for e, t, s in environments.__main__.tasks() if (e, t) == (env, task))
+    made.close()
+
+
+def test_listed_tasks_say_what_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(environments.__main__, "find_spec", lambda name: None if name in ("jaxmarl", "smacv2") else True)
+    environments.__main__.main()
+    said = capsys.readouterr().out
+    assert "smax needs jaxmarl: pip install -r requirements-smax.txt" in said and "smacv2 needs smacv2: " in said and "mamujoco needs" not in said
+    assert [line.split()[-2:] for line in said.splitlines() if "27m_vs_30m" in line] == [["needs", "jaxmarl"]]
+
+
+def test_the_notice_about_adroit_hands_is_not_shown():
+    done = run("-c", "from environments.mamujoco import mamujoco_scenario; print(mamujoco_scenario('hopper'))")
+    assert done.stdout == "('Hopper', '3x1')\n" and "Adroit" not in done.stderr
+
+
+def test_other_notices_of_gymnasium_robotics_stay():
+    code = ("from farama_notifications import notifications as n; import importlib.metadata as m; v = m.version('gymnasium_robotics'); "
+            "n.setdefault('gymnasium_robotics', {})[v] = 'a notice of weight'; from environments.mamujoco import import_robotics; import_robotics()")
+    if importlib.util.find_spec("farama_notifications") is None:
+        pytest.skip("farama_notifications is not installed")
+    assert "a notice of weight" in run("-c", code).stderr
+
+
+# ---------------------------------------------------------------- collect: what is there, and signals
+
+COLLECT = offline_data.collect.Args(steps=1024, samples=100, num_envs=4, horizon=128, checkpoints=2, minibatch=128, epochs=1)
+
+
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory):
+    out = tmp_path_factory.mktemp("collected")
+    offline_data.collect.main(replace(COLLECT, out=str(out)))
+    return out
+
+
+@pytest.fixture
+def copied(collected, tmp_path):
+    return shutil.copytree(collected, tmp_path / "data") / "mamujoco" / "hopper"
+
+
+def collect_again(copied, monkeypatch, **changes):
+    """Runs the command again; training must not start where it is refused."""
+    offline_data.collect.main(replace(COLLECT, out=str(copied.parent.parent), **changes))
+
+
+def test_a_finished_collection_is_kept(copied, monkeypatch, capsys):
+    before = files_hash(copied)
+    monkeypatch.setattr(offline_data.collect, "train", None)  # not even called
+    collect_again(copied, monkeypatch)
+    assert files_hash(copied) == before
+    said = capsys.readouterr().out
+    assert all(f"{copied / quality} is there already and is kept" in said for quality in ("medium", "expert", "medium-replay", "medium-expert"))
+
+
+def test_a_finished_collection_without_its_behaviour_policy_is_kept(copied, monkeypatch, capsys):
+    shutil.rmtree(copied / "behaviour")
+    test_a_finished_collection_is_kept(copied, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("quality", ["medium", "expert", "medium-replay", "medium-expert"])
+@pytest.mark.parametrize("what", ["downloaded", "other arguments", "a folder", "a file", "a dead link", "a bad card"])
+def test_what_is_in_the_way_is_refused_before_training(what, quality, copied, monkeypatch):
+    shutil.rmtree(copied / "behaviour")
+    path = copied / quality
+    if what in ("downloaded", "other arguments", "a bad card"):
+        card = json.loads((path / "card.json").read_text())
+        card["made"] = {"by": "python -m offline_data convert"} if what == "downloaded" else card["made"] | {"arguments": card["made"]["arguments"] | {"lr": 1.0}}
+        (path / "card.json").write_text("{" if what == "a bad card" else json.dumps(card))
+    else:
+        shutil.rmtree(path)
+        if what == "a folder":
+            path.mkdir()
+            (path / "thesis.tex").write_text("precious")
+        elif what == "a file":
+            path.write_text("precious")
+        else:
+            path.symlink_to("/nowhere/at/all")
+    before = files_hash(copied)
+    monkeypatch.setattr(offline_data.collect, "train", None)
+    said = {"downloaded": "was not made by this command", "other arguments": "made with other arguments \\(--lr 1.0\\)", "a bad card": "can't be read"}
+    with pytest.raises(BadInput, match=said.get(what, "is no dataset and is left alone")) as caught:
+        collect_again(copied, monkeypatch)
+    assert "\n" not in str(caught.value) and files_hash(copied) == before and not (copied / "behaviour").exists()
+    if what not in ("downloaded", "other arguments", "a bad card"):
+        with pytest.raises(BadInput, match="is no dataset and is left alone"):
+            collect_again(copied, monkeypatch, overwrite=True)
+        assert files_hash(copied) == before
+
+
+def test_a_shard_of_somebody_else_is_refused(copied, monkeypatch):
+    (copied / "behaviour" / "state.pt").unlink()
+    card = copied / "behaviour" / "episodes-000" / "card.json"
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"made": {"by": "somebody"}}))
+    before = files_hash(copied)
+    with pytest.raises(BadInput, match="episodes-000 was not made by this command"):
+        collect_again(copied, monkeypatch)
+    assert files_hash(copied) == before
+
+
+def test_overwrite_replaces_the_datasets_and_the_training_of_another_command(copied, monkeypatch):
+    (copied / "behaviour" / "notes.txt").write_text("mine")
+    collect_again(copied, monkeypatch, overwrite=True, lr=1e-3, steps=512, checkpoints=1)
+    for quality in ("medium", "expert", "medium-replay", "medium-expert"):
+        assert open_dataset(copied / quality)[1]["made"]["arguments"]["lr"] == 1e-3
+    kept = sorted(p.name for p in (copied / "behaviour").iterdir())
+    assert kept == ["actor-000.pt", "curve.csv", "curve.png", "episodes-000", "notes.txt", "state.pt"]
+
+
+def test_flipped_bits_in_the_training_state_are_found(copied, monkeypatch):
+    """torch.load alone takes most of them."""
+    rng, path = random.Random(0), copied / "behaviour" / "state.pt"
+    original, refused = path.read_bytes(), 0
+    for _ in range(40):
+        data = bytearray(original)
+        place = rng.randrange(len(data))
+        data[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        try:
+            state = offline_data.collect.load_state(offline_data.collect.fill_in(replace(COLLECT, out="x")), copied / "behaviour")
+            path.write_bytes(original)
+            sound = offline_data.collect.load_state(offline_data.collect.fill_in(replace(COLLECT, out="x")), copied / "behaviour")
+            assert all((a == b).all() for a, b in zip(state["loss"].values(), sound["loss"].values())), place
+            assert state["curve"] == sound["curve"] and state["args"] == sound["args"]
+        except BadInput as error:
+            assert "can't be read" in str(error)
+            refused += 1
+    assert refused > 25
+
+
+def session(pid: int) -> list[str]:
+    """The processes of a session that still live."""
+    lines = subprocess.run(["ps", "-o", "stat=,args=", "-s", str(pid)], capture_output=True, text=True).stdout.splitlines()
+    return [line for line in lines if not line.startswith("Z")]
+
+
+@pytest.mark.parametrize("workers, number, everybody, code", [
+    (1, signal.SIGINT, False, 130), (1, signal.SIGTERM, False, 143), (2, signal.SIGINT, True, 130), (2, signal.SIGTERM, False, 143),
+])
+def test_signals_end_collect_in_one_line(workers, number, everybody, code, tmp_path):
+    """Ctrl-C goes to every process of the terminal (`everybody`), a cluster's SIGTERM often to one."""
+    arguments = ["collect", "--steps", "1000000", "--num-envs", "2", "--horizon", "64", "--workers", str(workers), "--out", str(tmp_path / "data")]
+    with open(tmp_path / "said", "w") as file:
+        command = subprocess.Popen([sys.executable, "-m", "offline_data", *arguments, "--checkpoints", "8000"], cwd=ROOT, stdout=file, stderr=file,
+                                   start_new_session=True)
+    try:
+        end = time.monotonic() + 200
+        while not (tmp_path / "data" / "mamujoco" / "hopper" / "behaviour" / "state.pt").exists():
+            assert time.monotonic() < end and command.poll() is None, (tmp_path / "said").read_text()
+            time.sleep(0.2)
+        (os.killpg if everybody else os.kill)(command.pid, number)
+        assert command.wait(60) == code
+        time.sleep(0.5)
+        said = (tmp_path / "said").read_text()
+        assert session(command.pid) == []
+    finally:
+        command.kill()
+    lines = [line for line in said.replace("\r", "\n").splitlines() if line.strip() and not line.startswith("MAPPO hopper:")]
+    name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+    assert lines == [f"stopped by {name}; to go on: python -m offline_data {' '.join(arguments)} --checkpoints 8000"], said
