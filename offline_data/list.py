@@ -12,7 +12,8 @@ from environments.checks import BadInput
 from offline_data.card import DATA_ROOT, check_card, digits, read_json
 from offline_data.published import downloadable, published
 
-SHIPPED = {("mamujoco", "hopper", "demo"), ("smax", "zerg_5_vs_5", "demo")}  # they come with the code
+# These come with the code.
+SHIPPED = {("mamujoco", "hopper", "demo"), ("mamujoco", "hopper", "few-good"), ("smax", "zerg_5_vs_5", "demo")}
 HEADER = ("env", "task", "quality", "episodes", "size", "mean return", "where")
 
 
