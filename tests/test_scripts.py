@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -1041,6 +1042,17 @@ def test_data_facts_are_those_of_a_plain_loop(gamma, hopper_data, discrete_data)
         assert comadice_train.data_facts(rows, args) == pytest.approx((min(returns), max(returns), np.mean(masses)))
         args.bound = False
         assert comadice_train.data_facts(rows, args) == pytest.approx((-math.inf, math.inf, np.mean(masses)))
+
+
+def test_data_facts_of_a_large_dataset_fit_into_memory():
+    """400 episodes of 1,000 steps: what is needed grows with the rows alone."""
+    t = torch.arange(400 * 1001) % 1001
+    done = (t == 999)[:, None]
+    rows = TensorDict({"reward": torch.ones(len(t), 1), "done": done, "terminated": done, "is_init": (t == 0)[:, None]}, [len(t)])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    low, high, mass = comadice_train.data_facts(rows, comadice_train.Args(reward_scale=1.0, bound=True))
+    assert (low, high) == pytest.approx((1, (1 - 0.99**1000) / 0.01)) and mass == pytest.approx(1 - 0.99**1000)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # KiB
 
 
 @pytest.mark.parametrize("factor", [0.1, 1.0, 10.0])
