@@ -26,9 +26,9 @@ import tyro
 from environments.checks import BadInput
 from offline_data.dataset import read_json
 from offline_data.published import published
-from support.runs import FREE, eval_steps, last_evaluations
+from support.runs import FREE, eval_steps, judged, last_evaluations
 
-METHODS = ["bc", "bcq", "cql", "icq", "omar", "omiga", "comadice"]  # the paper's order
+METHODS = ["bc", "bc-best10", "bcq", "cql", "icq", "omar", "omiga", "comadice"]  # the paper's order, with bc-best10
 ABLATIONS = {"alpha": "alpha", "f": "f-divergence", "mixer_layers": "layers of the mixer"}  # Sections B.4, B.5, B.6
 AXIS = {"return": "return", "winrate": "winrate (%)"}
 RUN_FILES = {"config.json", "metrics.csv", "summary.json", "checkpoint.pt"}
@@ -41,9 +41,9 @@ class Args:
     """folder that holds run directories, at any depth"""
     out: str | None = None
     """folder for the report (default RUNS/report)"""
-    last: float = 0.1
-    """a seed's score is its mean over this share of its evaluations, the last ones, and at least one: single
-    checkpoints swing"""
+    last: float | None = None
+    """a seed's score is its mean over this share of its evaluations, the last ones, and at least one (default: what
+    summary.json has, the last half and at most ten): single checkpoints swing"""
 
 
 class Run(NamedTuple):
@@ -92,8 +92,9 @@ def numeric(text: str) -> tuple:
 
 
 def mean_std(values: list[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation; 0 of a single value."""
     mean = sum(values) / len(values)
-    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
+    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1))
 
 
 # ---------------------------------------------------------------- reading
@@ -108,7 +109,7 @@ def read_run(path: Path) -> Run:
     if not isinstance(config, dict) or any(type(config.get(k)) is not kind for k, kind in kinds.items()):
         raise BadInput("config.json is not that of a run of this project")
     for key in ("algo", "env", "task", "quality"):
-        if not re.fullmatch(r"[\w-]+", config[key]):
+        if not re.fullmatch(r"[\w-][\w.-]*", config[key]):  # bc-best2.5 has a dot
             raise BadInput(f"config.json: {key} is {config[key]!r}, which is no name")
     if min(config["steps"], config["evals"]) < 1:
         raise BadInput("config.json: steps and evals must be positive")
@@ -224,9 +225,10 @@ def missing_seeds(cells: list[Cell]) -> list[str]:
     return lines
 
 
-def score(cell: Cell, metric: str, last: float) -> tuple[float, float]:
+def score(cell: Cell, metric: str, last: float | None) -> tuple[float, float]:
     """Mean and standard deviation over seeds; a seed's score is its mean over the last evaluations."""
-    count = max(round(last * len(cell.runs[0].steps)), 1)
+    evaluations = len(cell.runs[0].steps)
+    count = judged(evaluations) if last is None else max(round(last * evaluations), 1)
     return mean_std([sum(run.curves[metric][-count:]) / count for run in cell.runs])
 
 
@@ -248,7 +250,7 @@ def of_paper(paper: dict, cell: Cell, metric: str) -> tuple[str, str] | None:
 # ---------------------------------------------------------------- writing
 
 
-def table(cells: list[Cell], metric: str, last: float, paper: dict) -> list[str]:
+def table(cells: list[Cell], metric: str, last: float | None, paper: dict) -> list[str]:
     """Lines of Markdown: a row an instance, a column a method and setting, the best mean in bold, the paper's numbers
     below ours."""
     columns = list(dict.fromkeys(cell.column for cell in cells))
@@ -291,7 +293,7 @@ def title(instance: tuple, instances: list[tuple]) -> str:
     return name if len(alike) == 1 else f"{name} ({instance[3]}, data {instance[4]:g})"
 
 
-def write_csv(cells: list[Cell], last: float, paper: dict, path: Path):
+def write_csv(cells: list[Cell], last: float | None, paper: dict, path: Path):
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(
@@ -361,7 +363,7 @@ def series(cells: list[Cell], key: str) -> list[list[Cell]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def draw_ablation(cells: list[Cell], key: str, metric: str, last: float, paper: dict, path: Path) -> bool:
+def draw_ablation(cells: list[Cell], key: str, metric: str, last: float | None, paper: dict, path: Path) -> bool:
     """Figures 2, 9 and 10: the score at each value of `key`, a panel an instance; False where nothing was ablated."""
     instances = sorted({cell.instance for cell in cells})
     charts = [(instance, group) for instance in instances
@@ -392,7 +394,7 @@ def main(args: Args):
     root = Path(args.runs)
     if not root.is_dir():
         raise BadInput(f"no folder at {root}")
-    if not 0 < args.last <= 1:
+    if args.last is not None and not 0 < args.last <= 1:
         raise BadInput(f"--last is {args.last}: give a share of the evaluations, above 0 and at most 1")
     out = Path(args.out) if args.out else root / "report"
     if root.resolve().is_relative_to(out.resolve()):
@@ -419,7 +421,7 @@ def main(args: Args):
     print(f"written: {', '.join(str(out / name) for name in names)}")
 
 
-def write_report(cells: list[Cell], left_out: list[tuple[Path, str]], last: float, out: Path) -> list[str]:
+def write_report(cells: list[Cell], left_out: list[tuple[Path, str]], last: float | None, out: Path) -> list[str]:
     """Writes all files into `out` and returns their names."""
     paper, lines, names = paper_numbers(), [], ["report.md", "report.csv"]
     for env in dict.fromkeys(cell.instance[0] for cell in cells):

@@ -236,7 +236,12 @@ def check_checkpoint(state: dict, card: dict, run: str | Path):
 def last_evaluations(metrics: list[dict]) -> list[dict]:
     """The evaluations that a run is judged by: the last half of them, at most ten. Empty where rollouts were off."""
     evaluated = [row for row in metrics if row["stage"] == "policy" and row.get("return") is not None]
-    return evaluated[-min(10, (len(evaluated) + 1) // 2) :] if evaluated else []
+    return evaluated[-judged(len(evaluated)) :] if evaluated else []
+
+
+def judged(evaluations: int) -> int:
+    """How many of a run's evaluations it is judged by."""
+    return min(10, (evaluations + 1) // 2)
 
 
 def random_state() -> dict:

@@ -29,7 +29,7 @@ def make_run(root, algo="comadice", seed=0, returns=(1.0,), winrates=None, engin
         for i, value in enumerate(returns):
             won = "" if winrates is None else winrates[i]
             writer.writerow({"stage": "policy", "step": steps * (i + 1) // len(returns), "return": value, "winrate": won})
-    summary = {"return": {"mean": returns[-1], "std": 0.0}, "winrate": winrates and winrates[-1], "engine": engine, "dataset_return": data_return}
+    summary = {"return": returns[-1], "winrate": winrates and winrates[-1], "engine": engine, "dataset_return": data_return}
     (run / "summary.json").write_text(json.dumps(summary))
     return run
 
@@ -42,19 +42,30 @@ def report(root, **flags) -> tuple[str, list[dict]]:
 
 
 def test_means_and_deviations_over_seeds(tmp_path):
-    """A seed's score is its mean over the last share of evaluations; 30, 50 and 100: mean 60, standard deviation sqrt(2600 / 3)."""
+    """A seed's score is its mean over the last share of evaluations; 30, 50 and 100: mean 60, sample standard deviation sqrt(2600 / 2)."""
     for seed, last in enumerate((30.0, 50.0, 100.0)):
         make_run(tmp_path, "comadice", seed, [-1000.0] * 8 + [last - 10, last + 10], alpha=1.0)
         make_run(tmp_path, "bc", seed, [40.0] * 10)
     text, rows = report(tmp_path, last=0.2)
     row = next(row for row in rows if row["method"] == "comadice")
-    assert float(row["mean"]) == pytest.approx(60) and float(row["std"]) == pytest.approx(math.sqrt(2600 / 3))
+    assert float(row["mean"]) == pytest.approx(60) and float(row["std"]) == pytest.approx(math.sqrt(2600 / 2))
     assert row["seeds"] == "0 1 2" and (row["paper_mean"], row["paper_std"]) == ("906.3", "242.1")  # Table 2
-    assert "| hopper medium-replay | 234.5 | 40.0 ± 0.0 | **60.0 ± 29.4** |" in text
+    assert "| hopper medium-replay | 234.5 | 40.0 ± 0.0 | **60.0 ± 36.1** |" in text
     assert "| the paper's | 746.4 | 133.3 ± 53.5 | 906.3 ± 242.1 |" in text  # Tables 3 and 7
     assert text.endswith("## Missing and left out\n\n- nothing\n")
-    _, rows = report(tmp_path)  # the last of ten evaluations
-    assert float(next(row for row in rows if row["method"] == "comadice")["mean"]) == pytest.approx(70)
+    scores = {}
+    for flags in ({"last": 0.1}, {}):  # the last of ten evaluations; what a run is judged by, the last five of ten
+        rows = report(tmp_path, **flags)[1]
+        scores[len(flags)] = float(next(row for row in rows if row["method"] == "comadice")["mean"])
+    assert scores == {1: pytest.approx(70), 0: pytest.approx((3 * -1000 + 2 * 60) / 5)}
+
+
+def test_a_method_whose_name_has_a_dot(tmp_path):
+    """comadice_bc.py --best 0.025 is bc-best2.5."""
+    for algo in ("bc-best2.5", "bc-best10", "bc"):
+        make_run(tmp_path, algo, returns=[3.0])
+    text, rows = report(tmp_path)
+    assert [row["method"] for row in rows] == ["bc-best2.5", "bc", "bc-best10"] and text.endswith("## Missing and left out\n\n- nothing\n")
 
 
 def test_winrates_have_a_table_of_their_own(tmp_path):
@@ -64,8 +75,8 @@ def test_winrates_have_a_table_of_their_own(tmp_path):
     text, rows = report(tmp_path)
     parts = text.split("## ")
     assert [part.splitlines()[0] for part in parts[1:5]] == [f"{env}: {m}" for env in ("smacv2", "smax") for m in ("return", "winrate (% of battles won)")]
-    assert "**50.0 ± 25.0**" in parts[2] and "31.2 ± 7.7" in parts[2]  # Table 9
-    assert "**50.0 ± 25.0**" in parts[4] and "the paper's" not in parts[3] + parts[4]  # another engine than the paper's
+    assert "**50.0 ± 35.4**" in parts[2] and "31.2 ± 7.7" in parts[2]  # Table 9
+    assert "**50.0 ± 35.4**" in parts[4] and "the paper's" not in parts[3] + parts[4]  # another engine than the paper's
     assert {row["paper_mean"] for row in rows if row["env"] == "smax"} == {""}
     assert {path.name for path in (tmp_path / "report").glob("*.png")} == {f"curves_{e}_{m}.png" for e in ("smacv2", "smax") for m in ("return", "winrate")}
 
@@ -164,7 +175,7 @@ def test_foreign_folders_and_copies(tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    {"seed": "1"}, {"seed": True}, {"seed": None}, {"env": ["a"]}, {"algo": {}}, {"task": "../../x"}, {"task": "a|b"}, {"quality": ""}, {"steps": 0},
+    {"seed": "1"}, {"seed": True}, {"seed": None}, {"env": ["a"]}, {"algo": {}}, {"task": "../../x"}, {"algo": ".."}, {"task": "a|b"}, {"quality": ""}, {"steps": 0},
     {"steps": "100"}, {"evals": 7}, {"evals": None}])
 def test_odd_arguments_leave_a_run_out(change, tmp_path):
     make_run(tmp_path, seed=0)
@@ -215,11 +226,11 @@ def test_bad_input(flags, match, tmp_path):
 
 
 def test_runs_of_a_training_script(hopper_data, tmp_path):
-    """What comadice_bc.py writes is read: the report's score is the last evaluation of metrics.csv."""
-    args = comadice_bc.Args(data=str(hopper_data), out=str(tmp_path), steps=4, evals=2, eval_episodes=2, hidden=16, batch_size=8, seeds=[0, 1], device="cpu")
+    """What comadice_bc.py writes is read: the report's score is that of summary.json."""
+    args = comadice_bc.Args(data=str(hopper_data), out=str(tmp_path), steps=4, evals=4, eval_episodes=2, hidden=16, batch_size=8, seeds=[0, 1], device="cpu")
     comadice_bc.main(args)
     _, rows = report(tmp_path)
-    returns = [json.loads((tmp_path / f"mamujoco/hopper/random/bc/seed{seed}/summary.json").read_text())["return"]["mean"] for seed in (0, 1)]
+    returns = [json.loads((tmp_path / f"mamujoco/hopper/random/bc/seed{seed}/summary.json").read_text())["return"] for seed in (0, 1)]
     assert [row["method"] for row in rows] == ["bc"] and float(rows[0]["mean"]) == pytest.approx(sum(returns) / 2, rel=1e-6)
 
 
