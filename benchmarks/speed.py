@@ -29,7 +29,7 @@ import comadice_train
 from comadice_mixer import make_policy
 from environments.checks import BadInput, pick_device, run_script
 from offline_data.replay import initial_rows, make_replay, minibatches
-from support.seeds import Graph, adam, make_generators, per_seed, set_gradients, stack
+from support.seeds import Graph, adam, make_generators, per_seed, set_gradients, stack, update_target
 
 SHAPES = {  # Table 3
     "hopper": {"n_agents": 3, "obs_dim": 14, "state_dim": 42, "action_dim": 1, "discrete": False},
@@ -56,7 +56,7 @@ class Args:
     """CPU threads"""
     pair: str | None = None
     """a command to run after every round"""
-    train: comadice_train.Args = field(default_factory=lambda: comadice_train.Args(objective="exact"))
+    train: comadice_train.Args = field(default_factory=comadice_train.Args)
     """the other arguments of comadice_train.py"""
 
 
@@ -92,18 +92,13 @@ def needed(card: dict, args: comadice_train.Args) -> tuple[list, list]:
     n, O, S, A = (card[k] for k in ("n_agents", "obs_dim", "state_dim", "action_dim"))
     B, H = args.batch_size, args.hidden
     mixer = lambda rows, trained: [p for out in (n, 1) for p in products(rows, [S, args.mixer_hidden, out], trained)]
-    q = products(B * n, [O + n, H, H, A] if card["discrete"] else [O + n + A, H, H, 1])
-    if args.objective == "exact":  # nu and theta at s, s' and s_0
-        rows = 2 * B + args.init_batch_size
-        critics = q + products(rows * n, [O + n, H, H, 1]) + mixer(rows, True)
-    else:  # semi: at s, and the target networks at s'
-        critics = (
-            q
-            + products(B * n, [O + n, H, H, 1])
-            + products(B * n, [O + n, H, H, 1], False)
-            + mixer(B, True)
-            + mixer(B, False)
-        )
+    nu_tot = lambda rows, trained: products(rows * n, [O + n, H, H, 1], trained) + mixer(rows, trained)
+    # semi: nu and theta at s. exact: at s, s' and s_0
+    critics = nu_tot(B if args.objective == "semi" else 2 * B + args.init_batch_size, True)
+    if args.objective == "semi" or args.advantage == "q":  # the target networks at s'
+        critics += nu_tot(B, False)
+    if args.advantage == "q":
+        critics += products(B * n, [O + n, H, H, A] if card["discrete"] else [O + n + A, H, H, 1])
     return critics, products(B * n, [O + n, H, H, A if card["discrete"] else 2 * A])
 
 
@@ -155,7 +150,8 @@ def critics_stage(rows: TensorDict, card: dict, seeds: int, args: Args, device: 
     train, each = args.train, [comadice_train.make_critics(card, args.train).to(device) for _ in range(seeds)]
     critics, target = stack(each), stack(deepcopy(each))
     optimizer, generators = comadice_train.make_optimizer(critics, train), make_generators(list(range(seeds)), 1, rows)
-    update = Graph(comadice_train.make_critic_update(critics, target, optimizer, train), train.graph)
+    data = comadice_train.data_facts(rows, train)
+    update = Graph(comadice_train.make_critic_update(critics, target, optimizer, train, data), train.graph)
     replay = make_replay(rows, comadice_train.CRITIC_KEYS, True, generators, device)
     initial = make_replay(rows, comadice_train.INIT_KEYS, False, generators, device, initial_rows(rows))
     draw = lambda: minibatches(0, {args.steps}, (replay, train.batch_size), (initial, train.init_batch_size))
@@ -165,45 +161,42 @@ def critics_stage(rows: TensorDict, card: dict, seeds: int, args: Args, device: 
             update(batch, init)
 
     _, batch, init = next(draw())
-    alpha, networks, targets = (
-        torch.full_like(critics.lam, train.alpha * train.reward_scale),
-        list(critics.parameters()),
-        list(target.parameters()),
-    )
-    losses_of = per_seed(
-        lambda *inputs: comadice_train.critic_losses(*inputs, train), [critics, target], seeds, train.compile
-    )
+    alpha = torch.full_like(critics.lam, train.alpha * train.reward_scale)
+    on_batch = lambda *inputs: comadice_train.critic_losses(*inputs, train, data)
+    losses_of = per_seed(on_batch, [critics, target], seeds, train.compile)
     losses = lambda: losses_of(batch, init, alpha)
     parts = {
         "sample": lambda: [None for _ in draw()],
         "losses": losses,
-        "q": lambda: set_gradients(losses()[0].sum(), list(critics.q.parameters())),
         "nu, theta": lambda: set_gradients(losses()[1].sum(), [*critics.nu.parameters(), *critics.mixer.parameters()]),
         "optimiser": optimizer.step,
-        "targets": lambda: comadice_train.update_target(targets, networks, train.tau),
+        "targets": lambda: update_target(target, critics, train.tau),
     }
+    if train.advantage == "q":
+        parts["q"] = lambda: set_gradients(losses()[0].sum(), list(critics.q.parameters()))
     return steps, parts
 
 
 def policy_stage(rows: TensorDict, card: dict, seeds: int, args: Args, device: torch.device):
     """The same of the policies' stage."""
     sizes = card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], args.train.hidden
-    policy = stack([make_policy(*sizes).to(device) for _ in range(seeds)])
-    optimizer, generators = (
-        adam(list(policy.parameters()), args.train.lr, device),
-        make_generators(list(range(seeds)), 2, rows),
-    )
-    update = Graph(comadice_bc.make_policy_update(policy, optimizer, seeds, args.train.compile), args.train.graph)
+    each = [make_policy(*sizes).to(device) for _ in range(seeds)]
+    policy, average = stack(each), stack(deepcopy(each))
+    optimizer, weight = adam(list(policy.parameters()), args.train.lr, device), torch.ones((), device=device)
+    step = comadice_bc.make_policy_update(policy, average, optimizer, weight, seeds, args.train.compile)
+    update, generators = Graph(step, args.train.graph), make_generators(list(range(seeds)), 2, rows)
     replay = make_replay(
         comadice_bc.with_ratios(rows, dict.fromkeys(range(seeds))), comadice_bc.POLICY_KEYS, False, generators, device
     )
     draw = lambda: minibatches(0, {args.steps}, (replay, args.train.batch_size))
 
     def steps():
-        for _, batch in draw():
+        for step, batch in draw():
+            comadice_bc.set_schedule(optimizer, weight, step, args.train)
             update(batch)
 
-    return steps, {"sample": lambda: [None for _ in draw()], "optimiser": optimizer.step}
+    parts = {"sample": lambda: [None for _ in draw()], "optimiser": optimizer.step}
+    return steps, parts | {"average": lambda: update_target(average, policy, weight)}
 
 
 def outside(command: str) -> list[float]:
@@ -231,7 +224,8 @@ def measure(shape: str, seeds: int, args: Args, device: torch.device):
     card, timer = SHAPES[shape], Timer(device)
     torch.manual_seed(0)
     rows = random_rows(card, args.rows).to(device)
-    args = replace(args, train=comadice_train.fill_in(args.train, rows, card))
+    train = comadice_train.resolve(args.train, rows["reward"].abs().mean().item())
+    args = replace(args, train=replace(train, steps=args.steps))
     stages = {"critics": critics_stage, "policy": policy_stage}
     work = dict(zip(stages, needed(card, args.train)))
     made = {name: make(rows, card, seeds, args, device) for name, make in stages.items()}
@@ -249,7 +243,8 @@ def measure(shape: str, seeds: int, args: Args, device: torch.device):
                     peak[name][s].append(value / s)
         if args.pair and i:
             others.append(outside(args.pair))
-    print(f"\n{shape}, {seeds} seed{'s' * (seeds > 1)}: {card}, objective {args.train.objective}")
+    method = f"objective {args.train.objective}, w* from {args.train.advantage}"
+    print(f"\n{shape}, {seeds} seed{'s' * (seeds > 1)}: {card}, {method}")
     for name in stages:
         seconds, single = median(step[name]) / seeds, median(peak[name][1])
         G = flop(work[name]) / 1e9
@@ -268,7 +263,8 @@ def measure(shape: str, seeds: int, args: Args, device: torch.device):
             for part, run in made[name][1].items()
         }
         if "losses" in parts:  # a gradient needs its losses computed anew, so they are taken off
-            parts |= {f"gradient of {part}": parts.pop(part) - parts["losses"] for part in ("q", "nu, theta")}
+            trained = {"q", "nu, theta"} & set(parts)
+            parts |= {f"gradient of {part}": parts.pop(part) - parts["losses"] for part in sorted(trained)}
         print("    " + ", ".join(f"{part} {100 * value / (seconds * seeds):.0f}%" for part, value in parts.items()))
     both, single = sum(median(x) for x in step.values()) / seeds, sum(median(peak[name][1]) for name in stages)
     print(f"  both stages: {100 * single / both:.0f}% of the products' peak, {1 / both:.1f} seed-updates/s of both")
@@ -292,7 +288,7 @@ def main(args: Args):
     unknown = set(args.shapes) - set(SHAPES)
     if unknown or min(args.seeds, default=0) < 1 or args.steps < 1 or args.rounds < 1:
         raise BadInput(f"--shapes takes {', '.join(SHAPES)}; --seeds, --steps and --rounds positive numbers")
-    if args.train.objective not in ("exact", "semi"):
+    if args.train.objective not in (None, "exact", "semi") or args.train.preset == "paper":
         raise BadInput("the FLOP of the objectives exact and semi are counted: use --train.objective exact or semi")
     torch.set_num_threads(args.threads)
     device = pick_device(args.device, args.train.tf32)

@@ -4,7 +4,8 @@ computation.
     python -m benchmarks.sweep --data data/mamujoco/hopper/medium-replay --steps 20000 --out sweep.csv
 
 Every member is what `python comadice_train.py` with its flags and seed trains, but for the batches drawn, which depend
-there on when a run is evaluated; of the --train flags, alpha, objective, advantage and those of every script but lr,
+there on when a run is evaluated, and for the mixer's first weights where w* is read both ways: then all critics have a
+q. Of the --train flags, alpha, objective, advantage and those of every script but lr,
 hidden and batch_size have no effect here. Plain BC is a member too, once per --bc-lr. A member's score is the mean
 return over its last evaluations, since a policy's return swings from one checkpoint to the next. On a GPU the update is
 one CUDA graph, while the evaluations run in processes beside it.
@@ -27,12 +28,11 @@ from tensordict import TensorDict
 from tqdm import tqdm
 
 import comadice_train
-from comadice_bc import POLICY_KEYS, make_policy_update, ratio_stats, with_ratios
-from comadice_eval import eval_env, evaluate
+from comadice_bc import POLICY_KEYS, make_policy_update, ratio_stats, set_schedule, with_ratios
+from comadice_eval import eval_env, evaluation
 from comadice_mixer import make_policy
-from comadice_train import fill_in
 from environments.checks import BadInput, pick_device, run_script
-from offline_data.dataset import open_dataset
+from offline_data.dataset import last_rows, open_dataset
 from offline_data.replay import initial_rows, make_replay, minibatches
 from support.seeds import Graph, adam, make_generators, seed_states, stack
 
@@ -43,12 +43,10 @@ class Args:
     """dataset directory"""
     out: str = "sweep.csv"
     """a row a member"""
-    objectives: list[Literal["exact", "printed", "released", "semi"]] = field(
-        default_factory=lambda: ["exact", "printed", "released", "semi"]
-    )
+    objectives: list[comadice_train.Objective] = field(default_factory=lambda: list(comadice_train.OBJECTIVES))
     """objectives to try"""
     advantages: list[Literal["td", "q"]] = field(default_factory=lambda: ["td", "q"])
-    """what w* is extracted from (`released` has its own)"""
+    """what w* is extracted from (`printed` and `released_nu` have q alone)"""
     alphas: list[float] = field(default_factory=lambda: [0.01, 0.1, 1.0, 10.0, 100.0])
     """values of alpha"""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
@@ -69,12 +67,20 @@ class Args:
     """the other arguments of comadice_train.py"""
 
 
+def resolved(train: comadice_train.Args, rows: TensorDict) -> comadice_train.Args:
+    """The flags of comadice_train.py as it fills them in; alpha is each member's own."""
+    unit = rows["reward"][~last_rows(rows)].double().abs().mean().item() or 1.0
+    return comadice_train.resolve(replace(train, alpha=None), unit)
+
+
 def train_critics(objective: str, rows: TensorDict, card: dict, args: Args) -> list[tuple[dict, torch.Tensor]]:
     """Lines 3-8 for alphas x seeds at once.
 
     Returns (name of the cell and seed, w* of all transitions) of each member and advantage.
     """
-    train = fill_in(replace(args.train, objective=objective), rows, card)
+    advantages = args.advantages if objective in ("semi", "exact") else ["q"]
+    with_q = "q" if "q" in advantages else "td"
+    train = resolved(replace(args.train, objective=objective, advantage=with_q), rows)
     members = [(alpha, seed) for alpha in args.alphas for seed in args.seeds]
     device, each = rows["state"].device, []
     for _, seed in members:
@@ -82,9 +88,8 @@ def train_critics(objective: str, rows: TensorDict, card: dict, args: Args) -> l
         each.append(comadice_train.make_critics(card, train).to(device))
     critics, target = stack(each), stack(deepcopy(each))
     alpha = torch.tensor([a * train.reward_scale for a, _ in members], device=device).reshape(critics.lam.shape)
-    update = Graph(
-        comadice_train.make_critic_update(critics, target, comadice_train.make_optimizer(critics, train), train, alpha)
-    )
+    optimizer, data = comadice_train.make_optimizer(critics, train), comadice_train.data_facts(rows, train)
+    update = Graph(comadice_train.make_critic_update(critics, target, optimizer, train, data, alpha))
     generators = make_generators([seed for _, seed in members], 1, rows)
     replay = make_replay(rows, comadice_train.CRITIC_KEYS, True, generators)
     initial = make_replay(rows, comadice_train.INIT_KEYS, False, generators, first=initial_rows(rows))
@@ -94,7 +99,7 @@ def train_critics(objective: str, rows: TensorDict, card: dict, args: Args) -> l
     results, model, first = [], each[0], rows[initial_rows(rows)[:1000]]
     for (a, seed), state in zip(members, seed_states({"target": target}, generators)):
         model.load_state_dict(state["target"])
-        for advantage in args.advantages if objective != "released" else ["q"]:
+        for advantage in advantages:
             w = comadice_train.dataset_ratio(model, rows, replace(train, alpha=a, advantage=advantage))
             with torch.no_grad():
                 nu_init = (
@@ -108,7 +113,7 @@ def train_critics(objective: str, rows: TensorDict, card: dict, args: Args) -> l
                         "advantage": advantage,
                         "alpha": a,
                         "seed": seed,
-                        "lr": args.train.lr,
+                        "lr": train.lr,
                         "nu_init": nu_init,
                     },
                     w,
@@ -129,30 +134,32 @@ def train_policies(
                 device
             )
         )
-    policy = stack(each)
+    policy, average = stack(each), stack(deepcopy(each))
     # A ratio that is zero or not finite trains nothing, and comadice_train.py refuses it: its member is trained on 1
     # and not played.
     finite = [bool(torch.isfinite(w).all()) and bool(w.mean() > 0) for _, w in members]
     weighted = with_ratios(rows, {m: members[m][1] if ok else None for m, ok in enumerate(finite)})
     generators = make_generators([name["seed"] for name, _ in members], 2, rows)
-    update = Graph(
-        make_policy_update(policy, adam(list(policy.parameters()), members[0][0]["lr"], device), len(members))
-    )
+    train = replace(resolved(args.train, rows), lr=members[0][0]["lr"], steps=args.steps)
+    optimizer, weight = adam(list(policy.parameters()), train.lr, device), torch.ones((), device=device)
+    update = Graph(make_policy_update(policy, average, optimizer, weight, len(members)))
     at = {args.steps - round(i * args.steps / 5 / args.last) for i in range(args.last)}
     jobs = []
     batches = minibatches(
         0, {args.steps}, (make_replay(weighted, POLICY_KEYS, False, generators), args.train.batch_size)
     )
     for step, batch in tqdm(batches, total=args.steps, desc=f"{len(members)} policies", mininterval=2):
+        set_schedule(optimizer, weight, step, train)
         update(batch)
         if step in at:
-            states = seed_states({"policy": policy}, generators)
+            states = seed_states({"policy": average}, generators)
             parameters = [{k: v.cpu() for k, v in state["policy"].items()} for state in states]
-            jobs.append([pool.submit(play, card, p, args.train.hidden, args.episodes, step) for p in parameters])
+            each = [(p, name["seed"]) for p, (name, _) in zip(parameters, members)]
+            jobs.append([pool.submit(play, card, p, train.hidden, args.episodes, seed, step) for p, seed in each])
     table = []
     for m, (name, w) in enumerate(tqdm(members, desc="evaluations", mininterval=2)):
         played = torch.tensor([job[m].result() if finite[m] else (math.nan, math.nan) for job in jobs])
-        (score, winrate), spread = played.mean(0).tolist(), played[:, 0].std(correction=0).item()
+        (score, winrate), spread = played.mean(0).tolist(), played[:, 0].std(correction=min(1, args.last - 1)).item()
         table.append(name | {"return": score, "winrate": winrate, "std_over_evaluations": spread, **ratio_stats(w)})
     return table
 
@@ -160,15 +167,15 @@ def train_policies(
 ENVS = {}
 
 
-def play(card: dict, parameters: dict, hidden: int, episodes: int, seed: int) -> tuple[float, float]:
+def play(card: dict, parameters: dict, hidden: int, episodes: int, seed: int, step: int) -> tuple[float, float]:
     """A policy's mean return and its winrate in percent (nan where there are no battles); runs in a worker process."""
     torch.set_num_threads(1)
     if not ENVS:
         ENVS["env"] = eval_env(card, episodes)
     policy = make_policy(card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], hidden)
     policy.load_state_dict(parameters)
-    result = evaluate(policy, ENVS["env"], episodes, seed)
-    return result["return_mean"], math.nan if result["winrate"] is None else 100 * result["winrate"]
+    result = evaluation(policy, ENVS["env"], episodes, seed, step)
+    return result["return"], math.nan if result["winrate"] is None else 100 * result["winrate"]
 
 
 def main(args: Args):
@@ -213,9 +220,10 @@ def main(args: Args):
         cells.setdefault((row["objective"], row["advantage"], row["alpha"], row["lr"]), []).append(row)
     for key, runs in cells.items():
         score = lambda key, runs=runs: torch.tensor([r[key] for r in runs])
-        won = f" {score('winrate').mean():.1f} ± {score('winrate').std(correction=0):.1f} |" * battles
+        spread = lambda key, runs=runs: torch.tensor([r[key] for r in runs]).std(correction=min(1, len(runs) - 1))
+        won = f" {score('winrate').mean():.1f} ± {spread('winrate'):.1f} |" * battles
         w, zero, ess, nu = (sum(r[k] for r in runs) / len(runs) for k in ("mean_w", "w_zero", "ess", "nu_init"))
-        returns = f"{score('return').mean():.4g} ± {score('return').std(correction=0):.3g}"
+        returns = f"{score('return').mean():.4g} ± {spread('return'):.3g}"
         print(f"| {' | '.join(map(str, key))} | {returns} |{won} {w:.3g} | {zero:.2f} | {ess:.3f} | {nu:.3g} |")
 
 
