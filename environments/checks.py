@@ -32,7 +32,10 @@ def run_script(main, *args, go_on: str = ""):
     Whatever main has open is closed on the way out, and further signals are ignored for that time.
     """
 
+    came = []
+
     def stop(number, frame):
+        came.append(number)
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_IGN)
         raise Stopped if number == signal.SIGTERM else KeyboardInterrupt
@@ -43,13 +46,17 @@ def run_script(main, *args, go_on: str = ""):
                 signal.signal(each, stop)
     try:
         main(*args)
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as stopped:
-        name, code = ("SIGTERM", 143) if isinstance(stopped, Stopped) else ("Ctrl-C", 130)
-        print(f"\nstopped by {name}" + (f"; to go on: {go_on}" if go_on else ""), file=sys.stderr)
-        sys.exit(code)
+    # A library that is interrupted anywhere may raise something else on the way out, so `came` counts, not the type.
+    except (Exception, KeyboardInterrupt) as error:
+        if came or isinstance(error, KeyboardInterrupt):
+            sigterm = isinstance(error, Stopped) or came == [signal.SIGTERM]
+            name, code = ("SIGTERM", 143) if sigterm else ("Ctrl-C", 130)
+            print(f"\nstopped by {name}" + (f"; to go on: {go_on}" if go_on else ""), file=sys.stderr)
+            sys.exit(code)
+        if isinstance(error, BadInput):
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        raise
 
 
 def check_positive(args, *names: str):

@@ -8,7 +8,7 @@ from gymnasium_robotics import mamujoco_v1
 from torchrl.envs.utils import check_env_specs
 
 from environments.checks import BadInput, NoSimulator
-from environments.mamujoco import MAMUJOCO_TASKS
+from environments.mamujoco import MAMUJOCO_TASKS, MaMuJoCoEnv
 from environments.simulators import make_env
 
 TASKS = list(MAMUJOCO_TASKS)
@@ -278,10 +278,26 @@ def test_scenario_without_local_observations():
 
 @pytest.mark.parametrize("interface", ["standard", "agent_obsk=", "agent_obsk=x", "benchmark|agent_obsk=1"])
 def test_unknown_interface(interface):
-    with pytest.raises(BadInput, match=r"mamujoco has no interface '.*': use benchmark or agent_obsk=K$"):
+    with pytest.raises(BadInput, match=r"mamujoco has no interface '.*': use benchmark or agent_obsk=K \(0 to 99\)$"):
         make_env("mamujoco", "hopper", 1, interface=interface)
 
 
 def test_unknown_env():
     with pytest.raises(NoSimulator, match="unknown env 'nowhere': there are mamujoco, smacv2, smacv1, smax"):
         make_env("nowhere", "hopper", 1)
+
+
+@pytest.mark.parametrize("interface", ["agent_obsk=100", "agent_obsk=99999999999", "agent_obsk=-1", "agent_obsk=٣", "agent_obsk=1\n", "agent_obsk="])
+def test_interfaces_that_are_refused_at_once(interface):
+    with pytest.raises(BadInput, match=r"use benchmark or agent_obsk=K \(0 to 99\)"):
+        make_env("mamujoco", "hopper", 1, interface=interface)
+
+
+@pytest.mark.parametrize("agent_obsk", [-1, 100, 99999999999])
+def test_distances_that_no_robot_has_are_refused_at_building(agent_obsk):
+    with pytest.raises(BadInput, match="joints from 0 to 99 away"):
+        MaMuJoCoEnv("hopper", 1, agent_obsk)
+
+
+def test_the_greatest_distance_is_all_joints(make):
+    assert sizes(make("hopper", 1, agent_obsk=99)) == sizes(make("hopper", 1, agent_obsk=2))

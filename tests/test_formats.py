@@ -615,7 +615,8 @@ def test_a_killed_conversion_leaves_no_reader(number, code, tmp_path):
     """The reader hangs at a named pipe that nobody writes to; it goes when the command is gone."""
     os.mkfifo(tmp_path / "pipe")
     args = ["--format", "npz", "--env", "smacv1", "--task", "corridor", "--quality", "good", "--out", str(tmp_path / "out")]
-    command = subprocess.Popen([sys.executable, "-m", "offline_data", "convert", str(tmp_path / "pipe"), *args], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    command = subprocess.Popen([sys.executable, "-m", "offline_data", "convert", str(tmp_path / "pipe"), *args], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     try:
         end = time.monotonic() + 120
         while not (tmp_path / "out.partial").exists():  # now the reader reads

@@ -333,6 +333,23 @@ def test_flipped_bits_in_the_training_state_are_found(copied, monkeypatch):
     assert refused > 25
 
 
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("body", ["time.sleep(60)", "try: time.sleep(60)\n    finally: raise RuntimeError('a library, surprised')"])
+def test_signals_end_a_script_in_one_line(body, number, code):
+    script = f"import time\nfrom environments.checks import run_script\ndef main():\n    print('now', flush=True)\n    {body}\nrun_script(main, go_on='again')"
+    command = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    assert command.stdout.readline() == "now\n"
+    command.send_signal(number)
+    said = command.communicate(timeout=20)[1]
+    assert command.returncode == code and said == f"\nstopped by {'Ctrl-C' if code == 130 else 'SIGTERM'}; to go on: again\n"
+
+
+def test_a_scripts_own_bug_is_still_a_traceback():
+    done = run("-c", "from environments.checks import run_script; run_script(lambda: 1 / 0)")
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+
+
 def session(pid: int) -> list[str]:
     """The processes of a session that still live."""
     lines = subprocess.run(["ps", "-o", "stat=,args=", "-s", str(pid)], capture_output=True, text=True).stdout.splitlines()
@@ -347,7 +364,7 @@ def test_signals_end_collect_in_one_line(workers, number, everybody, code, tmp_p
     arguments = ["collect", "--steps", "1000000", "--num-envs", "2", "--horizon", "64", "--workers", str(workers), "--out", str(tmp_path / "data")]
     with open(tmp_path / "said", "w") as file:
         command = subprocess.Popen([sys.executable, "-m", "offline_data", *arguments, "--checkpoints", "8000"], cwd=ROOT, stdout=file, stderr=file,
-                                   start_new_session=True)
+                                   start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     try:
         end = time.monotonic() + 200
         while not (tmp_path / "data" / "mamujoco" / "hopper" / "behaviour" / "state.pt").exists():
