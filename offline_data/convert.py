@@ -23,7 +23,7 @@ from environments.checks import BadInput
 from offline_data.card import DATA_ROOT, check_free, dataset_path
 
 ROOT = Path(__file__).parent.parent
-READER = (sys.executable, "-m", "offline_data.formats")
+CHILD_COMMAND = (sys.executable, "-m", "offline_data.formats")  # the process that `convert` starts
 STALL = 300  # seconds without progress after which a conversion counts as hanging
 
 
@@ -86,7 +86,7 @@ def convert(
     with tempfile.TemporaryFile() as errors:
         path_of_modules = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         child = subprocess.Popen(
-            [*READER, json.dumps(job)],
+            [*CHILD_COMMAND, json.dumps(job)],
             stdin=subprocess.PIPE,  # nothing is written to it; it ends with this process
             stderr=errors,
             env=os.environ | {"PYTHONPATH": path_of_modules},

@@ -675,7 +675,7 @@ def test_plot(tmp_path, capsys):
 ])
 def test_a_reader_that_crashes_or_hangs(body, message, tmp_path, monkeypatch):
     (tmp_path / "child.py").write_text(body)
-    monkeypatch.setattr(offline_data.convert, "READER", (sys.executable, str(tmp_path / "child.py")))
+    monkeypatch.setattr(offline_data.convert, "CHILD_COMMAND", (sys.executable, str(tmp_path / "child.py")))
     monkeypatch.setattr(offline_data.convert, "STALL", 2)
     with pytest.raises(BadInput, match=message):
         offline_data.convert.convert(str(tmp_path / "child.py"), "omiga", "mamujoco", "hopper", "x", str(tmp_path / "out"))
