@@ -25,7 +25,7 @@ from torchrl.envs import EnvBase
 from tqdm import tqdm
 
 from comadice_eval import evaluation, try_eval_env
-from comadice_losses import effective_sample_size, policy_loss
+from comadice_losses import DIVERGENCES, effective_sample_size, episode_ratio, policy_loss
 from comadice_mixer import make_policy
 from environments.checks import BadInput, check_positive, pick_device, run_script
 from offline_data.dataset import episode_returns, last_rows
@@ -172,6 +172,14 @@ def best_transitions(rows: TensorDict, share: float) -> Tensor:
     return first[best[rows["episode"][first, 0]]]
 
 
+def episode_weights(rows: TensorDict, alpha: float, f: str) -> Tensor | None:
+    """Each transition's share of the draws, [T]: its episode's ratio (losses.episode_ratio); None with alpha 0."""
+    if not alpha:
+        return None
+    w = episode_ratio(episode_returns(rows), alpha, DIVERGENCES[f])
+    return w[rows["episode"][transition_rows(rows), 0]]
+
+
 # ---------------------------------------------------------------- line 11: one step
 
 
@@ -219,12 +227,13 @@ def set_schedule(optimizer, weight: Tensor, step: int, args):
 
 def train_policies(
     rows: TensorDict, card: dict, args, seeds: list[int], states: list[dict], env: EnvBase | None, label: str,
-    first: Tensor | None = None,
+    first: Tensor | None = None, weights: Tensor | None = None,
 ):  # fmt: skip
     """Lines 9 to 12 for several seeds together: args.steps gradient steps on Eq. 11 with args.evals evaluations.
 
     `states` are the seeds' checkpoints, all at the same step. "w" [T] in them are the transitions' ratios, None for BC.
-    `first` are the rows of the transitions to draw from, without it all. A generator: after every evaluation, which
+    `first` are the rows of the transitions to draw from, without it all; they are drawn in proportion to `weights`. A
+    generator: after every evaluation, which
     runs in a thread beside the updates, it yields for each seed (what a checkpoint needs, row of metrics.csv).
     """
     device, start, seconds = pick_device(args.device), states[0]["step"], states[0]["seconds"]
@@ -241,7 +250,7 @@ def train_policies(
         load_seeds(parts, generators, states)
     stats = [{} if state["w"] is None else ratio_stats(state["w"]) for state in states]
     weighted = with_ratios(rows, {seed: state["w"] for seed, state in zip(seeds, states)})
-    replay = make_replay(weighted, POLICY_KEYS, False, generators, device, first)
+    replay = make_replay(weighted, POLICY_KEYS, False, generators, device, first, weights)
     weight = torch.ones((), device=device)
     update = Graph(make_policy_update(policy, average, optimizer, weight, len(seeds), args.compile), args.graph)
     at, began, played = eval_steps(args), time.perf_counter() - states[0]["wall"], None
@@ -287,7 +296,9 @@ def name_of(args: Args) -> str:
     return "bc" if args.best == 1 else f"bc-best{100 * args.best:g}"
 
 
-def train_seeds(args: Args, rows: TensorDict, card: dict, w: Tensor | None, env: EnvBase | None) -> list[list[dict]]:
+def train_seeds(
+    args: Args, rows: TensorDict, card: dict, w: Tensor | None, env: EnvBase | None, weights: Tensor | None = None
+) -> list[list[dict]]:
     """BC for args.seeds, each in its own run directory; returns the rows of each seed's metrics.csv.
 
     Seeds at the same step are trained together.
@@ -297,7 +308,7 @@ def train_seeds(args: Args, rows: TensorDict, card: dict, w: Tensor | None, env:
     runs = start_runs(args, algo, card, rows, {"w": w})
     for seeds in same_step(runs):
         states = [runs[seed].state | {"w": w} for seed in seeds]
-        for progress in train_policies(rows, card, args, seeds, states, env, algo, first):
+        for progress in train_policies(rows, card, args, seeds, states, env, algo, first, weights):
             save_checkpoints(runs, seeds, progress)
         for seed in seeds:
             state = runs[seed].state
@@ -314,7 +325,7 @@ def main(args: Args):
         raise BadInput("--best and --checkpoint are two ways to weight the data: give one of them")
     device = pick_device(args.device, args.tf32)
     rows, card = load_dataset(args, device)
-    w = None
+    w = weights = None
     if args.checkpoint is not None:
         source = load_checkpoint(args.checkpoint)
         check_checkpoint(source, card, args.checkpoint)
@@ -323,9 +334,11 @@ def main(args: Args):
             raise BadInput(
                 f"{args.checkpoint} holds no ratio: it is a run of BC, or was stopped before its ratio was computed"
             )
-        w = w.to(rows["state"].device)
+        w, config = w.to(rows["state"].device), source["config"]
+        weights = episode_weights(rows, config["episode_alpha"], config["f"])
     env = try_eval_env(card, args.eval_episodes, args.workers)
-    report({name_of(args): train_seeds(args, rows, card, w, env)}, card, args, f"learning_curve_{name_of(args)}.png")
+    curves = {name_of(args): train_seeds(args, rows, card, w, env, weights)}
+    report(curves, card, args, f"learning_curve_{name_of(args)}.png")
 
 
 if __name__ == "__main__":

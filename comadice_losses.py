@@ -188,6 +188,21 @@ def released_nu_ratio(A: Tensor, alpha: float | Tensor, f: Divergence, lam: floa
     return f.w_star((A - lam) / alpha).sum(-1)
 
 
+def episode_ratio(returns: Tensor, alpha: float, f: Divergence) -> Tensor:
+    """w(e) = max(0, (f')^-1((R_e - lam) / alpha)) of each recorded episode, with lam such that its mean is 1.
+
+    Not in the paper. It solves Eq. 2-3 over the mixtures of recorded episodes. What one episode visits is the occupancy
+    of the policy that played it, so every mixture keeps the Bellman flow of Eq. 3, and E[w] = 1 is the only constraint
+    left; lam is its multiplier. returns R_e [E] -> w [E]. alpha > 0 is in units of the return.
+    """
+    low, high = returns.min() - 100 * alpha, returns.max() + 100 * alpha
+    for _ in range(100):  # bisection: the mean falls as lam grows
+        lam = (low + high) / 2
+        too_low = f.w_star((returns - lam) / alpha).mean() > 1
+        low, high = torch.where(too_low, lam, low), torch.where(too_low, high, lam)
+    return f.w_star((returns - lam) / alpha)
+
+
 def policy_loss(w: Tensor, log_prob: Tensor) -> Tensor:
     """-E_D[w_tot*(s, a) log pi_i(a_i | o_i)], summed over agents: w [B], log_prob [B, n]. Plain BC is w = 1.
 

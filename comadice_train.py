@@ -89,6 +89,8 @@ class Args:
     """what w* is computed from: r + gamma nu_tot(s') - nu_tot(s), or M[q - nu], for which q is trained by Eq. 9"""
     alpha: float | None = None
     """weight of the divergence from the data, in units of the reward (default with semi: 5 mean absolute rewards)"""
+    episode_alpha: float | None = None
+    """alpha of the ratio between episodes, in units of the return; 0: off (default with semi: 0.2 deviations of it)"""
     f: Literal["soft_chi2", "chi2", "kl"] = "soft_chi2"
     """f-divergence (Section B.5)"""
     gamma: float = 0.99
@@ -152,7 +154,8 @@ class Args:
 
 
 # What a flag is where it is not given: first the preset's value, then the objective's, then COMMON's. OBJECTIVES has
-# alpha in units of the data's mean absolute reward, so that it means the same on robots and in battles.
+# alpha in units of the data's mean absolute reward, and episode_alpha in standard deviations of the episodes' returns,
+# so that they mean the same on robots and in battles.
 PRESETS = {
     "comadice": {"objective": "semi"},
     "paper": {  # Table 4; Eq. 10 as it is printed
@@ -161,12 +164,15 @@ PRESETS = {
     },
 }  # fmt: skip
 OBJECTIVES = {
-    "semi": {"advantage": "td", "alpha": 5.0, "tau": 0.05, "bound": True},
+    "semi": {"advantage": "td", "alpha": 5.0, "episode_alpha": 0.2, "tau": 0.05, "bound": True},
     "exact": {"advantage": "td", "alpha": 0.5, "tau": 0.005, "bound": False},
     "printed": {"advantage": "q", "alpha": 5.0, "tau": 0.005, "bound": False},
     "released_nu": {"advantage": "q", "alpha": 5.0, "tau": 0.005, "bound": False},
 }
-COMMON = {"lambda_scale": 0.0, "critic_lr": 3e-4, "layer_norm": True, "lr": 1e-3, "lr_decay": True, "ema": 0.999}
+COMMON = {
+    "episode_alpha": 0.0, "lambda_scale": 0.0, "critic_lr": 3e-4, "layer_norm": True, "lr": 1e-3, "lr_decay": True,
+    "ema": 0.999,
+}  # fmt: skip
 
 DEMO = Args(
     data=str(DATA_ROOT / "mamujoco" / "hopper" / "few-good"), seeds=[0, 1, 2], steps=3000, evals=6, eval_episodes=10,
@@ -174,23 +180,29 @@ DEMO = Args(
 )  # fmt: skip
 
 
-def resolve(args: Args, mean_abs_reward: float) -> Args:
-    """Fills in every flag that was not given. Raises BadInput for flags that contradict each other."""
+def resolve(args: Args, mean_abs_reward: float, return_std: float = 0.0) -> Args:
+    """Fills in every flag that was not given. Raises BadInput for flags that contradict each other.
+
+    return_std is that of the episodes' returns. With 0 there is nothing to choose between episodes.
+    """
     given = {name: value for name, value in asdict(args).items() if value is not None}
     preset = PRESETS[args.preset]
     if args.objective not in (None, preset["objective"]):  # another objective brings its own advantage, alpha and tau
         preset = {k: v for k, v in preset.items() if k not in OBJECTIVES[args.objective] and k != "lambda_scale"}
     objective = given.get("objective") or preset["objective"]
     own = dict(OBJECTIVES[objective])
-    # Four digits, so that it does not depend on the order in which a machine adds up.
-    own["alpha"] = float(f"{own['alpha'] * mean_abs_reward:.4g}")
-    own["reward_scale"] = float(f"{0.2 / mean_abs_reward:.4g}")
+    four_digits = lambda x: float(f"{x:.4g}")  # so that x does not depend on the order in which a machine adds up
+    own["alpha"] = four_digits(own["alpha"] * mean_abs_reward)
+    if "episode_alpha" in own:  # it grows with --alpha, so that a large alpha is imitation
+        times = given.get("alpha", own["alpha"]) / own["alpha"]
+        own["episode_alpha"] = four_digits(own["episode_alpha"] * return_std * times)
+    own["reward_scale"] = four_digits(0.2 / mean_abs_reward)
     args = Args(**COMMON | own | preset | given)
     check_positive(args, "critic_lr", "mixer_hidden", "init_batch_size", "alpha", "reward_scale")
     comadice_bc.check_policy_stage(args)
     check_discount(args)
-    if not 0 <= args.lambda_scale < math.inf:
-        raise BadInput("--lambda-scale must be a finite number, at least 0")
+    if not 0 <= args.lambda_scale < math.inf or not 0 <= args.episode_alpha < math.inf:
+        raise BadInput("--lambda-scale and --episode-alpha must be finite numbers, at least 0")
     if args.objective == "semi" and args.lambda_scale:
         raise BadInput("--objective semi has E[w | s] = 1 in every state and no multiplier: use --lambda-scale 0")
     if args.objective == "released_nu" and args.mixer_layers == 2:
@@ -392,7 +404,8 @@ def train_critics(rows: TensorDict, card: dict, args: Args, seeds: list[int], st
     parts = {"critics": critics, "target": target, "critic_optimizer": optimizer}
     if start:
         load_seeds(parts, generators, states)
-    transitions = make_replay(rows, CRITIC_KEYS, True, generators, device)
+    weights = comadice_bc.episode_weights(rows, args.episode_alpha, args.f)
+    transitions = make_replay(rows, CRITIC_KEYS, True, generators, device, weights=weights)
     initial_states = make_replay(rows, INIT_KEYS, False, generators, device, initial_rows(rows))
     update = Graph(make_critic_update(critics, target, optimizer, args, data_facts(rows, args)), args.graph)
     at = eval_steps(args)
@@ -445,7 +458,9 @@ def train_seeds(args: Args, rows: TensorDict, card: dict, env) -> list[list[dict
             critics.load_state_dict(runs[seed].state["target"])
             runs[seed].state["w"] = dataset_ratio(critics, rows, args)  # w*, from the target networks
         states = [runs[seed].state for seed in seeds]
-        for progress in comadice_bc.train_policies(rows, card, args, seeds, states, env, "policy"):  # lines 9 to 12
+        weights = comadice_bc.episode_weights(rows, args.episode_alpha, args.f)
+        stage = comadice_bc.train_policies(rows, card, args, seeds, states, env, "policy", weights=weights)
+        for progress in stage:  # lines 9 to 12
             save_checkpoints(runs, seeds, progress)
         for seed in seeds:
             state = runs[seed].state
@@ -467,8 +482,10 @@ def main(args: Args):
     check_args(args)
     device = pick_device(args.device, args.tf32)
     rows, card = load_dataset(args, device)
-    args = resolve(args, rows["reward"][~last_rows(rows)].double().abs().mean().item() or 1.0)
-    resolved = f"objective {args.objective}, w* from {args.advantage}, alpha {args.alpha:g}, tau {args.tau:g}"
+    mean_abs_reward = rows["reward"][~last_rows(rows)].double().abs().mean().item() or 1.0
+    args = resolve(args, mean_abs_reward, card["return_std"])
+    alphas = f"alpha {args.alpha:g}, episode alpha {args.episode_alpha:g}"
+    resolved = f"objective {args.objective}, w* from {args.advantage}, {alphas}, tau {args.tau:g}"
     print(f"preset {args.preset}: {resolved}")
     env = try_eval_env(card, args.eval_episodes, args.workers)
     if args.data == DEMO.data:

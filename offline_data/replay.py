@@ -25,18 +25,30 @@ class RowSampler(Sampler):
 
     TorchRL's SliceSampler draws trajectories uniformly, so it would draw short episodes too often.
 
-    With S generators it draws for S seeds, each from its own: [S, B] or [S, B, 2]. One generator, or none, has no such
-    dimension.
+    With `weights` [T] it draws in proportion to them. With S generators it draws for S seeds, each from its own: [S, B]
+    or [S, B, 2]. One generator, or none, has no such dimension.
     """
 
-    def __init__(self, first: torch.Tensor, pairs: bool = False, generators: list[torch.Generator] | None = None):
+    def __init__(
+        self,
+        first: torch.Tensor,
+        pairs: bool = False,
+        generators: list[torch.Generator] | None = None,
+        weights: torch.Tensor | None = None,
+    ):
         self.first, self.pairs, self.generators = first, pairs, generators or [None]
+        self.cumulated = None if weights is None else (weights.double() / weights.double().sum()).cumsum(0)
+
+    def draw(self, count: int, generator: torch.Generator | None) -> torch.Tensor:
+        """Indices into `first`, [count]."""
+        device, n = self.first.device, len(self.first)
+        if self.cumulated is None:
+            return torch.randint(n, (count,), device=device, generator=generator)
+        uniform = torch.rand(count, dtype=torch.float64, device=device, generator=generator)
+        return torch.searchsorted(self.cumulated, uniform, right=True).clamp(max=n - 1)
 
     def sample(self, storage, batch_size: int) -> tuple[torch.Tensor, dict]:
-        drawn = [
-            torch.randint(len(self.first), (batch_size,), device=self.first.device, generator=g)
-            for g in self.generators
-        ]
+        drawn = [self.draw(batch_size, generator) for generator in self.generators]
         first = self.first[torch.stack(drawn) if len(drawn) > 1 else drawn[0]]
         return torch.stack([first, first + 1], -1) if self.pairs else first, {}
 
@@ -68,6 +80,7 @@ def make_replay(
     generators: list[torch.Generator] | None = None,
     device: torch.device | None = None,
     first: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
 ) -> TensorDictReplayBuffer:
     """TorchRL replay of a dataset's transitions, or of the rows `first`, drawn as RowSampler does and moved to
     `device`.
@@ -76,7 +89,7 @@ def make_replay(
     (where there are any) are read; without `pairs`, nothing of the next row is.
     """
     storage = RowStorage(rows if keys is None else rows.select(*keys, strict=False), device=rows["is_init"].device)
-    sampler = RowSampler(transition_rows(rows) if first is None else first, pairs, generators)
+    sampler = RowSampler(transition_rows(rows) if first is None else first, pairs, generators, weights)
     elsewhere = device is not None and device.type != rows["is_init"].device.type
 
     def transform(batch):

@@ -21,7 +21,8 @@ from environments.simulators import check_task
 from offline_data.dataset import DATA_ROOT, dataset_path, open_dataset, read_json
 from offline_data.published import downloadable
 
-METHOD_FLAGS = ("preset", "objective", "advantage", "alpha", "tau", "lr")  # of a run, that its summary.json repeats
+# Flags of a run that its summary.json repeats.
+METHOD_FLAGS = ("preset", "objective", "advantage", "alpha", "episode_alpha", "tau", "lr")
 FITS = 0.7  # of a GPU's free memory may be the dataset's, the rest is for the work on it
 # arguments that may differ when a run is resumed
 FREE = ("seeds", "data", "out", "resume", "overwrite", "device", "workers", "graph")
