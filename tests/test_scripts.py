@@ -264,7 +264,7 @@ def test_the_demonstration_is_what_runs_without_a_task(flags, demonstrated, hopp
     small = ["--steps", "2", "--evals", "1", "--eval-episodes", "1", "--hidden", "8", "--device", "cpu", "--seeds", "4", "--out", tmp_path]
     done = script("comadice_train.py", *small, *(flag.replace("DATA", str(hopper_data)) for flag in flags))
     assert done.returncode == 0, done.stderr
-    quality = "random" if "DATA" in flags else "demo"
+    quality = "few-good" if demonstrated else "random" if "DATA" in flags else "demo"
     methods = {path.name for path in (tmp_path / "mamujoco/hopper" / quality).iterdir() if path.is_dir()}
     assert methods == ({"comadice", "bc", "bc-best10"} if demonstrated else {"comadice"})
     assert ("BC on the best 10%" in done.stdout) == demonstrated
