@@ -1,0 +1,78 @@
+"""The ratio between episodes: against a convex solver, what it draws, and its default."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from scipy.optimize import minimize
+
+import comadice_bc
+import comadice_train
+from comadice_losses import DIVERGENCES, effective_sample_size, episode_ratio
+from offline_data.dataset import episode_returns, open_dataset
+from offline_data.replay import make_replay, transition_rows
+
+FEW_GOOD = ROOT / "data" / "mamujoco" / "hopper" / "few-good"
+
+
+@pytest.mark.parametrize("name", ["soft_chi2", "chi2", "kl"])
+@pytest.mark.parametrize("alpha", [0.3, 3.0])
+def test_it_solves_the_convex_program(name, alpha):
+    """max over w >= 0 with mean 1 of E[w R] - alpha E[f(w)], by SLSQP."""
+    f, returns = DIVERGENCES[name], torch.tensor([0.0, 0.4, 1.0, 1.1, 2.5], dtype=torch.float64)
+    w = episode_ratio(returns, alpha, f)
+
+    def loss(x):
+        x = torch.as_tensor(x)
+        return float((alpha * f.f(x) - x * returns).mean())
+
+    solved = minimize(loss, np.ones(5), method="SLSQP", bounds=[(1e-12, None)] * 5, options={"ftol": 1e-14, "maxiter": 500},
+                      constraints={"type": "eq", "fun": lambda x: x.mean() - 1})
+    assert w.mean().item() == pytest.approx(1, abs=1e-9)
+    assert loss(w.numpy()) <= solved.fun + 1e-7
+    np.testing.assert_allclose(w.numpy(), solved.x, atol=2e-3)
+
+
+def test_limits_of_alpha():
+    f, returns = DIVERGENCES["soft_chi2"], torch.tensor([1.0, 2.0, 5.0, 5.0], dtype=torch.float64)
+    torch.testing.assert_close(episode_ratio(returns, 1e6, f), torch.ones(4, dtype=torch.float64), atol=1e-5, rtol=0)
+    torch.testing.assert_close(episode_ratio(returns, 1e-3, f), torch.tensor([0.0, 0.0, 2.0, 2.0], dtype=torch.float64))
+    torch.testing.assert_close(episode_ratio(torch.full((3,), 7.0), 0.5, f), torch.ones(3))
+
+
+def test_neither_shift_nor_scale_of_the_returns_matters():
+    f, returns = DIVERGENCES["soft_chi2"], torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(episode_ratio(100 * returns - 7, 30.0, f), episode_ratio(returns, 0.3, f))
+
+
+def test_transitions_are_drawn_in_proportion_to_their_episode_s_ratio():
+    rows, card = open_dataset(FEW_GOOD)
+    w = episode_ratio(episode_returns(rows), 0.2 * card["return_std"], DIVERGENCES["soft_chi2"])
+    weights = comadice_bc.episode_weights(rows, 0.2 * card["return_std"], "soft_chi2")
+    assert len(weights) == card["samples"] and comadice_bc.episode_weights(rows, 0.0, "soft_chi2") is None
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    drawn = make_replay(rows, ["episode", "done"], False, generators, weights=weights).sample(200_000)["episode"][..., 0]
+    length = torch.bincount(rows["episode"][transition_rows(rows), 0])
+    expected = (w * length / (w * length).sum()).float()
+    for own in drawn:
+        share = torch.bincount(own, minlength=len(w)) / len(own)
+        assert (share - expected).abs().max() < 6 * math.sqrt(0.25 / len(own))
+        assert (share[w == 0] == 0).all()
+    assert not torch.equal(*drawn), "each seed draws its own"
+
+
+def test_the_default_prefers_the_good_episodes_and_grows_with_alpha():
+    rows, card = open_dataset(FEW_GOOD)
+    args = comadice_train.resolve(comadice_train.Args(), 2.0, card["return_std"])
+    assert args.episode_alpha == pytest.approx(0.2 * card["return_std"], rel=1e-3)
+    w = episode_ratio(episode_returns(rows), args.episode_alpha, DIVERGENCES[args.f])
+    good = episode_returns(rows).topk(3).indices
+    assert w[good].sum() > 0.6 * w.sum() and effective_sample_size(w) < 0.05
+    imitation = comadice_train.resolve(comadice_train.Args(alpha=1000 * args.alpha), 2.0, card["return_std"])
+    w = episode_ratio(episode_returns(rows), imitation.episode_alpha, DIVERGENCES[args.f])
+    assert (w - 1).abs().max() < 0.05
+    for given in (comadice_train.Args(preset="paper"), comadice_train.Args(objective="exact")):
+        assert comadice_train.resolve(given, 2.0, card["return_std"]).episode_alpha == 0
+    assert comadice_train.resolve(comadice_train.Args(episode_alpha=0.0), 2.0, card["return_std"]).episode_alpha == 0
