@@ -4,10 +4,10 @@ Importing it does not load torch.
 """
 
 import math
-import signal
 import sys
-import threading
 from typing import TYPE_CHECKING
+
+from environments import stops
 
 if TYPE_CHECKING:
     import torch
@@ -21,35 +21,36 @@ class NoSimulator(BadInput):
     """No simulator for this env is installed here, or none exists; the message says which and how to get it."""
 
 
-class Stopped(KeyboardInterrupt):
-    """SIGTERM came, which is how a cluster stops a job. It ends what is going on as Ctrl-C does."""
+FAILURES = []  # what fail_at_end was told
 
 
-def run_script(main, *args, go_on: str = ""):
-    """Calls main(*args). Input that can't be used ends in one line and exit code 2.
+def fail_at_end(message: str):
+    """For what goes wrong beside work that goes on: the line is printed when the script ends, with exit code 1."""
+    FAILURES.append(message)
 
-    Ctrl-C and SIGTERM end in one line, too, and exit code 130 or 143; `go_on` is the command that goes on from there.
-    Whatever main has open is closed on the way out, and further signals are ignored for that time.
-    """
 
-    def stop(number, frame):
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)
-        raise Stopped if number == signal.SIGTERM else KeyboardInterrupt
-
-    if threading.current_thread() is threading.main_thread():  # signals are that thread's alone
-        for each in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(each) in (signal.SIG_DFL, signal.default_int_handler):
-                signal.signal(each, stop)
+def run_script(main, *args):
+    """Calls main(*args). Input that can't be used ends in one line and exit code 2, a stop as stops.py says."""
+    FAILURES.clear()
     try:
+        stops.catch()
         main(*args)
     except BadInput as error:
+        say_failures()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as stopped:
-        name, code = ("SIGTERM", 143) if isinstance(stopped, Stopped) else ("Ctrl-C", 130)
-        print(f"\nstopped by {name}" + (f"; to go on: {go_on}" if go_on else ""), file=sys.stderr)
-        sys.exit(code)
+    except stops.Stopped as stop:
+        say_failures()
+        print(f"{stop}; to go on: {stops.how_to_go_on()}", file=sys.stderr)
+        sys.exit(stop.code)
+    if FAILURES:
+        say_failures()
+        sys.exit(1)
+
+
+def say_failures():
+    for message in FAILURES:
+        print(f"error: {message}", file=sys.stderr)
 
 
 def check_positive(args, *names: str):
