@@ -12,59 +12,10 @@ in the paper. A single policy's return swings by hundreds from one step to the n
 import environments.threads  # noqa: F401 -- before torch
 
 # isort: split
-import copy
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Literal
 
-import torch
-import tyro
-from tensordict import TensorDict
-from torch import Tensor
-from torchrl.envs import EnvBase
-
-from comadice_eval import evaluation, try_eval_env
-from comadice_losses import effective_sample_size, policy_loss
-from comadice_mixer import make_policy
-from environments import stops
-from environments.checks import BadInput, check_positive, pick_device, run_script
-from offline_data.dataset import episode_returns, last_rows
-from offline_data.replay import make_replay, minibatches, transition_rows
-from support.bars import Bar
-from support.report import report
-from support.runs import (
-    LOOK,
-    Diverged,
-    check_args,
-    check_checkpoint,
-    check_parameters,
-    end_runs,
-    eval_steps,
-    finish_run,
-    give_up,
-    load_checkpoint,
-    load_dataset,
-    same_step,
-    save_checkpoints,
-    start_runs,
-)
-from support.seeds import (
-    Graph,
-    adam,
-    load_seeds,
-    make_generators,
-    name_seeds,
-    per_seed,
-    seed_states,
-    set_gradients,
-    stack,
-    update_target,
-)
-
-# What Eq. 11 needs of a transition.
-POLICY_KEYS = [("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "w"]
-
-AVERAGED = 0.1  # the played average covers about this share of the steps so far, as long as --ema allows
+from support.flags import parse
 
 
 @dataclass
@@ -118,6 +69,8 @@ class Args:
     """processes that simulate evaluation episodes"""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
+    data_device: Literal["auto", "cpu", "device"] = "auto"
+    """where the dataset lies: with the CPU, on --device, or (auto) there if it fits; a resumed run keeps its place"""
     tf32: bool = False
     """on a GPU: matrix products in TF32, faster and less exact"""
     graph: bool = True
@@ -130,6 +83,63 @@ class Args:
     """go on with runs that were stopped, leave finished ones as they are, extend them with more --steps"""
     overwrite: bool = False
     """replace runs that are already there"""
+
+
+if __name__ == "__main__":  # before what takes seconds to import: --help and a typo answer at once
+    ARGS = parse(Args)
+
+# isort: split
+import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from torchrl.envs import EnvBase
+
+from comadice_eval import evaluation, try_eval_env
+from comadice_losses import effective_sample_size, policy_loss
+from comadice_mixer import make_policy
+from environments import stops
+from environments.checks import BadInput, check_positive, pick_device, run_script
+from offline_data.dataset import episode_returns, last_rows
+from offline_data.replay import make_replay, minibatches, transition_rows
+from support.bars import Bar
+from support.report import report
+from support.runs import (
+    LOOK,
+    Diverged,
+    check_args,
+    check_checkpoint,
+    check_parameters,
+    end_runs,
+    eval_steps,
+    finish_run,
+    give_up,
+    load_checkpoint,
+    load_dataset,
+    same_step,
+    save_checkpoints,
+    start_runs,
+)
+from support.seeds import (
+    Graph,
+    adam,
+    load_seeds,
+    make_generators,
+    name_seeds,
+    per_seed,
+    seed_states,
+    set_gradients,
+    stack,
+    update_target,
+)
+
+# What Eq. 11 needs of a transition.
+POLICY_KEYS = [("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "w"]
+
+AVERAGED = 0.1  # the played average covers about this share of the steps so far, as long as --ema allows
 
 
 def check_policy_stage(args):
@@ -353,7 +363,7 @@ def main(args: Args):
     if args.best < 1 and args.checkpoint is not None:
         raise BadInput("--best and --checkpoint are two ways to weight the data: give one of them")
     device = pick_device(args.device, args.tf32)
-    rows, card = load_dataset(args, device)
+    rows, card = load_dataset(args, device, name_of(args))
     w = None
     if args.checkpoint is not None:
         source = load_checkpoint(args.checkpoint)
@@ -369,4 +379,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    run_script(main, tyro.cli(Args))
+    run_script(main, ARGS)

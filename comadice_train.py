@@ -11,60 +11,11 @@ comadice_losses.py, the networks in comadice_mixer.py.
 import environments.threads  # noqa: F401 -- before torch
 
 # isort: split
-import copy
-import math
-import time
-from dataclasses import asdict, dataclass, field, replace
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
 
-import torch
-import tyro
-from tensordict import TensorDict
-from torch import Tensor
-
-import comadice_bc
-import comadice_losses as losses
-from comadice_eval import try_eval_env
-from comadice_mixer import Critics
-from environments import stops
-from environments.checks import BadInput, check_positive, pick_device, run_script
-from offline_data.dataset import CHUNK, DATA_ROOT, last_rows
-from offline_data.replay import as_transition, initial_rows, make_replay, minibatches, transition_rows
-from support.bars import Bar
-from support.report import report
-from support.runs import (
-    LOOK,
-    Diverged,
-    Run,
-    check_args,
-    check_discount,
-    check_parameters,
-    end_runs,
-    eval_steps,
-    finish_run,
-    give_up,
-    load_dataset,
-    same_step,
-    save_checkpoints,
-    start_runs,
-)
-from support.seeds import (
-    Graph,
-    adam,
-    load_seeds,
-    make_generators,
-    name_seeds,
-    per_seed,
-    seed_states,
-    set_gradients,
-    split_seeds,
-    stack,
-    update_target,
-)
-
-# What Eq. 9 and Eq. 10 need of a transition, and of an initial state.
-CRITIC_KEYS = ["state", ("agents", "observation"), ("agents", "action"), "reward", "terminated"]
-INIT_KEYS = ["state", ("agents", "observation")]
+from support.flags import parse
 
 Objective = Literal["semi", "exact", "printed", "released_nu"]
 
@@ -146,6 +97,8 @@ class Args:
     """processes that simulate evaluation episodes"""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
+    data_device: Literal["auto", "cpu", "device"] = "auto"
+    """where the dataset lies: with the CPU, on --device, or (auto) there if it fits; a resumed run keeps its place"""
     tf32: bool = False
     """on a GPU: matrix products in TF32, faster and less exact"""
     graph: bool = True
@@ -159,6 +112,71 @@ class Args:
     overwrite: bool = False
     """replace runs that are already there"""
 
+
+DEMO = Args(
+    data=str(Path(__file__).parent / "data" / "mamujoco" / "hopper" / "few-good"), seeds=[0, 1, 2], steps=3000,
+    evals=6, eval_episodes=10, resume=True,
+)  # fmt: skip
+
+if __name__ == "__main__":  # before what takes seconds to import: --help and a typo answer at once
+    ARGS = parse(Args)
+    if ARGS.env is ARGS.task is ARGS.quality is ARGS.data is None:
+        ARGS = parse(Args, replace(DEMO, resume=not ARGS.overwrite))
+
+# isort: split
+import copy
+import math
+import time
+from dataclasses import asdict
+from typing import NamedTuple
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+import comadice_bc
+import comadice_losses as losses
+from comadice_eval import try_eval_env
+from comadice_mixer import Critics
+from environments import stops
+from environments.checks import BadInput, check_positive, pick_device, run_script
+from offline_data.dataset import CHUNK, last_rows
+from offline_data.replay import as_transition, initial_rows, make_replay, minibatches, transition_rows
+from support.bars import Bar
+from support.report import report
+from support.runs import (
+    LOOK,
+    Diverged,
+    Run,
+    check_args,
+    check_discount,
+    check_parameters,
+    end_runs,
+    eval_steps,
+    finish_run,
+    give_up,
+    load_dataset,
+    same_step,
+    save_checkpoints,
+    start_runs,
+)
+from support.seeds import (
+    Graph,
+    adam,
+    load_seeds,
+    make_generators,
+    name_seeds,
+    per_seed,
+    seed_states,
+    set_gradients,
+    split_seeds,
+    stack,
+    update_target,
+)
+
+# What Eq. 9 and Eq. 10 need of a transition, and of an initial state.
+CRITIC_KEYS = ["state", ("agents", "observation"), ("agents", "action"), "reward", "terminated"]
+INIT_KEYS = ["state", ("agents", "observation")]
 
 # What a flag is where it is not given: first the preset's value, then the objective's, then COMMON's. OBJECTIVES has
 # alpha in units of the data's mean absolute reward, so that it means the same on robots and in battles.
@@ -176,11 +194,6 @@ OBJECTIVES = {
     "released_nu": {"advantage": "q", "alpha": 5.0, "tau": 0.005, "bound": False},
 }
 COMMON = {"lambda_scale": 0.0, "critic_lr": 3e-4, "layer_norm": True, "lr": 1e-3, "lr_decay": True, "ema": 0.999}
-
-DEMO = Args(
-    data=str(DATA_ROOT / "mamujoco" / "hopper" / "few-good"), seeds=[0, 1, 2], steps=3000, evals=6, eval_episodes=10,
-    resume=True,
-)  # fmt: skip
 
 
 def resolve(args: Args, mean_abs_reward: float) -> Args:
@@ -496,7 +509,7 @@ def demonstrate(args: Args, rows: TensorDict, card: dict, env):
 def main(args: Args):
     check_args(args)
     device = pick_device(args.device, args.tf32)
-    rows, card = load_dataset(args, device)
+    rows, card = load_dataset(args, device, "comadice")
     args = resolve(args, rows["reward"][~last_rows(rows)].double().abs().mean().item() or 1.0)
     resolved = f"objective {args.objective}, w* from {args.advantage}, alpha {args.alpha:g}, tau {args.tau:g}"
     print(f"preset {args.preset}: {resolved}")
@@ -508,7 +521,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    if args.env is args.task is args.quality is args.data is None:
-        args = tyro.cli(Args, default=replace(DEMO, resume=not args.overwrite))
-    run_script(main, args)
+    run_script(main, ARGS)

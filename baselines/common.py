@@ -4,6 +4,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from tensordict import TensorDict
@@ -56,6 +57,8 @@ class RunArgs:
     """one run for each seed, one after another"""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
+    data_device: Literal["auto", "cpu", "device"] = "auto"
+    """where the dataset lies: with the CPU, on --device, or (auto) there if it fits; a resumed run keeps its place"""
     tf32: bool = False
     """on a GPU: matrix products in TF32, faster and less exact"""
     graph: bool = True
@@ -195,7 +198,7 @@ def train(
     Rewards are scaled before all that, temperatures are flags in units of the recorded reward, as ComaDICE's alpha is.
     """
     device = pick_device(args.device, args.tf32)
-    rows, card = load_dataset(args, device)
+    rows, card = load_dataset(args, device, algo)
     unit = rows["reward"][~last_rows(rows)].double().abs().mean().item() or 1.0
     own = defaults(card, unit)
     args = resolve(args, unit, own)

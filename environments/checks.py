@@ -29,8 +29,11 @@ def fail_at_end(message: str):
     FAILURES.append(message)
 
 
-def run_script(main, *args):
-    """Calls main(*args). Input that can't be used ends in one line and exit code 2, a stop as stops.py says."""
+def run_script(main, *args, go_on: str = ""):
+    """Calls main(*args). Input that can't be used ends in one line and exit code 2, a stop as stops.py says.
+
+    `go_on` is the command that goes on after a stop, where it is not this one.
+    """
     FAILURES.clear()
     try:
         stops.catch()
@@ -41,7 +44,7 @@ def run_script(main, *args):
         sys.exit(2)
     except stops.Stopped as stop:
         say_failures()
-        print(f"{stop}; to go on: {stops.how_to_go_on()}", file=sys.stderr)
+        print(f"{stop}; to go on: {go_on or stops.how_to_go_on()}", file=sys.stderr)
         sys.exit(stop.code)
     if FAILURES:
         say_failures()

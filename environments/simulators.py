@@ -22,6 +22,7 @@ Every environment speaks the same TensorDict keys (n agents, B environments):
 
 import importlib.metadata
 import multiprocessing
+import os
 import re
 from functools import partial
 
@@ -87,7 +88,7 @@ def make_env(
 
 def in_processes(workers: int, make, device) -> ParallelEnv:
     """make() in so many processes, which leave Ctrl-C and SIGTERM to this one."""
-    env = ParallelEnv(workers, partial(stops.in_worker, make), device=device)
+    env = ParallelEnv(workers, partial(stops.in_worker, make, os.getpid()), device=device)
     with stops.not_for_children():
         env.start()
     return env

@@ -5,7 +5,6 @@ instead: the training loops look at `asked()` where their state can be saved, sa
 ends the script at once then too. Importing this module does not load torch.
 """
 
-import multiprocessing
 import os
 import shlex
 import signal
@@ -26,21 +25,27 @@ class Stopped(KeyboardInterrupt):
 
 
 class _Now:
+    begun = True  # there is something to unwind
     held = False  # a stop waits until the loops look
     number = None  # the signal that waits
 
 
 def _handle(number: int, frame):
+    if not _Now.begun:
+        os.write(2, f"{Stopped(number)} before it began\n".encode())
+        os._exit(128 + number)
     if not _Now.held or _Now.number is not None:
+        for each in SIGNALS:  # nothing disturbs the way out
+            signal.signal(each, signal.SIG_IGN)
         raise Stopped(number)
     _Now.number = number
     os.write(2, b"\nstopping: the state is being saved (once more to stop without that)\n")  # print is not safe here
 
 
-def catch():
-    """From now on both signals are handled as this module says. One that is ignored (nohup, a job of a shell script in
-    the background) stays ignored."""
-    _Now.held, _Now.number = False, None
+def catch(begun: bool = True):
+    """From now on both signals are handled as this module says; not `begun`, while a script loads its modules, they end
+    it there and then. A signal that is ignored (nohup, a job in the background of a shell script) stays ignored."""
+    _Now.begun, _Now.held, _Now.number = begun, False, None
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -81,10 +86,10 @@ def not_for_children():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def in_worker(make):
-    """make(); in another process than the script's it first makes stops that process's business alone. A worker ends
-    when its pipe does. A handler, unlike SIG_IGN, is not inherited by the games that a worker starts."""
-    if multiprocessing.parent_process() is not None:
+def in_worker(make, parent: int):
+    """make(); in another process than `parent` it first makes stops the parent's business alone. A worker ends when its
+    pipe does. A handler, unlike SIG_IGN, is not inherited by the games that a worker starts."""
+    if os.getpid() != parent:
         for number in SIGNALS:
             signal.signal(number, lambda *_: None)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

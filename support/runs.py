@@ -33,14 +33,16 @@ from environments.simulators import check_task
 from offline_data.dataset import DATA_ROOT, dataset_path, open_dataset, read_json
 from offline_data.durable import disk_errors, write_bytes, write_text
 from offline_data.published import downloadable
+from support.flags import ABOUT, commit, versions
 from support.lock import lock, unlock
 
 METHOD_FLAGS = ("preset", "objective", "advantage", "alpha", "tau", "lr")  # of a run, that its summary.json repeats
 FITS = 0.7  # of a GPU's free memory may be the dataset's, the rest is for the work on it
 # arguments that may differ when a run is resumed
-FREE = ("seeds", "data", "out", "resume", "overwrite", "device", "workers", "graph")
+FREE = ("seeds", "data", "out", "resume", "overwrite", "device", "data_device", "workers", "graph", "quiet", *ABOUT)
 GROWS = ("steps", "evals")  # may differ where a run is extended
 AGAIN = "run the same command again with --resume"
+SMALL_BATCH = 1024  # is never too large for a dataset
 MARK = b"SHA-256 of the bytes before: "  # at the end of a checkpoint
 LIMIT = 1e4  # a parameter that is larger has diverged: Adam moves it by about --lr a step, so at most some hundreds
 LOOK = 2000  # steps after which parameters are looked at, where no evaluation does
@@ -51,8 +53,8 @@ def check_args(args):
     for name in ("steps", "batch_size", "hidden", "evals", "eval_episodes", "workers"):
         if getattr(args, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a positive number")
-    if not args.seeds or len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
-        raise BadInput(f"--seeds {args.seeds}: give different numbers from 0 on, at least one")
+    if not args.seeds or len(set(args.seeds)) < len(args.seeds) or not 0 <= min(args.seeds) <= max(args.seeds) < 2**31:
+        raise BadInput(f"--seeds {args.seeds}: give different numbers from 0 to {2**31 - 1}, at least one")
     if args.resume and args.overwrite:
         raise BadInput("--resume and --overwrite contradict each other: give one of them")
 
@@ -68,8 +70,9 @@ def eval_steps(args) -> set[int]:
     return {max(round(i * args.steps / args.evals), 1) for i in range(1, args.evals + 1)}
 
 
-def load_dataset(args, device: torch.device) -> tuple[TensorDict, dict]:
-    """The dataset that the flags name, its rows on `device`; fills in args.env, task and quality from the card."""
+def load_dataset(args, device: torch.device, algo: str) -> tuple[TensorDict, dict]:
+    """The dataset that the flags name, its rows where --data-device says; fills in args.env, task and quality from the
+    card, and args.data_device. Random numbers depend on the last, so a run of `algo` that goes on keeps its own."""
     if args.data is None:
         args.env = args.env or "mamujoco"
         args.task = args.task or ("hopper" if args.env == "mamujoco" else "zerg_5_vs_5")
@@ -94,15 +97,38 @@ def load_dataset(args, device: torch.device) -> tuple[TensorDict, dict]:
         raise BadInput(f"no dataset at {path}: {how}, or name a directory with --data")
     rows, card = open_dataset(path, args.env, args.task)
     args.env, args.task, args.quality = card["env"], card["task"], args.quality or card["quality"]
-    if device.type == "cuda":
-        size, free = sum(card["bytes"].values()), torch.cuda.mem_get_info(device)[0]
-        if size <= FITS * free:
-            return rows.to(device), card
-        print(
-            f"the dataset ({size / 2**30:.1f} GiB) stays in the computer's memory, the GPU has {free / 2**30:.1f} GiB "
-            "free: batches stream to it"
-        )
-    return rows, card
+    for name in ("batch_size", "init_batch_size"):
+        # Rows are drawn with replacement: a batch far above the data would repeat them, and can take all memory.
+        if getattr(args, name, 0) > max(card["samples"], SMALL_BATCH):
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise BadInput(f"{flag} is more than the {card['samples']} transitions of {path}: give a smaller one")
+    if device.type != "cuda":
+        args.data_device = "cpu"
+    elif args.data_device == "auto":
+        args.data_device = (recorded_place(args, algo) if args.resume else None) or free_place(card, device)
+    return (rows.to(device) if args.data_device == "device" else rows), card
+
+
+def recorded_place(args, algo: str) -> str | None:
+    """--data-device of the run that goes on."""
+    for path in run_paths(args, algo).values():
+        if (path / "config.json").exists():
+            config = read_json(path / "config.json")
+            place = config.get("data_device") if isinstance(config, dict) else None
+            return place if place in ("cpu", "device") else None
+    return None
+
+
+def free_place(card: dict, device: torch.device) -> str:
+    """On the GPU where the dataset fits into its free memory."""
+    size, free = sum(card["bytes"].values()), torch.cuda.mem_get_info(device)[0]
+    if size <= FITS * free:
+        return "device"
+    print(
+        f"the dataset ({size / 2**30:.1f} GiB) stays in the computer's memory, the GPU has {free / 2**30:.1f} GiB "
+        "free: batches stream to it"
+    )
+    return "cpu"
 
 
 # ---------------------------------------------------------------- one run's directory
@@ -154,6 +180,10 @@ def give_up(runs: dict[int, Run], diverged: Diverged):
         fail_at_end(f"seed {seed} diverged: {diverged.what}; {kept}")
 
 
+def run_paths(args, algo: str) -> dict[int, Path]:
+    return {seed: Path(args.out, args.env, args.task, args.quality, algo, f"seed{seed}") for seed in args.seeds}
+
+
 def begin(args, algo: str, card: dict, where: str, seed: int, path: Path, first: dict) -> Run:
     """The run of one seed as its directory holds it, or from its start. Raises BadInput where that is in the way."""
     config = asdict(args) | {"algo": algo}
@@ -182,7 +212,7 @@ def begin(args, algo: str, card: dict, where: str, seed: int, path: Path, first:
         if state["where"] != where:
             raise BadInput(
                 f"{path} was trained on {state['where']}, this would be {where}: random numbers differ, resume it "
-                "there (--device)"
+                "there (--device, --data-device)"
             )
         run.metrics = state.pop("metrics")
         run.state, run.begun = state | {"config": state["config"] | {key: config[key] for key in GROWS}}, True
@@ -207,7 +237,9 @@ def start_runs(args, algo: str, card: dict, rows: TensorDict, first: dict) -> di
     and where OUT can't be written. From here on a stop of the script waits until a training loop looks.
     """
     where = f"{pick_device(args.device).type} with the data on {rows['is_init'].device.type}"
-    paths = {seed: Path(args.out, args.env, args.task, args.quality, algo, f"seed{seed}") for seed in args.seeds}
+    paths = run_paths(args, algo)
+    digest = hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
+    about = {"versions": versions(), "commit": commit(), "dataset": f"sha256 of the card {digest}"}
     try:
         with disk_errors(args.out, AGAIN):
             for path in paths.values():
@@ -224,8 +256,10 @@ def start_runs(args, algo: str, card: dict, rows: TensorDict, first: dict) -> di
                         (run.path / name).unlink(missing_ok=True)
             elif not run.finished:
                 (run.path / "summary.json").unlink(missing_ok=True)  # of the run before it is extended
-            if not run.begun or read_json(run.path / "config.json")["steps"] != args.steps:
-                config = asdict(args) | {"algo": algo, "seed": seed}
+            old = read_json(run.path / "config.json") if run.begun else {}
+            say_changes(run.path, old, about)
+            if not run.begun or old["steps"] != args.steps:
+                config = asdict(args) | {"algo": algo, "seed": seed} | about
                 write_text(run.path / "config.json", json.dumps(config, indent=2) + "\n", AGAIN)
             if run.metrics and not same_text(run.path / "metrics.csv", table(run.metrics)):
                 write_text(run.path / "metrics.csv", table(run.metrics), AGAIN)
@@ -234,6 +268,15 @@ def start_runs(args, algo: str, card: dict, rows: TensorDict, first: dict) -> di
             unlock(path)
         raise
     return runs
+
+
+def say_changes(path: Path, old: dict, about: dict):
+    """One line where a run goes on with other packages, another commit or another card than it began with."""
+    flat = lambda facts: {k: v for k, v in (facts | (facts.get("versions") or {})).items() if k != "versions"}
+    before, now = flat({key: old[key] for key in ABOUT if key in old}), flat(about)
+    changed = [f"{key} {before[key]}, now {now.get(key)}" for key in before if before[key] != now.get(key)]
+    if changed:
+        print(f"{path} was begun with {'; '.join(changed)}: it may not go on to the same bits")
 
 
 def end_runs(runs: dict[int, Run]) -> list[list[dict]]:
