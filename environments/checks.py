@@ -43,9 +43,12 @@ def run_script(main, *args, go_on: str = ""):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except stops.Stopped as stop:
+        stops.ignore()
         say_failures()
         print(f"{stop}; to go on: {go_on or stops.how_to_go_on()}", file=sys.stderr)
         sys.exit(stop.code)
+    finally:
+        stops.forget()
     if FAILURES:
         say_failures()
         sys.exit(1)

@@ -35,8 +35,7 @@ def _handle(number: int, frame):
         os.write(2, f"{Stopped(number)} before it began\n".encode())
         os._exit(128 + number)
     if not _Now.held or _Now.number is not None:
-        for each in SIGNALS:  # nothing disturbs the way out
-            signal.signal(each, signal.SIG_IGN)
+        ignore()
         raise Stopped(number)
     _Now.number = number
     os.write(2, b"\nstopping: the state is being saved (once more to stop without that)\n")  # print is not safe here
@@ -52,8 +51,19 @@ def catch(begun: bool = True):
                 signal.signal(number, _handle)
 
 
+def ignore():
+    """Nothing disturbs the way out."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def hold():
     _Now.held = True
+
+
+def forget():
+    """As if no stop had been asked for: what a process does next, a test for example, is another script."""
+    _Now.held, _Now.number = False, None
 
 
 def asked() -> bool:
