@@ -134,7 +134,7 @@ def test_stop_saves_and_goes_on_to_the_same_bits(algo, module, name, call, hoppe
     with monkeypatch.context() as patch:
         stop_in(patch, module, name, call, signal.SIGINT if call % 2 else signal.SIGTERM)
         code, who = (130, "Ctrl-C") if call % 2 else (143, "SIGTERM")
-        ends(capsys, algo, hopper_data, tmp_path, code, f"^stopped by {who}: go on with `python script.py --data 'a b' --resume`$")
+        ends(capsys, algo, hopper_data, tmp_path, code, f"^stopped by {who}; to go on: python script.py --data 'a b' --resume$")
     stopped = load_checkpoint(folder(tmp_path, algo)) if (folder(tmp_path, algo) / "checkpoint.pt").exists() else None
     if name in ("critic_losses", "policy_losses", "policy_loss"):  # the state at the end of the group of batches is kept
         step = stopped["critic_step"] if name == "critic_losses" else stopped["step"]
@@ -155,7 +155,7 @@ def test_a_second_stop_does_not_wait(hopper_data, wholes, tmp_path, monkeypatch,
 
     with monkeypatch.context() as patch:
         patch.setattr(comadice_bc, "policy_losses", twice)
-        ends(capsys, "bc", hopper_data, tmp_path, 130, "stopped by Ctrl-C: go on with")
+        ends(capsys, "bc", hopper_data, tmp_path, 130, "stopped by Ctrl-C; to go on: ")
     assert not (folder(tmp_path, "bc") / "checkpoint.pt").exists()
     train("bc", hopper_data, tmp_path, resume=True)
     assert same_run(folder(tmp_path, "bc"), wholes["bc"])
@@ -163,7 +163,7 @@ def test_a_second_stop_does_not_wait(hopper_data, wholes, tmp_path, monkeypatch,
 
 def test_a_stop_before_training_writes_nothing(hopper_data, tmp_path, monkeypatch, capsys):
     stop_in(monkeypatch, support.runs, "open_dataset", 1)
-    ends(capsys, "bc", hopper_data, tmp_path / "runs", 143, "stopped by SIGTERM: run it again with `")
+    ends(capsys, "bc", hopper_data, tmp_path / "runs", 143, "stopped by SIGTERM; to go on: ")
     assert not (tmp_path / "runs").exists()
 
 
@@ -183,7 +183,7 @@ def test_a_terminal_s_ctrl_c_with_simulator_processes(hopper_data, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "Traceback" not in said and "leaked" not in said, said
-    assert said.strip().splitlines()[-1].endswith("--resume`")
+    assert said.strip().splitlines()[-1].endswith("--resume")
     deadline = time.monotonic() + 10
     while True:
         try:
