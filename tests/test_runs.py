@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -143,6 +144,30 @@ def test_stop_saves_and_goes_on_to_the_same_bits(algo, module, name, call, hoppe
     train(algo, hopper_data, tmp_path, resume=True)
     assert same_run(folder(tmp_path, algo), wholes[algo])
     assert not list(tmp_path.rglob("LOCK")) and not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("seeds", [[0], [0, 1]], ids=len)
+def test_the_row_of_an_evaluation_that_was_cut_short_leaves_the_state_alone(seeds, hopper_data, wholes, tmp_path, monkeypatch, capsys):
+    """Stopped in an evaluation, gone on with to the moment when its row is saved, killed there, gone on with."""
+    whole = train("bc", hopper_data, tmp_path / "whole", seeds=seeds)
+    with monkeypatch.context() as patch:
+        stop_in(patch, comadice_bc, "evaluation", 1)
+        ends(capsys, "bc", hopper_data, tmp_path, 143, "stopped by SIGTERM", seeds=seeds)
+    before = load_checkpoint(folder(tmp_path, "bc"))
+    assert [own["row"]["step"] for own in before["unplayed"]] == [20] and not before["metrics"] and 20 < before["step"] < 40
+    saved = []
+    with monkeypatch.context() as patch:
+        original = support.runs.save_checkpoint
+        patch.setattr(support.runs, "save_checkpoint", lambda *a: (original(*a), saved.append(1), len(saved) == len(seeds) and os.kill(os.getpid(), signal.SIGKILL)))
+        child = multiprocessing.get_context("fork").Process(target=train, args=("bc", hopper_data, tmp_path), kwargs={"seeds": seeds, "resume": True})
+        child.start()
+        child.join()
+    after = load_checkpoint(folder(tmp_path, "bc"))
+    assert child.exitcode == -signal.SIGKILL and [row["step"] for row in after["metrics"]] == [20] and after["unplayed"] == []
+    assert all(same(after[part], before[part]) for part in ("step", "policy", "eta", "policy_optimizer", "generator"))
+    train("bc", hopper_data, tmp_path, resume=True, seeds=seeds)
+    for seed in seeds:
+        assert same_run(folder(tmp_path, "bc", seed), whole.with_name(f"seed{seed}"))
 
 
 def test_a_second_stop_does_not_wait(hopper_data, wholes, tmp_path, monkeypatch, capsys):
