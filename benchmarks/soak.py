@@ -195,6 +195,11 @@ def result(job: str, folder: Path) -> dict[str, str]:
     return found
 
 
+def was_done(job: str, printed: str) -> bool:
+    """Whether a command refuses to run again because the kill before came after its last step."""
+    return job in ("convert", "download") and "is already there" in printed
+
+
 # ---------------------------------------------------------------- the soak
 
 
@@ -281,20 +286,19 @@ def soak(args: Args, folder: Path) -> int:
             if not ended:
                 os.kill(process.pid, number)
             code, printed = end_of(process, log, what), log.read_text()
-            if ended and code == 0:
+            if ended and (code == 0 or was_done(job, printed)):
                 said.append("done")
                 break
             kills += 1
             said.append(f"{signal.Signals(number).name} {code}")
             expected = (0, -9) if number == signal.SIGKILL else (0, 143, -15)  # -15: before the script began
-            if code not in expected or "Traceback" in printed or "leaked" in printed:
+            if code not in expected and not was_done(job, printed) or "Traceback" in printed or "leaked" in printed:
                 raise Hurt(f"{what}: code {code}, it said {printed[-3000:]}")
             if code == 143 and "stopped by SIGTERM" not in printed:
                 raise Hurt(f"{what}: it did not say how to go on: {printed[-500:]}")
             check_whole(job, place)
         code = end_of(start(command(job, place, True, source, url), log), log, f"{job}, round {round}")
-        exists = job in ("convert", "download") and "already" in log.read_text()  # the kill came after its last step
-        if code != 0 and not exists:
+        if code != 0 and not was_done(job, log.read_text()):
             raise Hurt(f"{job}, round {round}: run again it ends with code {code}: {log.read_text()[-3000:]}")
         check_whole(job, place)
         if result(job, place) != wanted[job]:

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 JOBS = ["comadice", "bc", "icq", "collect", "convert", "download"]
-KILLS = 24
+KILLS = 18
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the soak looks into /proc")
