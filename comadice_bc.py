@@ -12,53 +12,10 @@ in the paper. A single policy's return swings by hundreds from one step to the n
 import environments.threads  # noqa: F401 -- before torch
 
 # isort: split
-import copy
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Literal
 
-import torch
-import tyro
-from tensordict import TensorDict
-from torch import Tensor
-from torchrl.envs import EnvBase
-from tqdm import tqdm
-
-from comadice_eval import evaluation, try_eval_env
-from comadice_losses import DIVERGENCES, effective_sample_size, episode_ratio, policy_loss
-from comadice_mixer import make_policy
-from environments.checks import BadInput, check_positive, pick_device, run_script
-from offline_data.dataset import episode_returns, last_rows
-from offline_data.replay import make_replay, minibatches, transition_rows
-from support.report import report
-from support.runs import (
-    check_args,
-    check_checkpoint,
-    eval_steps,
-    finish_run,
-    load_checkpoint,
-    load_dataset,
-    same_step,
-    save_checkpoints,
-    start_runs,
-)
-from support.seeds import (
-    Graph,
-    adam,
-    load_seeds,
-    make_generators,
-    name_seeds,
-    per_seed,
-    seed_states,
-    set_gradients,
-    stack,
-    update_target,
-)
-
-# What Eq. 11 needs of a transition.
-POLICY_KEYS = [("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "w"]
-
-AVERAGED = 0.1  # the played average covers about this share of the steps so far, as long as --ema allows
+from support.flags import parse
 
 
 @dataclass
@@ -112,16 +69,77 @@ class Args:
     """processes that simulate evaluation episodes"""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
+    data_device: Literal["auto", "cpu", "device"] = "auto"
+    """where the dataset lies: with the CPU, on --device, or (auto) there if it fits; a resumed run keeps its place"""
     tf32: bool = False
     """on a GPU: matrix products in TF32, faster and less exact"""
     graph: bool = True
     """on a GPU: replay the update as a CUDA graph"""
     compile: bool = False
     """torch.compile the loss: for a GPU, on a CPU it is slower"""
+    quiet: bool = False
+    """no progress bars"""
     resume: bool = False
-    """go on with runs that were stopped, leave finished ones as they are"""
+    """go on with runs that were stopped, leave finished ones as they are, extend them with more --steps"""
     overwrite: bool = False
     """replace runs that are already there"""
+
+
+if __name__ == "__main__":  # before what takes seconds to import: --help and a typo answer at once
+    ARGS = parse(Args)
+
+# isort: split
+import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from torchrl.envs import EnvBase
+
+from comadice_eval import evaluation, try_eval_env
+from comadice_losses import DIVERGENCES, effective_sample_size, episode_ratio, policy_loss
+from comadice_mixer import make_policy
+from environments import stops
+from environments.checks import BadInput, check_positive, pick_device, run_script
+from offline_data.dataset import episode_returns, last_rows
+from offline_data.replay import make_replay, minibatches, transition_rows
+from support.bars import Bar
+from support.report import report
+from support.runs import (
+    LOOK,
+    Diverged,
+    check_args,
+    check_checkpoint,
+    check_parameters,
+    end_runs,
+    eval_steps,
+    finish_run,
+    give_up,
+    load_checkpoint,
+    load_dataset,
+    same_step,
+    save_checkpoints,
+    start_runs,
+)
+from support.seeds import (
+    Graph,
+    adam,
+    load_seeds,
+    make_generators,
+    name_seeds,
+    per_seed,
+    seed_states,
+    set_gradients,
+    stack,
+    update_target,
+)
+
+# What Eq. 11 needs of a transition.
+POLICY_KEYS = [("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "w"]
+
+AVERAGED = 0.1  # the played average covers about this share of the steps so far, as long as --ema allows
 
 
 def check_policy_stage(args):
@@ -138,7 +156,7 @@ def with_ratios(rows: TensorDict, ratios: dict[int, Tensor | None]) -> TensorDic
     """The dataset with a row key "w": each transition's ratio over the mean ratio, 0 on last rows.
 
     `ratios` holds each seed's ratio [T], None for w = 1. For S seeds w is [N, S], for one seed [N]. Eq. 11's optimum
-    does not depend on the ratio's scale; with mean 1 the size of a gradient step does not either. Raises BadInput for a
+    does not depend on the ratio's scale; with mean 1 the size of a gradient step does not either. Raises Diverged for a
     ratio that is zero everywhere or not finite.
     """
     first = (~last_rows(rows)).to(rows["reward"].dtype)
@@ -147,10 +165,8 @@ def with_ratios(rows: TensorDict, ratios: dict[int, Tensor | None]) -> TensorDic
         columns.append(first.clone())
         if w is not None:
             if not (torch.isfinite(w).all() and w.mean() > 0):
-                raise BadInput(
-                    f"seed {seed}: the ratio w* can't be used (its mean is {w.mean():.3g}), the critics diverged: use "
-                    "a larger --alpha or another --objective, or leave this seed out"
-                )
+                why = f"the ratio w* can't be used (its mean is {w.mean():.3g}), the critics diverged"
+                raise Diverged([seed], f"{why}: use a larger --alpha or another --objective, or leave this seed out")
             columns[-1][first > 0] = w / w.mean()
     rows = rows.clone(recurse=False).unlock_()
     rows["w"] = torch.stack(columns, -1) if len(columns) > 1 else columns[0]
@@ -253,37 +269,67 @@ def train_policies(
     replay = make_replay(weighted, POLICY_KEYS, False, generators, device, first, weights)
     weight = torch.ones((), device=device)
     update = Graph(make_policy_update(policy, average, optimizer, weight, len(seeds), args.compile), args.graph)
-    at, began, played = eval_steps(args), time.perf_counter() - states[0]["wall"], None
+    at, began, step = eval_steps(args), time.perf_counter() - states[0]["wall"], start
+    bar = Bar(f"{label} {name_seeds(seeds)}", args.steps, start, args.quiet)
 
-    def finish(progress: list[dict], table: list[dict], results) -> list[tuple[dict, dict]]:
-        table = [row | result | stat for row, result, stat in zip(table, results.result(), stats)]
-        return [(state | {"wall": time.perf_counter() - began}, row) for state, row in zip(progress, table)]
+    def progress() -> list[dict]:
+        check_parameters(policy, seeds, f"step {step} of the policies")
+        state_of = {"step": step, "seconds": seconds, "unplayed": []}
+        return [state | state_of for state in seed_states(parts, generators)]
 
-    def play(states: list[dict], step: int) -> list[dict]:
+    def play(policies: list[dict], step: int) -> list[dict]:
         results = []
-        for seed, state in zip(seeds, states):
+        for seed, state in zip(seeds, policies):
             player = make_policy(*sizes)
-            player.load_state_dict(state["policy"])
+            player.load_state_dict(state)
             results.append(evaluation(player, env, args.eval_episodes, seed, step))
         return results
 
+    def finish(saved: list[dict], unplayed: list[dict], results) -> list[tuple[dict, dict]] | None:
+        """The finished evaluation, or None where a stop cut it short."""
+        try:
+            table = [own["row"] | result | stat for own, result, stat in zip(unplayed, results.result(), stats)]
+        except stops.Stopped:
+            return None
+        bar.say(table)
+        return [(state | {"wall": time.perf_counter() - began}, row) for state, row in zip(saved, table)]
+
     with ThreadPoolExecutor(1) as beside:
+        waiting = []  # for evaluations: what to save then, what to save if a stop cuts them short, the results to be
+
+        def evaluate(saved: list[dict], unplayed: list[dict]):
+            results = beside.submit(play, [own["policy"] for own in unplayed], unplayed[0]["row"]["step"])
+            waiting.append((saved, unplayed, results))
+
+        for i, unplayed in enumerate(zip(*(state.get("unplayed", []) for state in states))):  # cut short before
+            evaluate([{"unplayed": state["unplayed"][i + 1 :]} for state in states], list(unplayed))
         batches = minibatches(start, at, (replay, args.batch_size))
         clock = time.perf_counter()
-        bar = tqdm(batches, f"{label} {name_seeds(seeds)}", args.steps, initial=start, mininterval=1)
-        for step, batch in bar:  # line 10
+        for step, batch in bar(batches):  # line 10
             set_schedule(optimizer, weight, step, args)
             loss = update(batch)  # line 11
             if step in at:
                 table = [{"stage": "policy", "step": step, "policy_loss": value} for value in loss.reshape(-1).tolist()]
+                bar.say(table)
                 seconds += time.perf_counter() - clock
-                if played is not None:
-                    yield finish(*played)
-                progress = [state | {"step": step, "seconds": seconds} for state in seed_states(parts, generators)]
-                played = progress, table, beside.submit(play, progress, step)
+                now = progress()
+                evaluate(now, [{"policy": state["policy"], "row": row} for state, row in zip(now, table)])
+                while len(waiting) > 1 and (finished := finish(*waiting[0])):
+                    yield finished
+                    del waiting[0]
                 clock = time.perf_counter()
-        if played is not None:
-            yield finish(*played)
+            elif step % LOOK == 0:
+                check_parameters(policy, seeds, f"step {step} of the policies")
+        while step == args.steps and waiting and (finished := finish(*waiting[0])):
+            yield finished
+            del waiting[0]
+        if step < args.steps or waiting:  # a stop was asked for
+            if step > start:
+                seconds += time.perf_counter() - clock
+                wall, now = time.perf_counter() - began, progress()
+                cut = [[unplayed[s] for _, unplayed, _ in waiting] for s in range(len(seeds))]
+                yield [(state | {"wall": wall, "unplayed": own}, None) for state, own in zip(now, cut)]
+            stops.leave()
 
 
 # ---------------------------------------------------------------- the script
@@ -306,14 +352,18 @@ def train_seeds(
     algo = name_of(args)
     first = None if args.best == 1 else best_transitions(rows, args.best)
     runs = start_runs(args, algo, card, rows, {"w": w})
-    for seeds in same_step(runs):
-        states = [runs[seed].state | {"w": w} for seed in seeds]
-        for progress in train_policies(rows, card, args, seeds, states, env, algo, first, weights):
-            save_checkpoints(runs, seeds, progress)
-        for seed in seeds:
-            state = runs[seed].state
-            finish_run(runs[seed], args, card, len(seeds), args.steps, state["seconds"], state["wall"])
-    return [run.metrics for run in runs.values()]
+    while groups := same_step(runs):
+        try:
+            seeds = groups[0]
+            states = [runs[seed].state | {"w": w} for seed in seeds]
+            for progress in train_policies(rows, card, args, seeds, states, env, algo, first, weights):
+                save_checkpoints(runs, seeds, progress)
+            for seed in seeds:
+                state = runs[seed].state
+                finish_run(runs[seed], args, card, len(seeds), args.steps, state["seconds"], state["wall"])
+        except Diverged as error:
+            give_up(runs, error)
+    return end_runs(runs)
 
 
 def main(args: Args):
@@ -324,7 +374,7 @@ def main(args: Args):
     if args.best < 1 and args.checkpoint is not None:
         raise BadInput("--best and --checkpoint are two ways to weight the data: give one of them")
     device = pick_device(args.device, args.tf32)
-    rows, card = load_dataset(args, device)
+    rows, card = load_dataset(args, device, name_of(args))
     w = weights = None
     if args.checkpoint is not None:
         source = load_checkpoint(args.checkpoint)
@@ -342,4 +392,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    run_script(main, tyro.cli(Args))
+    run_script(main, ARGS)

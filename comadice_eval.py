@@ -21,6 +21,7 @@ from torchrl.envs.utils import step_mdp
 from tqdm import tqdm
 
 from comadice_mixer import make_policy
+from environments import stops
 from environments.checks import BadInput, NoSimulator, pick_device, run_script
 from environments.simulators import make_env
 from support.runs import FREE, load_checkpoint
@@ -90,6 +91,7 @@ def evaluate(policy: torch.nn.Module, env: EnvBase, episodes: int, seed: int) ->
         total, length = torch.zeros(alive.shape), torch.zeros(alive.shape)
         won, died = torch.zeros_like(alive), torch.zeros_like(alive)
         while alive.any():
+            stops.leave()
             mask = td.get(("agents", "action_mask"), None)
             action = policy.act(td["agents", "observation"].to(device), None if mask is None else mask.to(device))
             action = action.to(env.device)

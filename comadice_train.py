@@ -11,53 +11,11 @@ comadice_losses.py, the networks in comadice_mixer.py.
 import environments.threads  # noqa: F401 -- before torch
 
 # isort: split
-import copy
-import math
-import time
-from dataclasses import asdict, dataclass, field, replace
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
 
-import torch
-import tyro
-from tensordict import TensorDict
-from torch import Tensor
-from tqdm import tqdm
-
-import comadice_bc
-import comadice_losses as losses
-from comadice_eval import try_eval_env
-from comadice_mixer import Critics
-from environments.checks import BadInput, check_positive, pick_device, run_script
-from offline_data.dataset import CHUNK, DATA_ROOT, last_rows
-from offline_data.replay import as_transition, initial_rows, make_replay, minibatches, transition_rows
-from support.report import report
-from support.runs import (
-    check_args,
-    check_discount,
-    eval_steps,
-    finish_run,
-    load_dataset,
-    same_step,
-    save_checkpoints,
-    start_runs,
-)
-from support.seeds import (
-    Graph,
-    adam,
-    load_seeds,
-    make_generators,
-    name_seeds,
-    per_seed,
-    seed_states,
-    set_gradients,
-    split_seeds,
-    stack,
-    update_target,
-)
-
-# What Eq. 9 and Eq. 10 need of a transition, and of an initial state.
-CRITIC_KEYS = ["state", ("agents", "observation"), ("agents", "action"), "reward", "terminated"]
-INIT_KEYS = ["state", ("agents", "observation")]
+from support.flags import parse
 
 Objective = Literal["semi", "exact", "printed", "released_nu"]
 
@@ -141,17 +99,86 @@ class Args:
     """processes that simulate evaluation episodes"""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
+    data_device: Literal["auto", "cpu", "device"] = "auto"
+    """where the dataset lies: with the CPU, on --device, or (auto) there if it fits; a resumed run keeps its place"""
     tf32: bool = False
     """on a GPU: matrix products in TF32, faster and less exact"""
     graph: bool = True
     """on a GPU: replay the update as a CUDA graph"""
     compile: bool = False
     """torch.compile the losses: for a GPU, on a CPU it is slower"""
+    quiet: bool = False
+    """no progress bars"""
     resume: bool = False
-    """go on with runs that were stopped, leave finished ones as they are"""
+    """go on with runs that were stopped, leave finished ones as they are, extend them with more --steps"""
     overwrite: bool = False
     """replace runs that are already there"""
 
+
+DEMO = Args(
+    data=str(Path(__file__).parent / "data" / "mamujoco" / "hopper" / "few-good"), seeds=[0, 1, 2], steps=3000,
+    evals=6, eval_episodes=10, resume=True,
+)  # fmt: skip
+
+if __name__ == "__main__":  # before what takes seconds to import: --help and a typo answer at once
+    ARGS = parse(Args)
+    if ARGS.env is ARGS.task is ARGS.quality is ARGS.data is None:
+        ARGS = parse(Args, replace(DEMO, resume=not ARGS.overwrite))
+
+# isort: split
+import copy
+import math
+import time
+from dataclasses import asdict
+from typing import NamedTuple
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+import comadice_bc
+import comadice_losses as losses
+from comadice_eval import try_eval_env
+from comadice_mixer import Critics
+from environments import stops
+from environments.checks import BadInput, check_positive, pick_device, run_script
+from offline_data.dataset import CHUNK, last_rows
+from offline_data.replay import as_transition, initial_rows, make_replay, minibatches, transition_rows
+from support.bars import Bar
+from support.report import report
+from support.runs import (
+    LOOK,
+    Diverged,
+    Run,
+    check_args,
+    check_discount,
+    check_parameters,
+    end_runs,
+    eval_steps,
+    finish_run,
+    give_up,
+    load_dataset,
+    same_step,
+    save_checkpoints,
+    start_runs,
+)
+from support.seeds import (
+    Graph,
+    adam,
+    load_seeds,
+    make_generators,
+    name_seeds,
+    per_seed,
+    seed_states,
+    set_gradients,
+    split_seeds,
+    stack,
+    update_target,
+)
+
+# What Eq. 9 and Eq. 10 need of a transition, and of an initial state.
+CRITIC_KEYS = ["state", ("agents", "observation"), ("agents", "action"), "reward", "terminated"]
+INIT_KEYS = ["state", ("agents", "observation")]
 
 # What a flag is where it is not given: first the preset's value, then the objective's, then COMMON's. OBJECTIVES has
 # alpha in units of the data's mean absolute reward, and episode_alpha in standard deviations of the episodes' returns,
@@ -173,11 +200,6 @@ COMMON = {
     "episode_alpha": 0.0, "lambda_scale": 0.0, "critic_lr": 3e-4, "layer_norm": True, "lr": 1e-3, "lr_decay": True,
     "ema": 0.999,
 }  # fmt: skip
-
-DEMO = Args(
-    data=str(DATA_ROOT / "mamujoco" / "hopper" / "few-good"), seeds=[0, 1, 2], steps=3000, evals=6, eval_episodes=10,
-    resume=True,
-)  # fmt: skip
 
 
 def resolve(args: Args, mean_abs_reward: float, return_std: float = 0.0) -> Args:
@@ -410,17 +432,29 @@ def train_critics(rows: TensorDict, card: dict, args: Args, seeds: list[int], st
     update = Graph(make_critic_update(critics, target, optimizer, args, data_facts(rows, args)), args.graph)
     at = eval_steps(args)
     batches = minibatches(start, at, (transitions, args.batch_size), (initial_states, args.init_batch_size))
-    clock = time.perf_counter()
-    bar = tqdm(batches, f"critics {name_seeds(seeds)}", args.steps, initial=start, mininterval=1)
-    for step, batch, init in bar:  # line 4
+    bar = Bar(f"critics {name_seeds(seeds)}", args.steps, start, args.quiet)
+    clock, step = time.perf_counter(), start
+
+    def progress() -> list[dict]:
+        check_parameters(critics, seeds, f"step {step} of the critics")
+        return [state | {"critic_step": step, "critic_seconds": seconds} for state in seed_states(parts, generators)]
+
+    for step, batch, init in bar(batches):  # line 4
         results = update(batch, init)  # lines 5 to 7
         if step in at:
-            seconds += time.perf_counter() - clock
-            here = {"critic_step": step, "critic_seconds": seconds}
-            progress = [state | here for state in seed_states(parts, generators)]
             metrics = [critic_metrics(*result, args) for result in split_seeds(results, seeds)]
-            yield [(state, {"stage": "critics", "step": step} | row) for state, row in zip(progress, metrics)]
+            table = [{"stage": "critics", "step": step} | row for row in metrics]
+            bar.say(table)
+            seconds += time.perf_counter() - clock
+            yield list(zip(progress(), table))
             clock = time.perf_counter()
+        elif step % LOOK == 0:
+            check_parameters(critics, seeds, f"step {step} of the critics")
+    if step < args.steps:  # a stop was asked for
+        if step > start:
+            seconds += time.perf_counter() - clock
+            yield [(state, None) for state in progress()]
+        stops.leave()
 
 
 @torch.no_grad()
@@ -430,6 +464,7 @@ def dataset_ratio(critics: Critics, rows: TensorDict, args: Args) -> Tensor:
     first, device = transition_rows(rows), critics.lam.device
     w = torch.empty(len(first), dtype=rows["state"].dtype, device=first.device)  # filled in place, to save memory
     for index, out in zip(first.split(CHUNK // 8), w.split(CHUNK // 8)):
+        stops.leave()
         batch = as_transition(rows[torch.stack([index, index + 1], -1)].to(device))
         if args.advantage == "td":
             A_tot = td_form(batch, nu_tot(critics, batch), nu_tot_next(critics, batch, data), args)
@@ -448,25 +483,33 @@ def train_seeds(args: Args, rows: TensorDict, card: dict, env) -> list[list[dict
     Seeds at the same step are trained together.
     """
     runs = start_runs(args, "comadice", card, rows, {"critic_step": 0, "critic_seconds": 0.0})
-    for seeds in same_step(runs):
-        states = [runs[seed].state for seed in seeds]
-        if states[0]["critic_step"] < args.steps:
-            for progress in train_critics(rows, card, args, seeds, states):  # lines 3 to 8
-                save_checkpoints(runs, seeds, progress)
-        critics = make_critics(card, args).to(pick_device(args.device))
-        for seed in seeds:
-            critics.load_state_dict(runs[seed].state["target"])
-            runs[seed].state["w"] = dataset_ratio(critics, rows, args)  # w*, from the target networks
-        states = [runs[seed].state for seed in seeds]
-        weights = comadice_bc.episode_weights(rows, args.episode_alpha, args.f)
-        stage = comadice_bc.train_policies(rows, card, args, seeds, states, env, "policy", weights=weights)
-        for progress in stage:  # lines 9 to 12
+    while groups := same_step(runs):
+        try:
+            train_group(groups[0], runs, args, rows, card, env)
+        except Diverged as error:
+            give_up(runs, error)
+    return end_runs(runs)  # line 13: the policies are in the runs' checkpoints
+
+
+def train_group(seeds: list[int], runs: dict[int, Run], args: Args, rows: TensorDict, card: dict, env):
+    """Algorithm 1 for seeds at the same step, to its end."""
+    states = [runs[seed].state for seed in seeds]
+    if states[0]["critic_step"] < args.steps:
+        for progress in train_critics(rows, card, args, seeds, states):  # lines 3 to 8
             save_checkpoints(runs, seeds, progress)
-        for seed in seeds:
-            state = runs[seed].state
-            seconds, wall = state["critic_seconds"] + state["seconds"], state["critic_seconds"] + state["wall"]
-            finish_run(runs[seed], args, card, len(seeds), 2 * args.steps, seconds, wall)
-    return [run.metrics for run in runs.values()]  # line 13: the policies are in the runs' checkpoints
+    critics = make_critics(card, args).to(pick_device(args.device))
+    for seed in seeds:
+        critics.load_state_dict(runs[seed].state["target"])
+        runs[seed].state["w"] = dataset_ratio(critics, rows, args)  # w*, from the target networks
+    states = [runs[seed].state for seed in seeds]
+    weights = comadice_bc.episode_weights(rows, args.episode_alpha, args.f)
+    stage = comadice_bc.train_policies(rows, card, args, seeds, states, env, "policy", weights=weights)
+    for progress in stage:  # lines 9 to 12
+        save_checkpoints(runs, seeds, progress)
+    for seed in seeds:
+        state = runs[seed].state
+        seconds, wall = state["critic_seconds"] + state["seconds"], state["critic_seconds"] + state["wall"]
+        finish_run(runs[seed], args, card, len(seeds), 2 * args.steps, seconds, wall)
 
 
 def demonstrate(args: Args, rows: TensorDict, card: dict, env):
@@ -481,7 +524,7 @@ def demonstrate(args: Args, rows: TensorDict, card: dict, env):
 def main(args: Args):
     check_args(args)
     device = pick_device(args.device, args.tf32)
-    rows, card = load_dataset(args, device)
+    rows, card = load_dataset(args, device, "comadice")
     mean_abs_reward = rows["reward"][~last_rows(rows)].double().abs().mean().item() or 1.0
     args = resolve(args, mean_abs_reward, card["return_std"])
     alphas = f"alpha {args.alpha:g}, episode alpha {args.episode_alpha:g}"
@@ -495,7 +538,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    if args.env is args.task is args.quality is args.data is None:
-        args = tyro.cli(Args, default=replace(DEMO, resume=not args.overwrite))
-    run_script(main, args)
+    run_script(main, ARGS)

@@ -4,24 +4,32 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from tensordict import TensorDict
 from torch import nn
 from torchrl.envs import EnvBase
-from tqdm import tqdm
 
 from comadice_bc import check_policy_stage, set_schedule
 from comadice_eval import evaluation, try_eval_env
+from environments import stops
 from environments.checks import check_positive, pick_device
 from offline_data.dataset import last_rows
 from offline_data.replay import make_replay, minibatches
+from support.bars import Bar
 from support.report import report
 from support.runs import (
+    LOOK,
+    Diverged,
+    Run,
     check_args,
     check_discount,
+    check_parameters,
+    end_runs,
     eval_steps,
     finish_run,
+    give_up,
     load_dataset,
     random_state,
     save_checkpoint,
@@ -49,12 +57,16 @@ class RunArgs:
     """one run for each seed, one after another"""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
+    data_device: Literal["auto", "cpu", "device"] = "auto"
+    """where the dataset lies: with the CPU, on --device, or (auto) there if it fits; a resumed run keeps its place"""
     tf32: bool = False
     """on a GPU: matrix products in TF32, faster and less exact"""
     graph: bool = True
     """on a GPU: replay the update as a CUDA graph"""
+    quiet: bool = False
+    """no progress bars"""
     resume: bool = False
-    """go on with runs that were stopped, leave finished ones as they are"""
+    """go on with runs that were stopped, leave finished ones as they are, extend them with more --steps"""
     overwrite: bool = False
     """replace runs that are already there"""
 
@@ -109,21 +121,17 @@ def scaled(rows: TensorDict, scale: float) -> TensorDict:
     return rows.lock_()
 
 
-def train_seed(algo: str, networks: nn.Module, update: Callable, rows: TensorDict, keys: list, args: RunArgs, seed: int,
-               card: dict, env: EnvBase | None) -> list[dict]:
-    """One run directory, trained in one stage; returns the rows of its metrics.csv. `train` explains the arguments.
-
-    A run that was stopped goes on where it was. A finished one is left as it is.
-    """
-    run = start_runs(replace(args, seeds=[seed]), algo, card, rows, {})[seed]
-    if run.finished:
-        return run.metrics
+def train_seed(algo: str, networks: nn.Module, update: Callable, rows: TensorDict, keys: list, args: RunArgs, run: Run,
+               card: dict, env: EnvBase | None):
+    """One run, from where it is to its end, in one stage. `train` explains the arguments."""
+    seed = run.seed
     device = pick_device(args.device)
     target, optimizer = copy.deepcopy(networks), adam(list(networks.parameters()), args.lr, device)
     policy = getattr(networks, "policy", networks)  # BCQ's networks act themselves
     average, weight = copy.deepcopy(policy), torch.ones((), device=device)
     parts = {"policy": average, "networks": networks, "target": target, "optimizer": optimizer}  # "policy" is played
     start, seconds, began = run.state["step"], run.state["seconds"], time.perf_counter() - run.state["wall"]
+    step = start
     if start:
         for name, part in parts.items():
             load_part(part, run.state[name])
@@ -134,22 +142,43 @@ def train_seed(algo: str, networks: nn.Module, update: Callable, rows: TensorDic
         update_target(average, policy, weight)
         return metrics
 
+    def progress() -> dict:
+        check_parameters(networks, [seed], f"step {step}")
+        state = {name: part.state_dict() for name, part in parts.items()}
+        return state | {"step": step, "seconds": seconds, "random": random_state(), "unplayed": []}
+
+    def evaluate(state: dict, row: dict):
+        """Adds the evaluation to the row, and saves. What a stop cuts short is left for the run that goes on."""
+        try:
+            row = row | evaluation(average, env, args.eval_episodes, seed, row["step"])
+        except stops.Stopped:
+            save_checkpoint(run, state | {"unplayed": [row]}, None)
+            raise
+        bar.say([row])
+        save_checkpoint(run, state | {"wall": time.perf_counter() - began}, row)
+
     graph, at = Graph(step_of, args.graph), eval_steps(args)
+    bar = Bar(f"{algo} seed {seed}", args.steps, start, args.quiet)
+    for row in run.state.get("unplayed", []):
+        evaluate({"unplayed": []}, row)
     batches = minibatches(start, at, (make_replay(rows, keys, device=device), args.batch_size))
     clock = time.perf_counter()
-    for step, batch in tqdm(batches, f"{algo} seed {seed}", args.steps, initial=start, mininterval=1):
+    for step, batch in bar(batches):
         set_schedule(optimizer, weight, step, args)
         metrics = graph(batch)
         if step in at:
             row = {"stage": "policy", "step": step} | {name: value.item() for name, value in metrics.items()}
             seconds += time.perf_counter() - clock
-            row |= evaluation(average, env, args.eval_episodes, seed, step)
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"step": step, "seconds": seconds, "wall": time.perf_counter() - began, "random": random_state()}
-            save_checkpoint(run, state, row)
+            evaluate(progress(), row)
             clock = time.perf_counter()
+        elif step % LOOK == 0:
+            check_parameters(networks, [seed], f"step {step}")
+    if step < args.steps:  # a stop was asked for
+        if step > start:
+            seconds += time.perf_counter() - clock
+            save_checkpoint(run, progress() | {"wall": time.perf_counter() - began}, None)
+        stops.leave()
     finish_run(run, args, card, 1, args.steps, run.state["seconds"], run.state["wall"])
-    return run.metrics
 
 
 def train(
@@ -169,15 +198,21 @@ def train(
     Rewards are scaled before all that, temperatures are flags in units of the recorded reward, as ComaDICE's alpha is.
     """
     device = pick_device(args.device, args.tf32)
-    rows, card = load_dataset(args, device)
+    rows, card = load_dataset(args, device, algo)
     unit = rows["reward"][~last_rows(rows)].double().abs().mean().item() or 1.0
     own = defaults(card, unit)
     args = resolve(args, unit, own)
     print(f"{algo}: {', '.join(f'{name} {getattr(args, name):g}' for name in ('tau', 'reward_scale', *own))}")
-    env, curves = try_eval_env(card, args.eval_episodes, args.workers), []
+    env = try_eval_env(card, args.eval_episodes, args.workers)
     rows = prepare(scaled(rows, args.reward_scale))
-    for seed in args.seeds:
+    runs = start_runs(args, algo, card, rows, {})
+    for seed, run in runs.items():
+        if run.finished:
+            continue
         torch.manual_seed(seed)
         networks = make_networks(card, args).to(device)
-        curves.append(train_seed(algo, networks, update, rows, keys, args, seed, card, env))
-    report({algo.upper(): curves}, card, args, f"learning_curve_{algo}.png")
+        try:
+            train_seed(algo, networks, update, rows, keys, args, run, card, env)
+        except Diverged as error:
+            give_up(runs, error)
+    report({algo.upper(): end_runs(runs)}, card, args, f"learning_curve_{algo}.png")

@@ -22,7 +22,6 @@ import environments.threads  # noqa: F401 -- before torch
 
 # isort: split
 import torch
-import tyro
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.distributions import Normal
@@ -30,6 +29,7 @@ from torch.distributions import Normal
 from baselines.common import RunArgs, check, train
 from comadice_mixer import LinearMixer, Q, make_policy
 from environments.checks import run_script
+from support.flags import parse
 from support.seeds import set_gradients, update_target
 
 KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
@@ -176,4 +176,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    run_script(main, tyro.cli(Args))
+    run_script(main, parse(Args))

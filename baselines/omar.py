@@ -25,13 +25,13 @@ import environments.threads  # noqa: F401 -- before torch
 
 # isort: split
 import torch
-import tyro
 from tensordict import TensorDict
 from torch import Tensor, nn
 
 from baselines.common import RunArgs, check, train
 from comadice_mixer import Q, make_policy
 from environments.checks import BadInput, run_script
+from support.flags import parse
 from support.seeds import set_gradients, update_target
 
 KEYS = [("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
@@ -199,4 +199,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    run_script(main, tyro.cli(Args))
+    run_script(main, parse(Args))

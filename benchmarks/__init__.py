@@ -1,1 +1,1 @@
-"""Measurements: `python -m benchmarks.speed`, and sweep, convert and smax_speed likewise."""
+"""Measurements: `python -m benchmarks.speed`, and sweep, convert, smax_speed and soak likewise."""

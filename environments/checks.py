@@ -4,10 +4,10 @@ Importing it does not load torch.
 """
 
 import math
-import signal
 import sys
-import threading
 from typing import TYPE_CHECKING
+
+from environments import stops
 
 if TYPE_CHECKING:
     import torch
@@ -21,42 +21,47 @@ class NoSimulator(BadInput):
     """No simulator for this env is installed here, or none exists; the message says which and how to get it."""
 
 
-class Stopped(KeyboardInterrupt):
-    """SIGTERM came, which is how a cluster stops a job. It ends what is going on as Ctrl-C does."""
+FAILURES = []  # what fail_at_end was told
+
+
+def fail_at_end(message: str):
+    """For what goes wrong beside work that goes on: the line is printed when the script ends, with exit code 1."""
+    FAILURES.append(message)
 
 
 def run_script(main, *args, go_on: str = ""):
-    """Calls main(*args). Input that can't be used ends in one line and exit code 2.
+    """Calls main(*args). Input that can't be used ends in one line and exit code 2, a stop as stops.py says.
 
-    Ctrl-C and SIGTERM end in one line, too, and exit code 130 or 143; `go_on` is the command that goes on from there.
-    Whatever main has open is closed on the way out, and further signals are ignored for that time.
+    `go_on` is the command that goes on after a stop, where it is not this one.
     """
-
-    came = []
-
-    def stop(number, frame):
-        came.append(number)
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)
-        raise Stopped if number == signal.SIGTERM else KeyboardInterrupt
-
-    if threading.current_thread() is threading.main_thread():  # signals are that thread's alone
-        for each in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(each) in (signal.SIG_DFL, signal.default_int_handler):
-                signal.signal(each, stop)
+    FAILURES.clear()
     try:
+        stops.catch()
         main(*args)
-    # A library that is interrupted anywhere may raise something else on the way out, so `came` counts, not the type.
-    except (Exception, KeyboardInterrupt) as error:
-        if came or isinstance(error, KeyboardInterrupt):
-            sigterm = isinstance(error, Stopped) or came == [signal.SIGTERM]
-            name, code = ("SIGTERM", 143) if sigterm else ("Ctrl-C", 130)
-            print(f"\nstopped by {name}" + (f"; to go on: {go_on}" if go_on else ""), file=sys.stderr)
-            sys.exit(code)
+    # A library that is interrupted may raise something else on the way out. So the signal counts, and not the type.
+    except (Exception, stops.Stopped) as error:
+        number = stops.raised()
+        if number is not None or isinstance(error, stops.Stopped):
+            stop = error if isinstance(error, stops.Stopped) else stops.Stopped(number)
+            stops.ignore()
+            say_failures()
+            print(f"{stop}; to go on: {go_on or stops.how_to_go_on()}", file=sys.stderr)
+            sys.exit(stop.code)
         if isinstance(error, BadInput):
+            say_failures()
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         raise
+    finally:
+        stops.forget()
+    if FAILURES:
+        say_failures()
+        sys.exit(1)
+
+
+def say_failures():
+    for message in FAILURES:
+        print(f"error: {message}", file=sys.stderr)
 
 
 def check_positive(args, *names: str):

@@ -22,15 +22,13 @@ Every environment speaks the same TensorDict keys (n agents, B environments):
 
 import importlib.metadata
 import multiprocessing
+import os
 import re
-import signal
-from contextlib import contextmanager
 from functools import partial
-from multiprocessing import resource_tracker
 
 from torchrl.envs import EnvBase, ParallelEnv
 
-from environments import mamujoco, smax, starcraft
+from environments import mamujoco, smax, starcraft, stops
 from environments.checks import BadInput, NoSimulator
 
 # What agents see, by env; the first is the default.
@@ -79,27 +77,21 @@ def make_env(
     interface = check_interface(env, interface)
     if env in ("smacv1", "smacv2"):
         starcraft.check_installed(starcraft.game_config(env, task)["map_name"])
-        return ParallelEnv(workers, partial(starcraft.StarCraftEnv, env, task, interface), device=device)
+        return in_processes(workers, partial(starcraft.StarCraftEnv, env, task, interface), device)
     if env == "smax":
         make = partial(smax.SMAXEnv, task, num_envs)
     else:
         obsk = None if interface == "benchmark" else int(interface.removeprefix("agent_obsk="))
         make = partial(mamujoco.MaMuJoCoEnv, task, num_envs, obsk)
-    return make(device=device) if workers == 1 else ParallelEnv(workers, make, device=device)
+    return make(device=device) if workers == 1 else in_processes(workers, make, device)
 
 
-@contextmanager
-def ctrl_c_waits():
-    """A Ctrl-C within is raised at the end. Processes that are started within never see one.
-
-    A terminal sends Ctrl-C to every process of a command. The one that started the others closes them.
-    """
-    resource_tracker.ensure_running()  # it would let Ctrl-C through again as it starts
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which new processes inherit
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+def in_processes(workers: int, make, device) -> ParallelEnv:
+    """make() in so many processes, which leave Ctrl-C and SIGTERM to this one."""
+    env = ParallelEnv(workers, partial(stops.in_worker, make, os.getpid()), device=device)
+    with stops.not_for_children():
+        env.start()
+    return env
 
 
 def close_env(env: EnvBase):

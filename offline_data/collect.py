@@ -51,9 +51,9 @@ from torchrl.modules import IndependentNormal, MaskedCategorical, MultiAgentMLP,
 from torchrl.objectives.multiagent import MAPPOLoss
 from tqdm import tqdm
 
-from environments import starcraft
+from environments import starcraft, stops
 from environments.checks import BadInput, check_positive, pick_device
-from environments.simulators import check_interface, check_task, close_env, ctrl_c_waits, engine, make_env
+from environments.simulators import check_interface, check_task, close_env, engine, make_env
 from offline_data.card import check_free, read_json, short
 from offline_data.collect_args import Args
 from offline_data.dataset import dataset_path, episode_returns, episodes, open_dataset, table_row
@@ -273,7 +273,7 @@ def train(args: Args, root: Path) -> list[dict]:
 
 def train_in(env, args: Args, root: Path) -> list[dict]:
     torch.manual_seed(args.seed)
-    with ctrl_c_waits():  # worker processes start here
+    with stops.not_for_children():  # worker processes start here
         env.set_seed(args.seed)
     actor, critic = make_actor(env, args.hidden).to(args.device), make_critic(env, args.hidden).to(args.device)
     loss = MAPPOLoss(actor, critic, clip_epsilon=args.clip, entropy_coeff=args.entropy)
@@ -420,7 +420,7 @@ def record(args: Args, root: Path, checkpoint: int, quality: str, made: dict):
 def record_in(env, args: Args, root: Path, checkpoint: int, quality: str, made: dict):
     seed = args.seed + 1 + checkpoint
     torch.manual_seed(seed)
-    with ctrl_c_waits():
+    with stops.not_for_children():
         env.set_seed(seed)
     actor = make_actor(env, args.hidden)
     actor.load_state_dict(torch.load(root / f"actor-{checkpoint:03d}.pt", weights_only=True, map_location="cpu"))

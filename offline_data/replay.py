@@ -5,6 +5,7 @@ from tensordict import TensorDict
 from torchrl.data import TensorDictReplayBuffer, TensorStorage
 from torchrl.data.replay_buffers.samplers import Sampler
 
+from environments.stops import asked
 from offline_data.dataset import last_rows
 
 DRAW = 16  # batches drawn together, see minibatches
@@ -104,11 +105,14 @@ def minibatches(start: int, stops: set[int], *sources: tuple[TensorDictReplayBuf
     batch size).
 
     Batches are drawn DRAW at a time, which spreads the cost of a draw, and never across a stop: a run that goes on from
-    one draws what it would have drawn.
+    one draws what it would have drawn. For the same reason they end early, between two draws, where a stop of the
+    script is asked for: the caller sees that by the step it has reached.
     """
     step = start
     for stop in sorted(s for s in stops if s > start):
         while step < stop:
+            if asked():
+                return
             count = min(DRAW, stop - step)
             for batches in zip(*(replay.sample(count * size).split(size, -1) for replay, size in sources)):
                 step += 1

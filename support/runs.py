@@ -5,27 +5,48 @@
         metrics.csv      a row an evaluation
         summary.json     the result, written once the run is finished
         checkpoint.pt    parameters, optimisers, random state; loads with weights_only=True
+        LOCK             while a process trains there
+
+Everything is in the checkpoint: the other files can be written again from it. A run that was stopped goes on with
+--resume to the bits of one that was not. With more --steps, --resume extends a run: its critics and then its policies
+go on where they were, the ratio w* is computed again between the two, and a learning rate that falls to 0 falls to 0 at
+the new end, so it jumps up first.
 """
 
 import csv
+import hashlib
+import io
 import json
+import pickle
 import resource
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from tensordict import TensorDict
+from torch import nn
 
-from environments.checks import BadInput, pick_device
+from environments import stops
+from environments.checks import BadInput, fail_at_end, pick_device
 from environments.simulators import check_task
 from offline_data.dataset import DATA_ROOT, dataset_path, open_dataset, read_json
+from offline_data.durable import disk_errors, write_bytes, write_text
 from offline_data.published import downloadable
+from support.flags import ABOUT, commit, versions
+from support.lock import lock, unlock
 
 # Flags of a run that its summary.json repeats.
 METHOD_FLAGS = ("preset", "objective", "advantage", "alpha", "episode_alpha", "tau", "lr")
 FITS = 0.7  # of a GPU's free memory may be the dataset's, the rest is for the work on it
 # arguments that may differ when a run is resumed
-FREE = ("seeds", "data", "out", "resume", "overwrite", "device", "workers", "graph")
+FREE = ("seeds", "data", "out", "resume", "overwrite", "device", "data_device", "workers", "graph", "quiet", *ABOUT)
+GROWS = ("steps", "evals")  # may differ where a run is extended
+AGAIN = "run the same command again with --resume"
+SMALL_BATCH = 1024  # is never too large for a dataset
+MARK = b"SHA-256 of the bytes before: "  # at the end of a checkpoint
+LIMIT = 1e4  # a parameter that is larger has diverged: Adam moves it by about --lr a step, so at most some hundreds
+LOOK = 2000  # steps after which parameters are looked at, where no evaluation does
 
 
 def check_args(args):
@@ -33,8 +54,8 @@ def check_args(args):
     for name in ("steps", "batch_size", "hidden", "evals", "eval_episodes", "workers"):
         if getattr(args, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a positive number")
-    if not args.seeds or len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
-        raise BadInput(f"--seeds {args.seeds}: give different numbers from 0 on, at least one")
+    if not args.seeds or len(set(args.seeds)) < len(args.seeds) or not 0 <= min(args.seeds) <= max(args.seeds) < 2**31:
+        raise BadInput(f"--seeds {args.seeds}: give different numbers from 0 to {2**31 - 1}, at least one")
     if args.resume and args.overwrite:
         raise BadInput("--resume and --overwrite contradict each other: give one of them")
 
@@ -50,8 +71,9 @@ def eval_steps(args) -> set[int]:
     return {max(round(i * args.steps / args.evals), 1) for i in range(1, args.evals + 1)}
 
 
-def load_dataset(args, device: torch.device) -> tuple[TensorDict, dict]:
-    """The dataset that the flags name, its rows on `device`; fills in args.env, task and quality from the card."""
+def load_dataset(args, device: torch.device, algo: str) -> tuple[TensorDict, dict]:
+    """The dataset that the flags name, its rows where --data-device says; fills in args.env, task and quality from the
+    card, and args.data_device. Random numbers depend on the last, so a run of `algo` that goes on keeps its own."""
     if args.data is None:
         args.env = args.env or "mamujoco"
         args.task = args.task or ("hopper" if args.env == "mamujoco" else "zerg_5_vs_5")
@@ -76,15 +98,38 @@ def load_dataset(args, device: torch.device) -> tuple[TensorDict, dict]:
         raise BadInput(f"no dataset at {path}: {how}, or name a directory with --data")
     rows, card = open_dataset(path, args.env, args.task)
     args.env, args.task, args.quality = card["env"], card["task"], args.quality or card["quality"]
-    if device.type == "cuda":
-        size, free = sum(card["bytes"].values()), torch.cuda.mem_get_info(device)[0]
-        if size <= FITS * free:
-            return rows.to(device), card
-        print(
-            f"the dataset ({size / 2**30:.1f} GiB) stays in the computer's memory, the GPU has {free / 2**30:.1f} GiB "
-            "free: batches stream to it"
-        )
-    return rows, card
+    for name in ("batch_size", "init_batch_size"):
+        # Rows are drawn with replacement: a batch far above the data would repeat them, and can take all memory.
+        if getattr(args, name, 0) > max(card["samples"], SMALL_BATCH):
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise BadInput(f"{flag} is more than the {card['samples']} transitions of {path}: give a smaller one")
+    if device.type != "cuda":
+        args.data_device = "cpu"
+    elif args.data_device == "auto":
+        args.data_device = (recorded_place(args, algo) if args.resume else None) or free_place(card, device)
+    return (rows.to(device) if args.data_device == "device" else rows), card
+
+
+def recorded_place(args, algo: str) -> str | None:
+    """--data-device of the run that goes on."""
+    for path in run_paths(args, algo).values():
+        if (path / "config.json").exists():
+            config = read_json(path / "config.json")
+            place = config.get("data_device") if isinstance(config, dict) else None
+            return place if place in ("cpu", "device") else None
+    return None
+
+
+def free_place(card: dict, device: torch.device) -> str:
+    """On the GPU where the dataset fits into its free memory."""
+    size, free = sum(card["bytes"].values()), torch.cuda.mem_get_info(device)[0]
+    if size <= FITS * free:
+        return "device"
+    print(
+        f"the dataset ({size / 2**30:.1f} GiB) stays in the computer's memory, the GPU has {free / 2**30:.1f} GiB "
+        "free: batches stream to it"
+    )
+    return "cpu"
 
 
 # ---------------------------------------------------------------- one run's directory
@@ -101,135 +146,271 @@ class Run:
     metrics: list[dict]
     """the rows of metrics.csv"""
     finished: bool
+    begun: bool = False
+    """whether it has a checkpoint"""
+    lost: str = ""
+    """why nothing more can come of it"""
+
+
+class Diverged(BadInput):
+    """Some seeds' parameters are beyond use. The others of their group are well."""
+
+    def __init__(self, seeds: list[int], what: str):
+        super().__init__(f"seed{'s' * (len(seeds) > 1)} {' '.join(map(str, seeds))}: {what}")
+        self.seeds, self.what = seeds, what
+
+
+def check_parameters(module: nn.Module, seeds: list[int], where: str):
+    """Raises Diverged for seeds with a parameter that is huge or not finite; `module` is as stack() makes it of them.
+
+    It waits for the GPU, so it is called before a checkpoint and every LOOK steps. That is often enough: with Adam a
+    parameter that is not finite stays so.
+    """
+    largest = torch.stack([p.detach().reshape(len(seeds), -1).abs().amax(1) for p in module.parameters()]).amax(0)
+    lost = [seed for seed, well in zip(seeds, (largest < LIMIT).tolist()) if not well]
+    if lost:
+        raise Diverged(lost, f"a parameter is not finite or above {LIMIT:g} at {where}")
+
+
+def give_up(runs: dict[int, Run], diverged: Diverged):
+    """The diverged seeds end where their last checkpoint is. The others of the group go on from theirs."""
+    for seed in diverged.seeds:
+        run = runs[seed]
+        run.lost = diverged.what
+        kept = f"its last checkpoint, from before, is in {run.path}" if run.begun else "it has no checkpoint yet"
+        fail_at_end(f"seed {seed} diverged: {diverged.what}; {kept}")
+
+
+def run_paths(args, algo: str) -> dict[int, Path]:
+    return {seed: Path(args.out, args.env, args.task, args.quality, algo, f"seed{seed}") for seed in args.seeds}
+
+
+def begin(args, algo: str, card: dict, where: str, seed: int, path: Path, first: dict) -> Run:
+    """The run of one seed as its directory holds it, or from its start. Raises BadInput where that is in the way."""
+    config = asdict(args) | {"algo": algo}
+    state = {"algo": algo, "card": card, "where": where, "policy": {}, "step": 0, "seconds": 0.0, "wall": 0.0} | first
+    run = Run(seed, path, state | {"config": asdict(args)}, [], False)
+    if not (path / "config.json").exists() or args.overwrite:
+        return run
+    if not args.resume:
+        raise BadInput(
+            f"{path} already holds a run: --resume goes on with it, --overwrite replaces it, --out goes elsewhere"
+        )
+    old = read_json(path / "config.json")
+    if not isinstance(old, dict):
+        raise BadInput(f"{path}/config.json is not that of a run")
+    grows = isinstance(old.get("steps"), int) and args.steps > old["steps"]
+    free = FREE + GROWS * grows
+    changed = [key for key in sorted(config) if key not in free and old.get(key) != config[key]]
+    if changed:
+        raise BadInput(
+            f"{path} was started with other arguments "
+            f"({', '.join(f'{key} {old.get(key)}, not {config[key]}' for key in changed)}): give them again to resume"
+        )
+    if (path / "checkpoint.pt").exists():
+        state = load_checkpoint(path)
+        check_checkpoint(state, card, path)
+        if state["where"] != where:
+            raise BadInput(
+                f"{path} was trained on {state['where']}, this would be {where}: random numbers differ, resume it "
+                "there (--device, --data-device)"
+            )
+        run.metrics = state.pop("metrics")
+        run.state, run.begun = state | {"config": state["config"] | {key: config[key] for key in GROWS}}, True
+        run.finished = run.state["step"] == args.steps and has_summary(path)
+    return run
+
+
+def has_summary(path: Path) -> bool:
+    """Whether a run's summary.json is there and whole: an empty one is not that of a finished run."""
+    try:
+        return {"return", "steps", "seed"} <= dict(read_json(path / "summary.json")).keys()
+    except (BadInput, TypeError, ValueError):
+        return False
 
 
 def start_runs(args, algo: str, card: dict, rows: TensorDict, first: dict) -> dict[int, Run]:
     """Makes or finds the run directory of every seed; `first` is what a method's checkpoint holds before the first
     step.
 
-    Raises BadInput, before anything is written, where a run is in the way (without --resume or --overwrite) or was made
-    with other arguments or on another device, whose random numbers are others; and where OUT can't be written.
+    Raises BadInput, before anything is written, where a run is in the way (without --resume or --overwrite), is being
+    trained by another process, or was made with other arguments or on another device, whose random numbers are others;
+    and where OUT can't be written. From here on a stop of the script waits until a training loop looks.
     """
-    runs, config = {}, asdict(args) | {"algo": algo}
     where = f"{pick_device(args.device).type} with the data on {rows['is_init'].device.type}"
-    first = {
-        "algo": algo,
-        "card": card,
-        "config": asdict(args),
-        "where": where,
-        "policy": {},
-        "step": 0,
-        "seconds": 0.0,
-        "wall": 0.0,
-    } | first
-    for seed in args.seeds:
-        path = Path(args.out, args.env, args.task, args.quality, algo, f"seed{seed}")
-        runs[seed] = Run(seed, path, dict(first), [], False)
-        if (path / "config.json").exists() and not args.overwrite:
-            if not args.resume:
-                raise BadInput(
-                    f"{path} already holds a run: --resume goes on with it, --overwrite replaces it, --out goes "
-                    "elsewhere"
-                )
-            old = read_json(path / "config.json")
-            changed = sorted(k for k in config if k not in FREE and old.get(k) != config[k])
-            if changed:
-                raise BadInput(
-                    f"{path} was started with other arguments ({', '.join(f'{k} {old.get(k)}' for k in changed)}): "
-                    "give them again to resume"
-                )
-            if (path / "checkpoint.pt").exists():
-                state = load_checkpoint(path)
-                check_checkpoint(state, card, path)
-                if state["where"] != where:
-                    raise BadInput(
-                        f"{path} was trained on {state['where']}, this would be {where}: random numbers differ, resume "
-                        "it there (--device)"
-                    )
-                runs[seed] = Run(seed, path, state, state.pop("metrics"), (path / "summary.json").exists())
+    paths = run_paths(args, algo)
+    digest = hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
+    about = {"versions": versions(), "commit": commit(), "dataset": f"sha256 of the card {digest}"}
     try:
+        with disk_errors(args.out, AGAIN):
+            for path in paths.values():
+                try:
+                    lock(path)
+                except (NotADirectoryError, FileExistsError, PermissionError) as error:
+                    raise BadInput(f"can't write to --out {args.out}: {error.strerror}") from None
+        runs = {seed: begin(args, algo, card, where, seed, path, first) for seed, path in paths.items()}
+        stops.hold()
         for seed, run in runs.items():
-            run.path.mkdir(parents=True, exist_ok=True)
-            if not run.metrics:
-                for name in ("summary.json", "checkpoint.pt", "metrics.csv"):
-                    (run.path / name).unlink(missing_ok=True)
-                write_atomically(run.path / "config.json", json.dumps(config | {"seed": seed}, indent=2) + "\n")
-    except OSError as error:
-        raise BadInput(f"can't write to --out {args.out}: {error.strerror}") from None
+            if not run.begun:
+                with disk_errors(run.path, AGAIN):
+                    for name in ("summary.json", "checkpoint.pt", "metrics.csv"):
+                        (run.path / name).unlink(missing_ok=True)
+            elif not run.finished:
+                (run.path / "summary.json").unlink(missing_ok=True)  # of the run before it is extended
+            old = read_json(run.path / "config.json") if run.begun else {}
+            say_changes(run.path, old, about)
+            if not run.begun or old["steps"] != args.steps:
+                config = asdict(args) | {"algo": algo, "seed": seed} | about
+                write_text(run.path / "config.json", json.dumps(config, indent=2) + "\n", AGAIN)
+            if run.metrics and not same_text(run.path / "metrics.csv", table(run.metrics)):
+                write_text(run.path / "metrics.csv", table(run.metrics), AGAIN)
+    except BaseException:
+        for path in paths.values():
+            unlock(path)
+        raise
     return runs
+
+
+def say_changes(path: Path, old: dict, about: dict):
+    """One line where a run goes on with other packages, another commit or another card than it began with."""
+    flat = lambda facts: {k: v for k, v in (facts | (facts.get("versions") or {})).items() if k != "versions"}
+    before, now = flat({key: old[key] for key in ABOUT if key in old}), flat(about)
+    changed = [f"{key} {before[key]}, now {now.get(key)}" for key in before if before[key] != now.get(key)]
+    if changed:
+        print(f"{path} was begun with {'; '.join(changed)}: it may not go on to the same bits")
+
+
+def end_runs(runs: dict[int, Run]) -> list[list[dict]]:
+    """Lets other processes into the run directories; returns the rows of metrics.csv of the seeds that are well."""
+    for run in runs.values():
+        unlock(run.path)
+    if all(run.lost for run in runs.values()):
+        raise BadInput("every seed diverged, there is nothing to report")
+    return [run.metrics for run in runs.values() if not run.lost]
 
 
 def same_step(runs: dict[int, Run]) -> list[list[int]]:
     """The seeds that are not finished, in groups at the same step: a group can be trained together."""
     groups = {}
     for seed, run in runs.items():
-        if not run.finished:
-            groups.setdefault((run.state.get("critic_step"), run.state["step"]), []).append(seed)
+        if not run.finished and not run.lost:
+            at = run.state.get("critic_step"), run.state["step"], len(run.state.get("unplayed", []))
+            groups.setdefault(at, []).append(seed)
     return list(groups.values())
 
 
-def write_atomically(path: Path, text: str):
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+def table(metrics: list[dict]) -> str:
+    """metrics.csv"""
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, list(dict.fromkeys(key for row in metrics for key in row)))
+    writer.writeheader()
+    writer.writerows(metrics)
+    return file.getvalue()
 
 
-def save_checkpoint(run: Run, progress: dict, row: dict):
-    """Adds `progress` to the run's state and `row` to its table, and writes metrics.csv and checkpoint.pt, each
-    replaced as a whole.
+def same_text(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_bytes() == text.encode()
+
+
+def save_checkpoint(run: Run, progress: dict, row: dict | None):
+    """Adds `progress` to the run's state and `row`, if there is one, to its table, and writes metrics.csv and
+    checkpoint.pt, each replaced as a whole.
 
     The table's rows are in the checkpoint too, and the table comes first, so a run that is killed between the two
     writes its row again when it is resumed.
     """
     run.state |= progress
-    run.metrics.append(row)
-    keys = list(dict.fromkeys(key for row in run.metrics for key in row))
-    with open(run.path / "metrics.csv.partial", "w", newline="") as file:
-        table = csv.DictWriter(file, keys)
-        table.writeheader()
-        table.writerows(run.metrics)
-    (run.path / "metrics.csv.partial").replace(run.path / "metrics.csv")
-    torch.save(run.state | {"metrics": run.metrics}, run.path / "checkpoint.pt.partial")
-    (run.path / "checkpoint.pt.partial").replace(run.path / "checkpoint.pt")
+    if row is not None:
+        run.metrics.append(row)
+        write_text(run.path / "metrics.csv", table(run.metrics), AGAIN)
+    file = io.BytesIO()
+    torch.save(run.state | {"metrics": run.metrics}, file)
+    write_bytes(run.path / "checkpoint.pt", sealed(file.getvalue()), AGAIN)
+    run.begun = True
 
 
-def save_checkpoints(runs: dict[int, Run], seeds: list[int], progress: list[tuple[dict, dict]]):
+def save_checkpoints(runs: dict[int, Run], seeds: list[int], progress: list[tuple[dict, dict | None]]):
     for seed, (state, row) in zip(seeds, progress):
         save_checkpoint(runs[seed], state, row)
 
 
+def sealed(archive: bytes) -> bytes:
+    """A zip file, which is what torch.save writes, with a checksum of all its bytes as its comment.
+
+    The CRCs of a zip file cover what is in it, but not its directory, whose damage can exchange tensors.
+    """
+    seal = len(MARK) + 2 * hashlib.sha256().digest_size
+    archive = archive[:-2] + seal.to_bytes(2, "little")  # a zip file ends with the length of its comment, 0 so far
+    return archive + MARK + hashlib.sha256(archive).hexdigest().encode()
+
+
 def load_checkpoint(run: str | Path) -> dict:
-    """A run's checkpoint on the CPU. Raises BadInput for a missing or unreadable one."""
+    """A run's checkpoint on the CPU. Raises BadInput for a missing, damaged or foreign one, before PyTorch reads it."""
     path = Path(run, "checkpoint.pt")
     if not path.is_file():
         raise BadInput(f"no checkpoint at {path}")
+    damaged = f"{path} is not a checkpoint that can be read: it is damaged, or no checkpoint at all"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load has no one type for a file that is cut, foreign or unsafe
-        raise BadInput(f"{path} is not a checkpoint that can be read: {str(error).splitlines()[0]}") from None
-    if (
-        not isinstance(state, dict)
-        or not {"algo", "card", "config", "where", "policy", "step", "metrics"} <= state.keys()
-    ):
+        data = path.read_bytes()
+        body, mark, digest = data.rpartition(MARK)
+        if mark and hashlib.sha256(body).hexdigest().encode() != digest:
+            raise BadInput(damaged)
+        # A checkpoint that something else wrote has no checksum: then the CRCs must do.
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if not mark and archive.testzip() is not None:
+                raise BadInput(damaged)
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise BadInput(
+            f"{path} is not a checkpoint that can be read: it holds more than tensors and plain values"
+        ) from None
+    except OSError as error:
+        raise BadInput(f"{path} is not a checkpoint that can be read: {error.strerror or error}") from None
+    except BadInput:
+        raise
+    except Exception:  # zipfile and torch.load have no one type for a file that is cut or foreign
+        raise BadInput(damaged) from None
+    wanted = {
+        "algo": str,
+        "card": dict,
+        "config": dict,
+        "where": str,
+        "policy": dict,
+        "step": int,
+        "seconds": float,
+        "wall": float,
+        "metrics": list,
+    }
+    if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in wanted.items()):
         raise BadInput(f"{path} is not a checkpoint of this project")
+    for part, keys in (("card", CARD_KEYS), ("config", CONFIG_KEYS)):
+        missing = [key for key in keys if key not in state[part]]
+        if missing:
+            raise BadInput(f"{path} is not a checkpoint of this project: its {part} lacks {', '.join(missing)}")
+    if not all(isinstance(row, dict) and {"stage", "step"} <= row.keys() for row in state["metrics"]):
+        raise BadInput(f"{path} is not a checkpoint of this project: its metrics are no table")
     return state
+
+
+CARD_KEYS = (
+    "env",
+    "task",
+    "quality",
+    "interface",
+    "n_agents",
+    "state_dim",
+    "obs_dim",
+    "action_dim",
+    "discrete",
+    "samples",
+    "return_mean",
+)
+CONFIG_KEYS = ("hidden", "steps", "evals", "seeds")
 
 
 def check_checkpoint(state: dict, card: dict, run: str | Path):
     """Raises BadInput where a checkpoint was made from another dataset than the card's."""
-    for key in (
-        "env",
-        "task",
-        "quality",
-        "interface",
-        "n_agents",
-        "state_dim",
-        "obs_dim",
-        "action_dim",
-        "discrete",
-        "samples",
-        "return_mean",
-    ):
+    for key in CARD_KEYS:
         if state["card"].get(key) != card.get(key):
             raise BadInput(f"{run}: the checkpoint's {key} is {state['card'].get(key)!r}, here it is {card.get(key)!r}")
 
@@ -282,5 +463,5 @@ def finish_run(run: Run, args, card: dict, together: int, updates: int, seconds:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "engine": card.get("engine"),
     }
-    write_atomically(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_text(run.path / "summary.json", json.dumps(summary, indent=2) + "\n", AGAIN)
     run.finished = True

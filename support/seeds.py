@@ -102,7 +102,8 @@ def load_seeds(parts: dict, generators: list[torch.Generator], states: list[dict
     def join(values: list, name: str = ""):
         if isinstance(values[0], dict):
             return {k: values[0][k] if k == "param_groups" else join([v[k] for v in values], k) for k in values[0]}
-        return torch.stack(values) if len(values) > 1 and name != "step" else values[0]
+        # A copy, since an optimiser takes tensors over as they are, and `states` must stay what they were.
+        return torch.stack(values) if len(values) > 1 and name != "step" else values[0].clone()
 
     for name, part in parts.items():
         load_part(part, join([state[name] for state in states]))

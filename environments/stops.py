@@ -1,0 +1,113 @@
+"""Ctrl-C and SIGTERM, which is how clusters take a machine back: one line and exit code 130 or 143, never a traceback.
+
+A stop ends a script at once, by raising Stopped where the script is. From `hold()` on, when training begins, it waits
+instead: the training loops look at `asked()` where their state can be saved, save it and call `leave()`. A second stop
+ends the script at once then too. Importing this module does not load torch.
+"""
+
+import os
+import shlex
+import signal
+import sys
+import threading
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(KeyboardInterrupt):
+    """The user or the system wants the script to end. Nothing that handles errors catches it."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name}")
+        self.code = 128 + number
+
+
+class _Now:
+    begun = True  # there is something to unwind
+    held = False  # a stop waits until the loops look
+    number = None  # the signal that waits
+    raised = None  # the signal that ended the script
+
+
+def _handle(number: int, frame):
+    if not _Now.begun:
+        os.write(2, f"{Stopped(number)} before it began\n".encode())
+        os._exit(128 + number)
+    if not _Now.held or _Now.number is not None:
+        ignore()
+        _Now.raised = number
+        raise Stopped(number)
+    _Now.number = number
+    os.write(2, b"\nstopping: the state is being saved (once more to stop without that)\n")  # print is not safe here
+
+
+def catch(begun: bool = True):
+    """From now on both signals are handled as this module says; not `begun`, while a script loads its modules, they end
+    it there and then. A signal that is ignored (nohup, a job in the background of a shell script) stays ignored."""
+    _Now.begun, _Now.held, _Now.number, _Now.raised = begun, False, None, None
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, _handle)
+
+
+def ignore():
+    """Nothing disturbs the way out."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def hold():
+    _Now.held = True
+
+
+def forget():
+    """As if no stop had been asked for: what a process does next, a test for example, is another script."""
+    _Now.held, _Now.number, _Now.raised = False, None, None
+
+
+def asked() -> bool:
+    return _Now.number is not None
+
+
+def raised() -> int | None:
+    """The signal that ended the script, if one did."""
+    return _Now.raised
+
+
+def leave():
+    """Raises Stopped if a stop was asked for."""
+    if _Now.number is not None:
+        raise Stopped(_Now.number)
+
+
+def how_to_go_on() -> str:
+    """The command that goes on: this one, where training had begun with --resume."""
+    if not _Now.held:
+        return shlex.join(sys.orig_argv)
+    command = [word for word in sys.orig_argv if word not in ("--overwrite", "--resume")]
+    return shlex.join([*command, "--resume"])
+
+
+@contextmanager
+def not_for_children():
+    """Processes that are started within it get neither signal, until they call in_worker: Ctrl-C in a terminal goes to
+    all of them. For this process the signals wait until the end of it."""
+    resource_tracker.ensure_running()  # it would let Ctrl-C through again as it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def in_worker(make, parent: int):
+    """make(); in another process than `parent` it first makes stops the parent's business alone. A worker ends when its
+    pipe does. A handler, unlike SIG_IGN, is not inherited by the games that a worker starts."""
+    if os.getpid() != parent:
+        for number in SIGNALS:
+            signal.signal(number, lambda *_: None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    return make()

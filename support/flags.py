@@ -1,0 +1,83 @@
+"""The command line of the training scripts: their flags, --version, and --config FILE. It does not load torch."""
+
+import importlib.metadata
+import inspect
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from environments import stops
+from environments.checks import BadInput
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("torch", "torchrl", "tensordict", "numpy", "mujoco", "gymnasium-robotics", "jaxmarl")
+# What config.json says beside the flags; free to differ when a run goes on.
+ABOUT = ("versions", "commit", "dataset")
+NOT_AGAIN = ("seed", "algo", "resume", "overwrite", *ABOUT)  # in config.json, but nothing to run again
+
+
+def parse(Args, default=None):
+    """The Args of the command line; `default` stands for what is not given. A bad flag ends the script with code 2.
+
+    Scripts call it before they import what takes seconds, so that --help and a typo answer at once.
+    """
+    import tyro
+
+    stops.catch(begun=False)
+    words = sys.argv[1:]
+    if "--version" in words:
+        print(f"commit {commit() or 'unknown'}, " + ", ".join(f"{k} {v}" for k, v in versions().items()))
+        sys.exit()
+    try:
+        words, default = take_config(words, Args, default)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    help = inspect.cleandoc(Args.__doc__) + (
+        "\n\nTwo words more: --config FILE runs again what a run's config.json says, as far as other flags say nothing "
+        "else; --version prints the commit and the versions of packages."
+    )
+    return tyro.cli(Args, default=default, args=words, description=help)
+
+
+def take_config(words: list[str], Args, default):
+    """The words without --config FILE, and the Args that it names."""
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if "--config" not in words:
+        return words, default
+    at = words.index("--config")
+    file = Path(words[at + 1]) if at + 1 < len(words) else None
+    try:
+        config = json.loads(file.read_text())
+        config = {key: value for key, value in config.items() if key not in NOT_AGAIN}
+    except (AttributeError, OSError, ValueError):
+        raise BadInput(f"--config {file or ''}: give the config.json of a run") from None
+    foreign = sorted(config.keys() - {field.name for field in fields(Args)})
+    if foreign:
+        raise BadInput(f"--config {file}: it is of another script, this one has no --{foreign[0].replace('_', '-')}")
+    return words[:at] + words[at + 2 :], Args(**config)
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a result depends on, as far as they are installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return found
+
+
+def commit() -> str | None:
+    """The commit of this code, "-dirty" where files differ from it; None where there is no git."""
+    if not (ROOT / ".git").exists():
+        return None
+    command = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,80 @@
+"""One process at a time in a run directory.
+
+The lock is the operating system's, on the file LOCK, so it is gone with the process however that ends, and it holds
+between the machines of a shared file system. What stands in the file only names the holder.
+"""
+
+import atexit
+import errno
+import fcntl
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+from environments.checks import BadInput
+
+HELD = {}  # run directory -> its open LOCK, in this process
+
+
+def lock(folder: Path):
+    """Makes the folder where there is none, and locks it. Raises BadInput where another process has it.
+
+    A process that has the lock already keeps it.
+    """
+    folder = folder.absolute()
+    if folder in HELD and _is_at(HELD[folder], folder):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = open(folder / "LOCK", "a+")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read(300).strip() or "another process"
+            file.close()
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                print(f"{folder} can't be locked ({error.strerror}): see to it that only one process trains there")
+                return
+            raise BadInput(
+                f"{folder} is in use by {holder}: wait for it or stop it, or choose another --out"
+            ) from None
+        if _is_at(file, folder):
+            break
+        file.close()  # the holder before removed the file between the two calls
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+    except OSError:  # a full disk: the lock holds without a name
+        pass
+    HELD[folder] = file
+
+
+def unlock(folder: Path):
+    """Removes LOCK, while it is held, and a folder with nothing else in it."""
+    folder = folder.absolute()
+    file = HELD.pop(folder, None)
+    if file is not None:
+        with suppress(OSError):
+            if _is_at(file, folder):
+                (folder / "LOCK").unlink()
+            folder.rmdir()  # fails where there is a run
+        with suppress(OSError):  # what could not be written on a full disk is tried again here
+            file.close()
+
+
+def _is_at(file, folder: Path) -> bool:
+    """Whether folder/LOCK is still the open file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(folder / "LOCK"))
+    except OSError:
+        return False
+
+
+@atexit.register
+def _unlock_all():
+    """A script that ends leaves no LOCK behind; one that is killed does, and it locks nothing."""
+    for folder in list(HELD):
+        unlock(folder)
