@@ -45,7 +45,7 @@ def run_script(main, *args, go_on: str = ""):
             stop = error if isinstance(error, stops.Stopped) else stops.Stopped(number)
             stops.ignore()
             say_failures()
-            print(f"{stop}; to go on: {go_on or stops.how_to_go_on()}", file=sys.stderr)
+            print(f"\n{stop}; to go on: {go_on or stops.how_to_go_on()}", file=sys.stderr)
             sys.exit(stop.code)
         if isinstance(error, BadInput):
             say_failures()

@@ -80,6 +80,7 @@ def raised() -> int | None:
 def leave():
     """Raises Stopped if a stop was asked for."""
     if _Now.number is not None:
+        _Now.raised = _Now.number
         raise Stopped(_Now.number)
 
 
