@@ -154,7 +154,7 @@ def test_the_row_of_an_evaluation_that_was_cut_short_leaves_the_state_alone(seed
         stop_in(patch, comadice_bc, "evaluation", 1)
         ends(capsys, "bc", hopper_data, tmp_path, 143, "stopped by SIGTERM", seeds=seeds)
     before = load_checkpoint(folder(tmp_path, "bc"))
-    assert [own["row"]["step"] for own in before["unplayed"]] == [20] and not before["metrics"] and 20 < before["step"] < 40
+    assert [own["row"]["step"] for own in before["unplayed"]] == [20] and not before["metrics"] and 20 <= before["step"] < 40
     saved = []
     with monkeypatch.context() as patch:
         original = support.runs.save_checkpoint
