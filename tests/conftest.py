@@ -2,8 +2,11 @@
 
 import hashlib
 import os
+import signal
 from pathlib import Path
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the subprocesses that tests start; sums differ between thread counts
 
 import pytest

@@ -278,9 +278,11 @@ def test_weighted_bc_uses_the_ratio_of_the_run(hopper_data, run, bc_run, tmp_pat
     state, w = checkpoint(weighted), checkpoint(run)["w"]
     assert torch.equal(state["w"], w) and not same_weights(state, checkpoint(bc_run))
     assert float(table(weighted)[-1]["mean_w"]) == pytest.approx(w.mean().item())
-    # A constant ratio, whatever its size, is plain BC.
-    source = shutil.copytree(run, tmp_path / "constant")
-    torch.save(checkpoint(run) | {"w": torch.full_like(w, 4.0)}, source / "checkpoint.pt")
+    # A constant ratio, whatever its size, is plain BC where no episode is preferred.
+    source, config = shutil.copytree(run, tmp_path / "constant"), checkpoint(run)["config"]
+    assert config["episode_alpha"] > 0
+    constant = {"w": torch.full_like(w, 4.0), "config": config | {"episode_alpha": 0.0}}
+    torch.save(checkpoint(run) | constant, source / "checkpoint.pt")
     constant = train(hopper_data, tmp_path / "again", comadice_bc, "weighted-bc", checkpoint=str(source))
     assert same_weights(checkpoint(constant), checkpoint(bc_run))
 
@@ -1010,7 +1012,7 @@ def test_preset_paper_is_table_4():
 
 def test_preset_paper_trains(hopper_data, tmp_path, capsys):
     run = train(hopper_data, tmp_path, preset="paper")
-    assert capsys.readouterr().out.startswith("preset paper: objective printed, w* from q, alpha 10, tau 0.005")
+    assert capsys.readouterr().out.startswith("preset paper: objective printed, w* from q, alpha 10, episode alpha 0, tau 0.005")
     state, summary = checkpoint(run), json.loads((run / "summary.json").read_text())
     assert summary["preset"] == "paper" and math.isfinite(summary["return"])
     assert state["w"].isfinite().all() and state["critics"]["lam"] != 0 and any(key.startswith("q.") for key in state["critics"])
