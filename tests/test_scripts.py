@@ -278,9 +278,9 @@ def test_weighted_bc_uses_the_ratio_of_the_run(hopper_data, run, bc_run, tmp_pat
     state, w = checkpoint(weighted), checkpoint(run)["w"]
     assert torch.equal(state["w"], w) and not same_weights(state, checkpoint(bc_run))
     assert float(table(weighted)[-1]["mean_w"]) == pytest.approx(w.mean().item())
-    # A constant ratio, whatever its size, is plain BC.
-    source = shutil.copytree(run, tmp_path / "constant")
-    torch.save(checkpoint(run) | {"w": torch.full_like(w, 4.0)}, source / "checkpoint.pt")
+    # A constant ratio, whatever its size, is plain BC where no episode is drawn more often than another.
+    source, old = shutil.copytree(run, tmp_path / "constant"), checkpoint(run)
+    torch.save(old | {"w": torch.full_like(w, 4.0), "config": old["config"] | {"episode_alpha": 0.0}}, source / "checkpoint.pt")
     constant = train(hopper_data, tmp_path / "again", comadice_bc, "weighted-bc", checkpoint=str(source))
     assert same_weights(checkpoint(constant), checkpoint(bc_run))
 
@@ -991,12 +991,12 @@ def test_the_default_is_semi():
 
 
 def test_preset_paper_is_table_4():
-    args = comadice_train.resolve(comadice_train.Args(preset="paper"), 2.0)
+    args = comadice_train.resolve(comadice_train.Args(preset="paper"), 2.0, 30.0)
     assert (args.lr, args.critic_lr) == (1e-4, 1e-4)  # of the policies, and of q and nu
     assert (args.tau, args.gamma, args.batch_size) == (0.005, 0.99, 128)
     assert (args.hidden, args.mixer_hidden, args.mixer_layers) == (256, 64, 1)
     assert (args.eval_episodes, args.evals) == (32, 100)
-    assert (args.lambda_scale, args.alpha, args.f) == (1.0, 10.0, "soft_chi2")
+    assert (args.lambda_scale, args.alpha, args.f, args.episode_alpha) == (1.0, 10.0, "soft_chi2", 0.0)
     # Eq. 10 as it is printed, and nothing that the paper does not have.
     assert (args.objective, args.advantage, args.bound) == ("printed", "q", False)
     assert (args.reward_scale, args.layer_norm, args.lr_decay, args.ema) == (1.0, False, False, 0.0)
@@ -1010,7 +1010,7 @@ def test_preset_paper_is_table_4():
 
 def test_preset_paper_trains(hopper_data, tmp_path, capsys):
     run = train(hopper_data, tmp_path, preset="paper")
-    assert capsys.readouterr().out.startswith("preset paper: objective printed, w* from q, alpha 10, tau 0.005")
+    assert capsys.readouterr().out.startswith("preset paper: objective printed, w* from q, alpha 10, episode alpha 0, tau 0.005")
     state, summary = checkpoint(run), json.loads((run / "summary.json").read_text())
     assert summary["preset"] == "paper" and math.isfinite(summary["return"])
     assert state["w"].isfinite().all() and state["critics"]["lam"] != 0 and any(key.startswith("q.") for key in state["critics"])
