@@ -5,10 +5,10 @@ computation.
 
 Every member is what `python comadice_train.py` with its flags and seed trains, but for the batches drawn, which depend
 there on when a run is evaluated, and for the mixer's first weights where w* is read both ways: then all critics have a
-q. Of the --train flags, alpha, objective, advantage and those of every script but lr,
-hidden and batch_size have no effect here. Plain BC is a member too, once per --bc-lr. A member's score is the mean
-return over its last evaluations, since a policy's return swings from one checkpoint to the next. On a GPU the update is
-one CUDA graph, while the evaluations run in processes beside it.
+q. The ratio between episodes is off: what is compared is w*. Of the --train flags, alpha, objective, advantage and
+those of every script but lr, hidden and batch_size have no effect here. Plain BC is a member too, once per --bc-lr. A
+member's score is the mean return over its last evaluations, since a policy's return swings from one checkpoint to the
+next. On a GPU the update is one CUDA graph, while the evaluations run in processes beside it.
 """
 
 import csv

@@ -19,10 +19,12 @@ from scipy.special import xlogy
 from tensordict import TensorDict
 from torch import nn
 
+import comadice_bc
 import comadice_losses as losses
 import comadice_train
 from comadice_mixer import Critics
 from comadice_train import DataFacts
+from offline_data.dataset import episode_returns
 from offline_data.replay import as_transition, transition_rows
 
 FS = ["kl", "chi2", "soft_chi2"]
@@ -539,6 +541,7 @@ def sampled_dataset(m, episodes, seed=0):
     s, a, r, terminated, done, first = map(np.array, zip(*steps))
     column = lambda x: torch.as_tensor(x)[:, None]
     rows = TensorDict({"state": m.t.state[s], "reward": column(r), "terminated": column(terminated), "done": column(done), "is_init": column(first)}, [len(s)])
+    rows["episode"] = column(first).cumsum(0) - 1
     rows["agents"] = TensorDict({"observation": m.t.obs[s], "action": torch.as_tensor(m.actions)[a]}, [len(s), m.n])
     keep = transition_rows(rows).numpy()
     return rows, s[keep], a[keep]
@@ -554,13 +557,13 @@ def test_policy_of_the_default_tends_to_the_behaviour(seed, termination, advanta
     """
     m = random_model(seed, termination=termination)
     rows, s, a = sampled_dataset(m, 60)
-    count, far = np.zeros((m.S, m.A)), {}
+    count, alone, both = np.zeros((m.S, m.A)), {}, {}
     np.add.at(count, (s, a), 1)
     pairs = torch.stack([transition_rows(rows), transition_rows(rows) + 1], -1)
     batch, init = as_transition(rows[pairs]), rows[rows["is_init"][:, 0]]
-    for alpha in (0.5, 1000.0):
+    for alpha in (0.5, 1000.0, 10_000.0):
         given = comadice_train.Args(alpha=alpha, advantage=advantage, gamma=m.gamma, critic_lr=0.02)
-        args = comadice_train.resolve(given, rows["reward"].abs().mean().item())
+        args = comadice_train.resolve(given, rows["reward"].abs().mean().item(), episode_returns(rows).std().item())
         assert args.objective == "semi" and args.bound
         critics = tabular_critics(m.n, m.S, m.S)
         target, optimizer = copy.deepcopy(critics), torch.optim.Adam(critics.parameters(), args.critic_lr)
@@ -569,13 +572,19 @@ def test_policy_of_the_default_tends_to_the_behaviour(seed, termination, advanta
         update = comadice_train.make_critic_update(critics, target, optimizer, args, comadice_train.data_facts(rows, args))
         for _ in range(300):
             update(batch, init)
-        w, weighted = comadice_train.dataset_ratio(target, rows, args).numpy(), np.zeros((m.S, m.A))
-        np.add.at(weighted, (s, a), w)
-        far[alpha] = variation(weighted / count.clip(1), count)
+        w = comadice_train.dataset_ratio(target, rows, args).numpy()
+        draws = comadice_bc.episode_weights(rows, args.episode_alpha, args.f).numpy()  # how often Eq. 11 draws a transition
+        for far, weights in ((alone, w), (both, w * draws)):
+            weighted = np.zeros((m.S, m.A))
+            np.add.at(weighted, (s, a), weights)
+            far[alpha] = variation(weighted / count.clip(1), count)
         mean_w = w.mean()
-    print(f"semi, seed {seed}, {termination} termination, w* from {advantage}: total variation {far[0.5]:.4f} at alpha 0.5, {far[1000.0]:.5f} at 1000, "
-          f"where E[w] is {mean_w:.4f}")
-    assert far[1000.0] < 1e-3 < 0.05 < far[0.5]
+    show = lambda far: ", ".join(f"{value:.5f} at alpha {alpha:g}" for alpha, value in far.items())
+    print(f"semi, seed {seed}, {termination} termination, w* from {advantage}: total variation {show(alone)}; with the episodes' ratio {show(both)}; "
+          f"E[w] {mean_w:.4f}")
+    assert alone[1000.0] < 1e-3 < 0.05 < alone[0.5]
+    # The ratio between episodes tends to 1 more slowly: its temperature is a fifth of a deviation of the returns at the default alpha.
+    assert both[1000.0] < 5e-3 and both[10_000.0] < 1e-3 and both[10_000.0] < 0.2 * both[1000.0]
     assert mean_w == pytest.approx(1, abs=0.02)
 
 

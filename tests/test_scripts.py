@@ -278,11 +278,9 @@ def test_weighted_bc_uses_the_ratio_of_the_run(hopper_data, run, bc_run, tmp_pat
     state, w = checkpoint(weighted), checkpoint(run)["w"]
     assert torch.equal(state["w"], w) and not same_weights(state, checkpoint(bc_run))
     assert float(table(weighted)[-1]["mean_w"]) == pytest.approx(w.mean().item())
-    # A constant ratio, whatever its size, is plain BC where no episode is preferred.
-    source, config = shutil.copytree(run, tmp_path / "constant"), checkpoint(run)["config"]
-    assert config["episode_alpha"] > 0
-    constant = {"w": torch.full_like(w, 4.0), "config": config | {"episode_alpha": 0.0}}
-    torch.save(checkpoint(run) | constant, source / "checkpoint.pt")
+    # A constant ratio, whatever its size, is plain BC where no episode is drawn more often than another.
+    source, old = shutil.copytree(run, tmp_path / "constant"), checkpoint(run)
+    torch.save(old | {"w": torch.full_like(w, 4.0), "config": old["config"] | {"episode_alpha": 0.0}}, source / "checkpoint.pt")
     constant = train(hopper_data, tmp_path / "again", comadice_bc, "weighted-bc", checkpoint=str(source))
     assert same_weights(checkpoint(constant), checkpoint(bc_run))
 
@@ -983,6 +981,9 @@ def test_an_objective_brings_its_own_values(objective):
     assert (args.preset, args.objective, args.advantage, args.tau, args.bound) == ("comadice", objective, advantage, tau, bound)
     assert (args.alpha, args.reward_scale) == (alpha * size, 0.2 / size)
     assert (args.lambda_scale, args.critic_lr, args.lr, args.layer_norm, args.lr_decay, args.ema) == (0.0, 3e-4, 1e-3, True, True, 0.999)
+    # The ratio between episodes is semi's; its temperature grows with --alpha.
+    episode_alpha = lambda **flags: comadice_train.resolve(comadice_train.Args(objective=objective, **flags), size, 30.0).episode_alpha
+    assert (episode_alpha(), episode_alpha(alpha=100.0), episode_alpha(episode_alpha=7.0)) == ((6.0, 60.0, 7.0) if objective == "semi" else (0.0, 0.0, 7.0))
     given = comadice_train.resolve(comadice_train.Args(objective=objective, advantage="q", reward_scale=3.0, alpha=7.0, tau=0.5), size)
     assert (given.advantage, given.reward_scale, given.alpha, given.tau, given.bound) == ("q", 3.0, 7.0, 0.5, bound)
 
@@ -993,12 +994,12 @@ def test_the_default_is_semi():
 
 
 def test_preset_paper_is_table_4():
-    args = comadice_train.resolve(comadice_train.Args(preset="paper"), 2.0)
+    args = comadice_train.resolve(comadice_train.Args(preset="paper"), 2.0, 30.0)
     assert (args.lr, args.critic_lr) == (1e-4, 1e-4)  # of the policies, and of q and nu
     assert (args.tau, args.gamma, args.batch_size) == (0.005, 0.99, 128)
     assert (args.hidden, args.mixer_hidden, args.mixer_layers) == (256, 64, 1)
     assert (args.eval_episodes, args.evals) == (32, 100)
-    assert (args.lambda_scale, args.alpha, args.f) == (1.0, 10.0, "soft_chi2")
+    assert (args.lambda_scale, args.alpha, args.f, args.episode_alpha) == (1.0, 10.0, "soft_chi2", 0.0)
     # Eq. 10 as it is printed, and nothing that the paper does not have.
     assert (args.objective, args.advantage, args.bound) == ("printed", "q", False)
     assert (args.reward_scale, args.layer_norm, args.lr_decay, args.ema) == (1.0, False, False, 0.0)
