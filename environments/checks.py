@@ -40,9 +40,10 @@ def run_script(main, *args, go_on: str = ""):
         main(*args)
     # A library that is interrupted may raise something else on the way out. So the signal counts, and not the type.
     except (Exception, stops.Stopped) as error:
-        number = stops.raised()
-        if number is not None or isinstance(error, stops.Stopped):
-            stop = error if isinstance(error, stops.Stopped) else stops.Stopped(number)
+        number = error.number if isinstance(error, stops.Stopped) else stops.raised()
+        if number is not None:
+            # A new exception: one with a traceback, kept here, would keep the simulators and their processes alive.
+            stop = stops.Stopped(number)
             stops.ignore()
             say_failures()
             print(f"\n{stop}; to go on: {go_on or stops.how_to_go_on()}", file=sys.stderr)

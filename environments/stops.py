@@ -21,7 +21,7 @@ class Stopped(KeyboardInterrupt):
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name}")
-        self.code = 128 + number
+        self.number, self.code = number, 128 + number
 
 
 class _Now:
