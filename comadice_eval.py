@@ -48,7 +48,7 @@ class Args:
 def eval_env(card: dict, episodes: int, workers: int = 1) -> EnvBase:
     """The simulator that a dataset's card names, as wide as `episodes` can use.
 
-    Raises NoSimulator where there is none for the card, BadInput where its sizes differ from the card's.
+    Raises NoSimulator if the card's simulator is missing, BadInput if its sizes differ from the card's.
     """
     width = min(math.ceil(episodes / workers), MAX_WIDTH)
     env = make_env(card["env"], card["task"], width, workers, card["interface"])

@@ -132,7 +132,7 @@ def make_critic(env, hidden: int) -> TensorDictModule:
 class EpisodeSplitter:
     """Cuts batches of steps [B, T], which run on from one call to the next, into whole episodes.
 
-    An episode in which a game died is none: it is left out, and counted in `died`.
+    An episode in which a game died is left out, and counted in `died`.
     """
 
     def __init__(self):
@@ -168,7 +168,7 @@ FREE = ("out", "overwrite", "device", "workers", "samples", "demo_samples", "tra
 
 
 def load_state(args: Args, root: Path) -> dict | None:
-    """What a stopped training run left; None where there is none, or another one that --overwrite replaces.
+    """What a stopped training run left; None if it left nothing, or if --overwrite replaces another command's run.
 
     Raises BadInput for a file that can't be read, and for a run with other settings, which are named.
     """
@@ -469,7 +469,7 @@ def merge(args: Args, sources: list[Path], quality: str, root: Path, made: dict,
 
 
 def arguments_of(args: Args) -> dict:
-    """The arguments that make a dataset what it is; where it lies is none of them."""
+    """The arguments that make a dataset what it is. Its path is not one of them."""
     return {key: value for key, value in asdict(args).items() if key not in ("out", "overwrite")}
 
 

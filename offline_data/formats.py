@@ -336,7 +336,7 @@ def check_size(source, episode_bytes: int):
 
 
 def inside(source, group, name: str):
-    """The entry of an HDF5 group; None where there is none. Raises BadInput for a link, which may lead to any file."""
+    """The entry of an HDF5 group; None where it is missing. Raises BadInput for a link, which may lead to any file."""
     h5py = need("h5py")
     link = group.get(name, getlink=True)
     if link is not None and not isinstance(link, h5py.HardLink):

@@ -18,7 +18,7 @@ HELD = {}  # run directory -> its open LOCK, in this process
 
 
 def lock(folder: Path):
-    """Makes the folder where there is none, and locks it. Raises BadInput where another process has it.
+    """Makes the folder if it is missing, and locks it. Raises BadInput if another process has locked it.
 
     A process that has the lock already keeps it.
     """
