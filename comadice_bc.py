@@ -89,10 +89,6 @@ if __name__ == "__main__":  # before what takes seconds to import: --help and a 
     ARGS = parse(Args)
 
 # isort: split
-import copy
-import time
-from concurrent.futures import ThreadPoolExecutor
-
 import torch
 from tensordict import TensorDict
 from torch import Tensor
@@ -101,52 +97,31 @@ from torchrl.envs import EnvBase
 from comadice_eval import evaluation, try_eval_env
 from comadice_losses import DIVERGENCES, effective_sample_size, episode_ratio, policy_loss
 from comadice_mixer import make_policy
-from environments import stops
-from environments.checks import BadInput, check_positive, pick_device, run_script
+from environments.checks import BadInput, pick_device, run_script
 from offline_data.dataset import episode_returns, last_rows
-from offline_data.replay import make_replay, minibatches, transition_rows
-from support.bars import Bar
+from offline_data.replay import best_transitions, make_replay, transition_rows
 from support.report import report
 from support.runs import (
-    LOOK,
     Diverged,
+    Run,
     check_args,
     check_checkpoint,
-    check_parameters,
+    check_policy_stage,
     end_runs,
-    eval_steps,
     finish_run,
     give_up,
     load_checkpoint,
     load_dataset,
-    same_step,
-    save_checkpoints,
+    next_group,
     start_runs,
 )
-from support.seeds import (
-    Graph,
-    adam,
-    load_seeds,
-    make_generators,
-    name_seeds,
-    per_seed,
-    seed_states,
-    set_gradients,
-    stack,
-    update_target,
-)
+from support.seeds import Graph, adam, make_generators, make_stacked, per_seed, set_gradients, update_target
+from support.stages import Evaluations, Stage
 
 # What Eq. 11 needs of a transition.
 POLICY_KEYS = [("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "w"]
 
 AVERAGED = 0.1  # the played average covers about this share of the steps so far, as long as --ema allows
-
-
-def check_policy_stage(args):
-    """Raises BadInput for a flag of the policies' training out of its range."""
-    check_positive(args, "lr")
-    if not 0 <= args.ema < 1:
-        raise BadInput(f"--ema is {args.ema}: give a number in [0, 1)")
 
 
 # ---------------------------------------------------------------- the data of Eq. 11
@@ -179,15 +154,6 @@ def ratio_stats(w: Tensor) -> dict[str, float]:
     return {"mean_w": w.mean().item(), "w_zero": zero, "ess": effective_sample_size(w).item()}
 
 
-def best_transitions(rows: TensorDict, share: float) -> Tensor:
-    """The row of each transition of the best episodes by return, [T']: `share` of the episodes, at least one."""
-    returns = episode_returns(rows)
-    best = torch.zeros_like(returns, dtype=torch.bool)
-    best[returns.topk(max(round(share * len(returns)), 1)).indices] = True
-    first = transition_rows(rows)
-    return first[best[rows["episode"][first, 0]]]
-
-
 def episode_weights(rows: TensorDict, alpha: float, f: str) -> Tensor | None:
     """Each transition's share of the draws, [T]: its episode's ratio (losses.episode_ratio); None with alpha 0."""
     if not alpha:
@@ -200,7 +166,7 @@ def episode_weights(rows: TensorDict, alpha: float, f: str) -> Tensor | None:
 
 
 def policy_losses(policy, batch: TensorDict) -> tuple[Tensor]:
-    """Eq. 11 on one batch [B], as a loss."""
+    """Eq. 11 on one batch [B], as a loss. Alone in a tuple, as per_seed asks."""
     agents = batch["agents"]
     log_prob = policy.log_prob(agents["observation"], agents["action"], agents.get("action_mask", None))
     return (policy_loss(batch["w"], log_prob),)  # Eq. 11
@@ -220,7 +186,7 @@ def make_policy_update(policy, average, optimizer, weight: Tensor, seeds: int = 
             batch["w"] = batch["w"].diagonal(0, 0, 2).T  # each seed's own ratio
         (loss,) = losses_of(batch)
         set_gradients(loss.sum(), parameters)
-        optimizer.step()
+        optimizer.step()  # line 11: eta_i
         update_target(average, policy, weight)
         return loss.detach()
 
@@ -242,94 +208,40 @@ def set_schedule(optimizer, weight: Tensor, step: int, args):
 
 
 def train_policies(
-    rows: TensorDict, card: dict, args, seeds: list[int], states: list[dict], env: EnvBase | None, label: str,
+    rows: TensorDict, card: dict, args, runs: list[Run], env: EnvBase | None, label: str,
     first: Tensor | None = None, weights: Tensor | None = None,
 ):  # fmt: skip
-    """Lines 9 to 12 for several seeds together: args.steps gradient steps on Eq. 11 with args.evals evaluations.
+    """Lines 9 to 12 for runs at the same step: args.steps gradient steps on Eq. 11, with args.evals evaluations.
 
-    `states` are the seeds' checkpoints, all at the same step. "w" [T] in them are the transitions' ratios, None for BC.
-    `first` are the rows of the transitions to draw from, without it all; they are drawn in proportion to `weights`. A
-    generator: after every evaluation, which
-    runs in a thread beside the updates, it yields for each seed (what a checkpoint needs, row of metrics.csv).
+    "w" [T] in a run's state are the transitions' ratios, None for BC. `first` are the rows of the transitions to draw
+    from, without it all; they are drawn in proportion to `weights`. Each evaluation is saved in the runs' directories.
     """
-    device, start, seconds = pick_device(args.device), states[0]["step"], states[0]["seconds"]
+    device, seeds = pick_device(args.device), [run.seed for run in runs]
     sizes = card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], args.hidden
-    each = []
-    for seed in seeds:
-        torch.manual_seed(seed)
-        each.append(make_policy(*sizes).to(device))
-    policy, average = stack(each), stack(copy.deepcopy(each))
-    optimizer = adam(list(policy.parameters()), args.lr, device)
+    policy, average = make_stacked(lambda: make_policy(*sizes).to(device), seeds)  # line 1: eta_i
+    optimizer, weight = adam(list(policy.parameters()), args.lr, device), torch.ones((), device=device)
     generators = make_generators(seeds, 2, rows)
     parts = {"eta": policy, "policy": average, "policy_optimizer": optimizer}  # "policy" is what is played
-    if start:
-        load_seeds(parts, generators, states)
-    stats = [{} if state["w"] is None else ratio_stats(state["w"]) for state in states]
-    weighted = with_ratios(rows, {seed: state["w"] for seed, state in zip(seeds, states)})
-    replay = make_replay(weighted, POLICY_KEYS, False, generators, device, first, weights)
-    weight = torch.ones((), device=device)
+    stage = Stage("policies", label, args, runs, parts, generators)
+    ratios = {run.seed: run.state["w"] for run in runs}
+    stats = {seed: {} if w is None else ratio_stats(w) for seed, w in ratios.items()}
+    replay = make_replay(with_ratios(rows, ratios), POLICY_KEYS, False, generators, device, first, weights)
     update = Graph(make_policy_update(policy, average, optimizer, weight, len(seeds), args.compile), args.graph)
-    at, began, step = eval_steps(args), time.perf_counter() - states[0]["wall"], start
-    bar = Bar(f"{label} {name_seeds(seeds)}", args.steps, start, args.quiet)
 
-    def progress() -> list[dict]:
-        check_parameters(policy, seeds, f"step {step} of the policies")
-        state_of = {"step": step, "seconds": seconds, "unplayed": []}
-        return [state | state_of for state in seed_states(parts, generators)]
+    def play(seed: int, parameters: dict, row: dict) -> dict:
+        player = make_policy(*sizes)
+        player.load_state_dict(parameters)
+        return row | evaluation(player, env, args.eval_episodes, seed, row["step"]) | stats[seed]
 
-    def play(policies: list[dict], step: int) -> list[dict]:
-        results = []
-        for seed, state in zip(seeds, policies):
-            player = make_policy(*sizes)
-            player.load_state_dict(state)
-            results.append(evaluation(player, env, args.eval_episodes, seed, step))
-        return results
-
-    def finish(saved: list[dict], unplayed: list[dict], results) -> list[tuple[dict, dict]] | None:
-        """The finished evaluation, or None where a stop cut it short."""
-        try:
-            table = [own["row"] | result | stat for own, result, stat in zip(unplayed, results.result(), stats)]
-        except stops.Stopped:
-            return None
-        bar.say(table)
-        return [(state | {"wall": time.perf_counter() - began}, row) for state, row in zip(saved, table)]
-
-    with ThreadPoolExecutor(1) as beside:
-        waiting = []  # for evaluations: what to save then, what to save if a stop cuts them short, the results to be
-
-        def evaluate(saved: list[dict], unplayed: list[dict]):
-            results = beside.submit(play, [own["policy"] for own in unplayed], unplayed[0]["row"]["step"])
-            waiting.append((saved, unplayed, results))
-
-        for i, unplayed in enumerate(zip(*(state.get("unplayed", []) for state in states))):  # cut short before
-            evaluate([{"unplayed": state["unplayed"][i + 1 :]} for state in states], list(unplayed))
-        batches = minibatches(start, at, (replay, args.batch_size))
-        clock = time.perf_counter()
-        for step, batch in bar(batches):  # line 10
+    # line 9: training the local policies
+    with Evaluations(stage, play) as evaluations:  # they run beside the updates
+        for step, batch in stage.steps((replay, args.batch_size)):  # line 10
             set_schedule(optimizer, weight, step, args)
             loss = update(batch)  # line 11
-            if step in at:
-                table = [{"stage": "policy", "step": step, "policy_loss": value} for value in loss.reshape(-1).tolist()]
-                bar.say(table)
-                seconds += time.perf_counter() - clock
-                now = progress()
-                evaluate(now, [{"policy": state["policy"], "row": row} for state, row in zip(now, table)])
-                while len(waiting) > 1 and (finished := finish(*waiting[0])):
-                    yield finished
-                    del waiting[0]
-                clock = time.perf_counter()
-            elif step % LOOK == 0:
-                check_parameters(policy, seeds, f"step {step} of the policies")
-        while step == args.steps and waiting and (finished := finish(*waiting[0])):
-            yield finished
-            del waiting[0]
-        if step < args.steps or waiting:  # a stop was asked for
-            if step > start:
-                seconds += time.perf_counter() - clock
-                wall, now = time.perf_counter() - began, progress()
-                cut = [[unplayed[s] for _, unplayed, _ in waiting] for s in range(len(seeds))]
-                yield [(state | {"wall": wall, "unplayed": own}, None) for state, own in zip(now, cut)]
-            stops.leave()
+            if step in stage.at:
+                row = {"stage": "policy", "step": step}
+                evaluations.add([row | {"policy_loss": value} for value in loss.reshape(-1).tolist()])
+        evaluations.end()  # line 12
 
 
 # ---------------------------------------------------------------- the script
@@ -352,18 +264,26 @@ def train_seeds(
     algo = name_of(args)
     first = None if args.best == 1 else best_transitions(rows, args.best)
     runs = start_runs(args, algo, card, rows, {"w": w})
-    while groups := same_step(runs):
+    while group := next_group(runs):
         try:
-            seeds = groups[0]
-            states = [runs[seed].state | {"w": w} for seed in seeds]
-            for progress in train_policies(rows, card, args, seeds, states, env, algo, first, weights):
-                save_checkpoints(runs, seeds, progress)
-            for seed in seeds:
-                state = runs[seed].state
-                finish_run(runs[seed], args, card, len(seeds), args.steps, state["seconds"], state["wall"])
+            for run in group:
+                run.state["w"] = w
+            train_policies(rows, card, args, group, env, algo, first, weights)  # lines 9 to 12
+            for run in group:
+                finish_run(run, args, card, len(group))
         except Diverged as error:
             give_up(runs, error)
-    return end_runs(runs)
+    return end_runs(runs)  # line 13: the policies are in the runs' checkpoints
+
+
+def load_ratio(run: str, rows: TensorDict, card: dict) -> tuple[Tensor, Tensor | None]:
+    """w* of a ComaDICE run on this dataset, [T], and the episode_weights that it drew with."""
+    source = load_checkpoint(run)
+    check_checkpoint(source, card, run)
+    w, config = source.get("w"), source["config"]
+    if w is None:
+        raise BadInput(f"{run} holds no ratio: it is a run of BC, or was stopped before its ratio was computed")
+    return w.to(rows["state"].device), episode_weights(rows, config["episode_alpha"], config["f"])
 
 
 def main(args: Args):
@@ -374,18 +294,8 @@ def main(args: Args):
     if args.best < 1 and args.checkpoint is not None:
         raise BadInput("--best and --checkpoint are two ways to weight the data: give one of them")
     device = pick_device(args.device, args.tf32)
-    rows, card = load_dataset(args, device, name_of(args))
-    w = weights = None
-    if args.checkpoint is not None:
-        source = load_checkpoint(args.checkpoint)
-        check_checkpoint(source, card, args.checkpoint)
-        w = source.get("w")
-        if w is None:
-            raise BadInput(
-                f"{args.checkpoint} holds no ratio: it is a run of BC, or was stopped before its ratio was computed"
-            )
-        w, config = w.to(rows["state"].device), source["config"]
-        weights = episode_weights(rows, config["episode_alpha"], config["f"])
+    rows, card = load_dataset(args, device, name_of(args))  # line 1: the offline data D
+    w, weights = (None, None) if args.checkpoint is None else load_ratio(args.checkpoint, rows, card)
     env = try_eval_env(card, args.eval_episodes, args.workers)
     curves = {name_of(args): train_seeds(args, rows, card, w, env, weights)}
     report(curves, card, args, f"learning_curve_{name_of(args)}.png")

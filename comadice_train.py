@@ -126,11 +126,7 @@ if __name__ == "__main__":  # before what takes seconds to import: --help and a 
         ARGS = parse(Args, replace(DEMO, resume=not ARGS.overwrite))
 
 # isort: split
-import copy
-import math
-import time
 from dataclasses import asdict
-from typing import NamedTuple
 
 import torch
 from tensordict import TensorDict
@@ -141,121 +137,28 @@ import comadice_losses as losses
 from comadice_eval import try_eval_env
 from comadice_mixer import Critics
 from environments import stops
-from environments.checks import BadInput, check_positive, pick_device, run_script
-from offline_data.dataset import CHUNK, last_rows
-from offline_data.replay import as_transition, initial_rows, make_replay, minibatches, transition_rows
-from support.bars import Bar
+from environments.checks import pick_device, run_script
+from offline_data.dataset import CHUNK
+from offline_data.facts import DataFacts, data_facts, mean_abs_reward
+from offline_data.replay import as_transition, initial_rows, make_replay, transition_rows
+from support.presets import resolve
 from support.report import report
-from support.runs import (
-    LOOK,
-    Diverged,
-    Run,
-    check_args,
-    check_discount,
-    check_parameters,
-    end_runs,
-    eval_steps,
-    finish_run,
-    give_up,
-    load_dataset,
-    same_step,
-    save_checkpoints,
-    start_runs,
-)
+from support.runs import Diverged, Run, check_args, end_runs, finish_run, give_up, load_dataset, next_group, start_runs
 from support.seeds import (
     Graph,
     adam,
-    load_seeds,
     make_generators,
-    name_seeds,
+    make_stacked,
     per_seed,
-    seed_states,
     set_gradients,
     split_seeds,
-    stack,
     update_target,
 )
+from support.stages import Stage
 
 # What Eq. 9 and Eq. 10 need of a transition, and of an initial state.
 CRITIC_KEYS = ["state", ("agents", "observation"), ("agents", "action"), "reward", "terminated"]
 INIT_KEYS = ["state", ("agents", "observation")]
-
-# What a flag is where it is not given: first the preset's value, then the objective's, then COMMON's. OBJECTIVES has
-# alpha in units of the data's mean absolute reward, and episode_alpha in standard deviations of the episodes' returns,
-# so that they mean the same on robots and in battles.
-PRESETS = {
-    "comadice": {"objective": "semi"},
-    "paper": {  # Table 4; Eq. 10 as it is printed
-        "objective": "printed", "alpha": 10.0, "lambda_scale": 1.0, "tau": 0.005, "critic_lr": 1e-4, "lr": 1e-4,
-        "lr_decay": False, "ema": 0.0, "layer_norm": False, "reward_scale": 1.0,
-    },
-}  # fmt: skip
-OBJECTIVES = {
-    "semi": {"advantage": "td", "alpha": 5.0, "episode_alpha": 0.2, "tau": 0.05, "bound": True},
-    "exact": {"advantage": "td", "alpha": 0.5, "tau": 0.005, "bound": False},
-    "printed": {"advantage": "q", "alpha": 5.0, "tau": 0.005, "bound": False},
-    "released_nu": {"advantage": "q", "alpha": 5.0, "tau": 0.005, "bound": False},
-}
-COMMON = {
-    "episode_alpha": 0.0, "lambda_scale": 0.0, "critic_lr": 3e-4, "layer_norm": True, "lr": 1e-3, "lr_decay": True,
-    "ema": 0.999,
-}  # fmt: skip
-
-
-def resolve(args: Args, mean_abs_reward: float, return_std: float = 0.0) -> Args:
-    """Fills in every flag that was not given. Raises BadInput for flags that contradict each other.
-
-    return_std is that of the episodes' returns. With 0 there is nothing to choose between episodes.
-    """
-    given = {name: value for name, value in asdict(args).items() if value is not None}
-    preset = PRESETS[args.preset]
-    if args.objective not in (None, preset["objective"]):  # another objective brings its own advantage, alpha and tau
-        preset = {k: v for k, v in preset.items() if k not in OBJECTIVES[args.objective] and k != "lambda_scale"}
-    objective = given.get("objective") or preset["objective"]
-    own = dict(OBJECTIVES[objective])
-    four_digits = lambda x: float(f"{x:.4g}")  # so that x does not depend on the order in which a machine adds up
-    own["alpha"] = four_digits(own["alpha"] * mean_abs_reward)
-    if "episode_alpha" in own:  # it grows with --alpha, so that a large alpha is imitation
-        times = given.get("alpha", own["alpha"]) / own["alpha"]
-        own["episode_alpha"] = four_digits(own["episode_alpha"] * return_std * times)
-    own["reward_scale"] = four_digits(0.2 / mean_abs_reward)
-    args = Args(**COMMON | own | preset | given)
-    check_positive(args, "critic_lr", "mixer_hidden", "init_batch_size", "alpha", "reward_scale")
-    comadice_bc.check_policy_stage(args)
-    check_discount(args)
-    if not 0 <= args.lambda_scale < math.inf or not 0 <= args.episode_alpha < math.inf:
-        raise BadInput("--lambda-scale and --episode-alpha must be finite numbers, at least 0")
-    if args.objective == "semi" and args.lambda_scale:
-        raise BadInput("--objective semi has E[w | s] = 1 in every state and no multiplier: use --lambda-scale 0")
-    if args.objective == "released_nu" and args.mixer_layers == 2:
-        raise BadInput("--objective released_nu needs local weights W_i, so it needs --mixer-layers 1")
-    if args.objective in ("printed", "released_nu") and args.advantage == "td":
-        raise BadInput(f"--objective {args.objective} is defined with q: use --advantage q")
-    return args
-
-
-class DataFacts(NamedTuple):
-    """What the losses need to know of the whole dataset."""
-
-    low: float  # least discounted return that follows any recorded state, in scaled rewards
-    high: float  # largest one
-    mass: float  # total weight of rho^mu, see losses.dual_loss; a time limit counts as going on
-
-
-def data_facts(rows: TensorDict, args: Args) -> DataFacts:
-    """DataFacts of a dataset. low and high are infinite where nu_tot(s') is not clipped."""
-    keep = ~last_rows(rows)
-    reward, done, terminated = (rows[key][keep, 0].cpu() for key in ("reward", "done", "terminated"))
-    # Backwards in time, in plain Python: TorchRL's reward2go asks for 52 GB of memory for 350,000 transitions.
-    returns, value = [], 0.0
-    for r, end in zip(reversed(reward.tolist()), reversed(done.tolist())):
-        value = r if end else r + args.gamma * value
-        returns.append(args.reward_scale * value)
-    ends = done.nonzero()[:, 0]
-    lengths = torch.diff(ends, prepend=torch.tensor([-1])).double()
-    mass = (1 - args.gamma**lengths).where(terminated[ends], 1.0).mean().item()  # (1 - gamma) sum_t gamma^t
-    return DataFacts(min(returns), max(returns), mass) if args.bound else DataFacts(-math.inf, math.inf, mass)
-
 
 # ---------------------------------------------------------------- A_tot and the losses on one batch of transitions [B]
 
@@ -291,6 +194,9 @@ def local_values(critics: Critics, batch: TensorDict) -> tuple[Tensor, Tensor]:
     """nu_i(o_i) and q_i(o_i, a_i), each [B, n]."""
     obs = batch["agents", "observation"]
     return critics.nu(obs), critics.q(obs, batch["agents", "action"])
+
+
+# What lines 6 and 7 minimise, one function per --objective. `printed` is Eq. 10; docs/PAPER.md compares the four.
 
 
 def semi(critics, target, batch, init, alpha, args, data):
@@ -355,21 +261,15 @@ def critic_losses(critics, target, batch, init, alpha, args, data) -> tuple[Tens
 
     L_q is 0 where w* does not come from q. No parameter is in both losses.
     """
-    L_nu, A_tot, nu_s = OBJECTIVE_LOSSES[args.objective](critics, target, batch, init, alpha, args, data)
-    L_q = q_loss(critics, target, batch, args, data) if args.advantage == "q" else torch.zeros_like(L_nu)
+    L_nu, A_tot, nu_s = OBJECTIVE_LOSSES[args.objective](critics, target, batch, init, alpha, args, data)  # lines 6, 7
+    L_q = q_loss(critics, target, batch, args, data) if args.advantage == "q" else torch.zeros_like(L_nu)  # line 5
     return L_q, L_nu, ratio(A_tot, alpha, critics.lam, args).detach(), nu_s.detach()
 
 
 def critic_metrics(L_q: Tensor, L_nu: Tensor, w: Tensor, nu_s: Tensor, args: Args) -> dict[str, float]:
     """What metrics.csv says of a batch; mean_nu is in units of the reward as recorded."""
-    return {
-        "q_loss": L_q.item(),
-        "nu_loss": L_nu.item(),
-        "mean_nu": nu_s.mean().item() / args.reward_scale,
-        "mean_w": w.mean().item(),
-        "w_zero": (w == 0).float().mean().item(),
-        "ess": losses.effective_sample_size(w).item(),
-    }
+    values = {"q_loss": L_q.item(), "nu_loss": L_nu.item(), "mean_nu": nu_s.mean().item() / args.reward_scale}
+    return values | comadice_bc.ratio_stats(w)
 
 
 # ---------------------------------------------------------------- lines 3 to 8: training nu, q and the mixer
@@ -403,65 +303,41 @@ def make_critic_update(critics, target, optimizer, args: Args, data: DataFacts, 
     def update(batch: TensorDict, init: TensorDict):
         L_q, L_nu, w, nu_s = losses_of(batch, init, alpha)
         set_gradients((L_q + L_nu).sum(), trained)  # no parameter is in both, so each has its own loss's gradient
-        optimizer.step()
+        optimizer.step()  # lines 5, 6 and 7: psi_q, theta and psi_nu
         update_target(target, critics, args.tau)
         return L_q.detach(), L_nu.detach(), w, nu_s
 
     return update
 
 
-def train_critics(rows: TensorDict, card: dict, args: Args, seeds: list[int], states: list[dict]):
-    """Lines 3 to 8 for several seeds together, from their checkpoints `states` on, which are at the same step.
+def train_critics(rows: TensorDict, card: dict, args: Args, runs: list[Run], data: DataFacts, weights: Tensor | None):
+    """Lines 3 to 8 for runs at the same step, from their checkpoints on. args.evals checkpoints are saved on the way.
 
-    A generator: args.evals times on the way it yields for each seed (what a checkpoint needs, row of metrics.csv).
+    `weights` are comadice_bc.episode_weights: transitions are drawn in proportion to them.
     """
-    device, start, seconds = pick_device(args.device), states[0]["critic_step"], states[0]["critic_seconds"]
-    each = []
-    for seed in seeds:
-        torch.manual_seed(seed)
-        each.append(make_critics(card, args).to(device))
-    critics, target = stack(each), stack(copy.deepcopy(each))
-    optimizer = make_optimizer(critics, args)
+    device, seeds = pick_device(args.device), [run.seed for run in runs]
+    critics, target = make_stacked(lambda: make_critics(card, args).to(device), seeds)  # line 1: theta, psi_q, psi_nu
+    optimizer = make_optimizer(critics, args)  # line 1: the learning rates
     generators = make_generators(seeds, 1, rows)
     parts = {"critics": critics, "target": target, "critic_optimizer": optimizer}
-    if start:
-        load_seeds(parts, generators, states)
-    weights = comadice_bc.episode_weights(rows, args.episode_alpha, args.f)
+    stage = Stage("critics", "critics", args, runs, parts, generators, "critic_")
     transitions = make_replay(rows, CRITIC_KEYS, True, generators, device, weights=weights)
     initial_states = make_replay(rows, INIT_KEYS, False, generators, device, initial_rows(rows))
-    update = Graph(make_critic_update(critics, target, optimizer, args, data_facts(rows, args)), args.graph)
-    at = eval_steps(args)
-    batches = minibatches(start, at, (transitions, args.batch_size), (initial_states, args.init_batch_size))
-    bar = Bar(f"critics {name_seeds(seeds)}", args.steps, start, args.quiet)
-    clock, step = time.perf_counter(), start
-
-    def progress() -> list[dict]:
-        check_parameters(critics, seeds, f"step {step} of the critics")
-        return [state | {"critic_step": step, "critic_seconds": seconds} for state in seed_states(parts, generators)]
-
-    for step, batch, init in bar(batches):  # line 4
+    update = Graph(make_critic_update(critics, target, optimizer, args, data), args.graph)
+    sources = (transitions, args.batch_size), (initial_states, args.init_batch_size)
+    # line 3: training the occupancy ratio
+    for step, batch, init in stage.steps(*sources):  # line 4
         results = update(batch, init)  # lines 5 to 7
-        if step in at:
-            metrics = [critic_metrics(*result, args) for result in split_seeds(results, seeds)]
-            table = [{"stage": "critics", "step": step} | row for row in metrics]
-            bar.say(table)
-            seconds += time.perf_counter() - clock
-            yield list(zip(progress(), table))
-            clock = time.perf_counter()
-        elif step % LOOK == 0:
-            check_parameters(critics, seeds, f"step {step} of the critics")
-    if step < args.steps:  # a stop was asked for
-        if step > start:
-            seconds += time.perf_counter() - clock
-            yield [(state, None) for state in progress()]
-        stops.leave()
+        if step in stage.at:
+            row = {"stage": "critics", "step": step}
+            stage.save([row | critic_metrics(*result, args) for result in split_seeds(results, seeds)])
+    stage.end()  # line 8
 
 
 @torch.no_grad()
-def dataset_ratio(critics: Critics, rows: TensorDict, args: Args) -> Tensor:
+def dataset_ratio(critics: Critics, rows: TensorDict, args: Args, data: DataFacts) -> Tensor:
     """w_tot*(s, a) of every transition of the dataset, [T] (Section 4.3). `critics` are the target networks."""
-    data, alpha = data_facts(rows, args), args.alpha * args.reward_scale
-    first, device = transition_rows(rows), critics.lam.device
+    first, alpha, device = transition_rows(rows), args.alpha * args.reward_scale, critics.lam.device
     w = torch.empty(len(first), dtype=rows["state"].dtype, device=first.device)  # filled in place, to save memory
     for index, out in zip(first.split(CHUNK // 8), w.split(CHUNK // 8)):
         stops.leave()
@@ -477,39 +353,34 @@ def dataset_ratio(critics: Critics, rows: TensorDict, args: Args) -> Tensor:
 # ---------------------------------------------------------------- Algorithm 1
 
 
+def algorithm_1(
+    rows: TensorDict, card: dict, args: Args, runs: list[Run], env, data: DataFacts, weights: Tensor | None
+):
+    """Algorithm 1 for runs at the same step, to its end. `env` is the simulator for the evaluations, or None."""
+    if runs[0].state["critic_step"] < args.steps:
+        train_critics(rows, card, args, runs, data, weights)  # lines 3 to 8
+    critics = make_critics(card, args).to(pick_device(args.device))
+    for run in runs:
+        critics.load_state_dict(run.state["target"])
+        run.state["w"] = dataset_ratio(critics, rows, args, data)  # w*, which line 11 needs
+    comadice_bc.train_policies(rows, card, args, runs, env, "policy", weights=weights)  # lines 9 to 12, with Eq. 11
+    for run in runs:
+        finish_run(run, args, card, len(runs))  # lines 2 and 13: the policies pi_i are in the run's checkpoint
+
+
 def train_seeds(args: Args, rows: TensorDict, card: dict, env) -> list[list[dict]]:
     """Algorithm 1 for args.seeds, each in its own run directory; returns the rows of each seed's metrics.csv.
 
     Seeds at the same step are trained together.
     """
     runs = start_runs(args, "comadice", card, rows, {"critic_step": 0, "critic_seconds": 0.0})
-    while groups := same_step(runs):
+    data, weights = data_facts(rows, args), comadice_bc.episode_weights(rows, args.episode_alpha, args.f)
+    while group := next_group(runs):
         try:
-            train_group(groups[0], runs, args, rows, card, env)
+            algorithm_1(rows, card, args, group, env, data, weights)
         except Diverged as error:
             give_up(runs, error)
-    return end_runs(runs)  # line 13: the policies are in the runs' checkpoints
-
-
-def train_group(seeds: list[int], runs: dict[int, Run], args: Args, rows: TensorDict, card: dict, env):
-    """Algorithm 1 for seeds at the same step, to its end."""
-    states = [runs[seed].state for seed in seeds]
-    if states[0]["critic_step"] < args.steps:
-        for progress in train_critics(rows, card, args, seeds, states):  # lines 3 to 8
-            save_checkpoints(runs, seeds, progress)
-    critics = make_critics(card, args).to(pick_device(args.device))
-    for seed in seeds:
-        critics.load_state_dict(runs[seed].state["target"])
-        runs[seed].state["w"] = dataset_ratio(critics, rows, args)  # w*, from the target networks
-    states = [runs[seed].state for seed in seeds]
-    weights = comadice_bc.episode_weights(rows, args.episode_alpha, args.f)
-    stage = comadice_bc.train_policies(rows, card, args, seeds, states, env, "policy", weights=weights)
-    for progress in stage:  # lines 9 to 12
-        save_checkpoints(runs, seeds, progress)
-    for seed in seeds:
-        state = runs[seed].state
-        seconds, wall = state["critic_seconds"] + state["seconds"], state["critic_seconds"] + state["wall"]
-        finish_run(runs[seed], args, card, len(seeds), 2 * args.steps, seconds, wall)
+    return end_runs(runs)
 
 
 def demonstrate(args: Args, rows: TensorDict, card: dict, env):
@@ -524,12 +395,10 @@ def demonstrate(args: Args, rows: TensorDict, card: dict, env):
 def main(args: Args):
     check_args(args)
     device = pick_device(args.device, args.tf32)
-    rows, card = load_dataset(args, device, "comadice")
-    mean_abs_reward = rows["reward"][~last_rows(rows)].double().abs().mean().item() or 1.0
-    args = resolve(args, mean_abs_reward, card["return_std"])
+    rows, card = load_dataset(args, device, "comadice")  # line 1: the offline data D
+    args = resolve(args, mean_abs_reward(rows), card["return_std"])
     alphas = f"alpha {args.alpha:g}, episode alpha {args.episode_alpha:g}"
-    resolved = f"objective {args.objective}, w* from {args.advantage}, {alphas}, tau {args.tau:g}"
-    print(f"preset {args.preset}: {resolved}")
+    print(f"preset {args.preset}: objective {args.objective}, w* from {args.advantage}, {alphas}, tau {args.tau:g}")
     env = try_eval_env(card, args.eval_episodes, args.workers)
     if args.data == DEMO.data:
         demonstrate(args, rows, card, env)

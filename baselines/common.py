@@ -11,11 +11,11 @@ from tensordict import TensorDict
 from torch import nn
 from torchrl.envs import EnvBase
 
-from comadice_bc import check_policy_stage, set_schedule
+from comadice_bc import set_schedule
 from comadice_eval import evaluation, try_eval_env
 from environments import stops
 from environments.checks import check_positive, pick_device
-from offline_data.dataset import last_rows
+from offline_data.facts import mean_abs_reward
 from offline_data.replay import make_replay, minibatches
 from support.bars import Bar
 from support.report import report
@@ -26,6 +26,7 @@ from support.runs import (
     check_args,
     check_discount,
     check_parameters,
+    check_policy_stage,
     end_runs,
     eval_steps,
     finish_run,
@@ -178,7 +179,7 @@ def train_seed(algo: str, networks: nn.Module, update: Callable, rows: TensorDic
             seconds += time.perf_counter() - clock
             save_checkpoint(run, progress() | {"wall": time.perf_counter() - began}, None)
         stops.leave()
-    finish_run(run, args, card, 1, args.steps, run.state["seconds"], run.state["wall"])
+    finish_run(run, args, card, 1)
 
 
 def train(
@@ -199,7 +200,7 @@ def train(
     """
     device = pick_device(args.device, args.tf32)
     rows, card = load_dataset(args, device, algo)
-    unit = rows["reward"][~last_rows(rows)].double().abs().mean().item() or 1.0
+    unit = mean_abs_reward(rows)
     own = defaults(card, unit)
     args = resolve(args, unit, own)
     print(f"{algo}: {', '.join(f'{name} {getattr(args, name):g}' for name in ('tau', 'reward_scale', *own))}")

@@ -32,8 +32,10 @@ from comadice_bc import POLICY_KEYS, make_policy_update, ratio_stats, set_schedu
 from comadice_eval import eval_env, evaluation
 from comadice_mixer import make_policy
 from environments.checks import BadInput, pick_device, run_script
-from offline_data.dataset import last_rows, open_dataset
+from offline_data.dataset import open_dataset
+from offline_data.facts import data_facts, mean_abs_reward
 from offline_data.replay import initial_rows, make_replay, minibatches
+from support.presets import OBJECTIVES
 from support.seeds import Graph, adam, make_generators, seed_states, stack
 
 
@@ -43,7 +45,7 @@ class Args:
     """dataset directory"""
     out: str = "sweep.csv"
     """a row a member"""
-    objectives: list[comadice_train.Objective] = field(default_factory=lambda: list(comadice_train.OBJECTIVES))
+    objectives: list[comadice_train.Objective] = field(default_factory=lambda: list(OBJECTIVES))
     """objectives to try"""
     advantages: list[Literal["td", "q"]] = field(default_factory=lambda: ["td", "q"])
     """what w* is extracted from (`printed` and `released_nu` have q alone)"""
@@ -69,8 +71,7 @@ class Args:
 
 def resolved(train: comadice_train.Args, rows: TensorDict) -> comadice_train.Args:
     """The flags of comadice_train.py as it fills them in; alpha is each member's own."""
-    unit = rows["reward"][~last_rows(rows)].double().abs().mean().item() or 1.0
-    return comadice_train.resolve(replace(train, alpha=None), unit)
+    return comadice_train.resolve(replace(train, alpha=None), mean_abs_reward(rows))
 
 
 def train_critics(objective: str, rows: TensorDict, card: dict, args: Args) -> list[tuple[dict, torch.Tensor]]:
@@ -88,7 +89,7 @@ def train_critics(objective: str, rows: TensorDict, card: dict, args: Args) -> l
         each.append(comadice_train.make_critics(card, train).to(device))
     critics, target = stack(each), stack(deepcopy(each))
     alpha = torch.tensor([a * train.reward_scale for a, _ in members], device=device).reshape(critics.lam.shape)
-    optimizer, data = comadice_train.make_optimizer(critics, train), comadice_train.data_facts(rows, train)
+    optimizer, data = comadice_train.make_optimizer(critics, train), data_facts(rows, train)
     update = Graph(comadice_train.make_critic_update(critics, target, optimizer, train, data, alpha))
     generators = make_generators([seed for _, seed in members], 1, rows)
     replay = make_replay(rows, comadice_train.CRITIC_KEYS, True, generators)
@@ -100,7 +101,7 @@ def train_critics(objective: str, rows: TensorDict, card: dict, args: Args) -> l
     for (a, seed), state in zip(members, seed_states({"target": target}, generators)):
         model.load_state_dict(state["target"])
         for advantage in advantages:
-            w = comadice_train.dataset_ratio(model, rows, replace(train, alpha=a, advantage=advantage))
+            w = comadice_train.dataset_ratio(model, rows, replace(train, alpha=a, advantage=advantage), data)
             with torch.no_grad():
                 nu_init = (
                     model.mixer(model.nu(first["agents", "observation"]), first["state"]).mean().item()

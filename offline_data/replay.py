@@ -6,7 +6,7 @@ from torchrl.data import TensorDictReplayBuffer, TensorStorage
 from torchrl.data.replay_buffers.samplers import Sampler
 
 from environments.stops import asked
-from offline_data.dataset import last_rows
+from offline_data.dataset import episode_returns, last_rows
 
 DRAW = 16  # batches drawn together, see minibatches
 
@@ -19,6 +19,15 @@ def transition_rows(rows: TensorDict) -> torch.Tensor:
 def initial_rows(rows: TensorDict) -> torch.Tensor:
     """[E] int64: the rows that begin an episode, samples of p_0."""
     return rows["is_init"][:, 0].nonzero()[:, 0]
+
+
+def best_transitions(rows: TensorDict, share: float) -> torch.Tensor:
+    """[T'] int64: the row of each transition of the best episodes by return, `share` of them and at least one."""
+    returns = episode_returns(rows)
+    best = torch.zeros_like(returns, dtype=torch.bool)
+    best[returns.topk(max(round(share * len(returns)), 1)).indices] = True
+    first = transition_rows(rows)
+    return first[best[rows["episode"][first, 0]]]
 
 
 class RowSampler(Sampler):

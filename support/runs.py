@@ -28,7 +28,7 @@ from tensordict import TensorDict
 from torch import nn
 
 from environments import stops
-from environments.checks import BadInput, fail_at_end, pick_device
+from environments.checks import BadInput, check_positive, fail_at_end, pick_device
 from environments.simulators import check_task
 from offline_data.dataset import DATA_ROOT, dataset_path, open_dataset, read_json
 from offline_data.durable import disk_errors, write_bytes, write_text
@@ -64,6 +64,13 @@ def check_discount(args):
     """Raises BadInput for a discount or a target's step out of its range."""
     if not 0 <= args.gamma < 1 or not 0 < args.tau <= 1:
         raise BadInput(f"--gamma must be in [0, 1) and --tau in (0, 1], they are {args.gamma} and {args.tau}")
+
+
+def check_policy_stage(args):
+    """Raises BadInput for a flag of the policies' training out of its range."""
+    check_positive(args, "lr")
+    if not 0 <= args.ema < 1:
+        raise BadInput(f"--ema is {args.ema}: give a number in [0, 1)")
 
 
 def eval_steps(args) -> set[int]:
@@ -289,14 +296,11 @@ def end_runs(runs: dict[int, Run]) -> list[list[dict]]:
     return [run.metrics for run in runs.values() if not run.lost]
 
 
-def same_step(runs: dict[int, Run]) -> list[list[int]]:
-    """The seeds that are not finished, in groups at the same step: a group can be trained together."""
-    groups = {}
-    for seed, run in runs.items():
-        if not run.finished and not run.lost:
-            at = run.state.get("critic_step"), run.state["step"], len(run.state.get("unplayed", []))
-            groups.setdefault(at, []).append(seed)
-    return list(groups.values())
+def next_group(runs: dict[int, Run]) -> list[Run]:
+    """A run that is not finished and all others at the same step, which can be trained together. Empty at the end."""
+    left = [run for run in runs.values() if not run.finished and not run.lost]
+    step = lambda run: (run.state.get("critic_step"), run.state["step"], len(run.state.get("unplayed", [])))
+    return [run for run in left if step(run) == step(left[0])]
 
 
 def table(metrics: list[dict]) -> str:
@@ -329,9 +333,9 @@ def save_checkpoint(run: Run, progress: dict, row: dict | None):
     run.begun = True
 
 
-def save_checkpoints(runs: dict[int, Run], seeds: list[int], progress: list[tuple[dict, dict | None]]):
-    for seed, (state, row) in zip(seeds, progress):
-        save_checkpoint(runs[seed], state, row)
+def save_checkpoints(runs: list[Run], progress: list[dict], rows: list[dict | None]):
+    for run, state, row in zip(runs, progress, rows):
+        save_checkpoint(run, state, row)
 
 
 def sealed(archive: bytes) -> bytes:
@@ -436,11 +440,14 @@ def set_random_state(state: dict):
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def finish_run(run: Run, args, card: dict, together: int, updates: int, seconds: float, wall: float):
+def finish_run(run: Run, args, card: dict, together: int):
     """Writes summary.json: the mean return of the last evaluations (null where rollouts were off), and the speed.
 
-    `updates` took `seconds`, `together` seeds at once, out of `wall` seconds with the waiting for evaluations.
+    `together` is the number of seeds that were trained at once.
     """
+    state, stages = run.state, 2 if "critic_step" in run.state else 1
+    seconds = state["seconds"] + state.get("critic_seconds", 0.0)
+    wall = state["wall"] + state.get("critic_seconds", 0.0)  # with the waiting for evaluations
     last, device = last_evaluations(run.metrics), pick_device(args.device)
     mean = lambda key: sum(row[key] for row in last) / len(last)
     battles = bool(last) and last[0]["winrate"] is not None
@@ -448,7 +455,7 @@ def finish_run(run: Run, args, card: dict, together: int, updates: int, seconds:
         "env": args.env,
         "task": args.task,
         "quality": args.quality,
-        "algo": run.state["algo"],
+        "algo": state["algo"],
         "seed": run.seed,
         "steps": args.steps,
         "return": mean("return") if last else None,
@@ -457,7 +464,7 @@ def finish_run(run: Run, args, card: dict, together: int, updates: int, seconds:
         **{name: getattr(args, name) for name in METHOD_FLAGS if hasattr(args, name)},
         "dataset_return": card["return_mean"],
         "seeds_together": together,
-        "updates_per_second": updates / seconds,
+        "updates_per_second": stages * args.steps / seconds,
         "update_share": seconds / wall,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),

@@ -29,6 +29,15 @@ def stack(modules: list[nn.Module]) -> nn.Module:
     return stacked
 
 
+def make_stacked(make, seeds: list[int]) -> tuple[nn.Module, nn.Module]:
+    """make() for each seed, with the first weights that the seed alone would draw; stacked, and a copy of it."""
+    each = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        each.append(make())
+    return stack(each), stack(copy.deepcopy(each))
+
+
 class Call(nn.Module):
     """function(*modules, *batches) as the forward pass of one module, whose parameters functional_call can exchange."""
 

@@ -569,10 +569,11 @@ def test_policy_of_the_default_tends_to_the_behaviour(seed, termination, advanta
         target, optimizer = copy.deepcopy(critics), torch.optim.Adam(critics.parameters(), args.critic_lr)
         if advantage == "td":
             del critics.q, target.q
-        update = comadice_train.make_critic_update(critics, target, optimizer, args, comadice_train.data_facts(rows, args))
+        data = comadice_train.data_facts(rows, args)
+        update = comadice_train.make_critic_update(critics, target, optimizer, args, data)
         for _ in range(300):
             update(batch, init)
-        w = comadice_train.dataset_ratio(target, rows, args).numpy()
+        w = comadice_train.dataset_ratio(target, rows, args, data).numpy()
         draws = comadice_bc.episode_weights(rows, args.episode_alpha, args.f).numpy()  # how often Eq. 11 draws a transition
         for far, weights in ((alone, w), (both, w * draws)):
             weighted = np.zeros((m.S, m.A))
@@ -761,7 +762,8 @@ def test_dataset_ratio_by_hand(objective, advantage, bound, monkeypatch):
     monkeypatch.setattr(comadice_train, "CHUNK", 16)
     critics, _, batch, init = random_setting(lam=0.0)
     args = comadice_train.Args(objective=objective, advantage=advantage, gamma=GAMMA, alpha=ALPHA / SCALE, reward_scale=SCALE, bound=bound)
-    w = comadice_train.dataset_ratio(critics, two_row_episodes(batch), args)
+    rows = two_row_episodes(batch)
+    w = comadice_train.dataset_ratio(critics, rows, args, comadice_train.data_facts(rows, args))
     # Here every transition is an episode, and what follows a state is its one reward.
     data = DataFacts(SCALE * batch["reward"].min().item(), SCALE * batch["reward"].max().item(), 1.0) if bound else FREE
     hand = by_hand(critics, critics, batch, init, objective, "soft_chi2", 0.0, data)
@@ -802,4 +804,4 @@ def test_training_assembly_solves_a_dataset(name, alpha):
     loss = lambda: comadice_train.critic_losses(critics, critics, batch, init, alpha * args.reward_scale, args, FREE)[1]
     value = minimise(loss, [*critics.nu.parameters(), *critics.mixer.parameters()])
     assert value == pytest.approx(args.reward_scale * solution.value, abs=1e-5)
-    assert abs(comadice_train.dataset_ratio(critics, rows, args).numpy() - solution.w[s, a]).max() <= 1e-3
+    assert abs(comadice_train.dataset_ratio(critics, rows, args, FREE).numpy() - solution.w[s, a]).max() <= 1e-3

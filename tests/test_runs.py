@@ -23,6 +23,7 @@ import comadice_bc
 import comadice_train
 import environments.checks
 import support.runs
+import support.seeds
 from baselines import icq
 from environments import stops
 from environments.checks import BadInput
@@ -412,7 +413,7 @@ def test_every_seed_diverges(hopper_data, tmp_path, monkeypatch, capsys):
 
 def test_parameters_of_stacked_seeds():
     layer = torch.nn.Linear(2, 3)
-    stacked = comadice_train.stack([layer, torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)])
+    stacked = support.seeds.stack([layer, torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)])
     support.runs.check_parameters(stacked, [5, 6, 7], "")
     stacked.bias.data[1, 2], stacked.weight.data[2, 0, 0] = float("inf"), float("nan")
     with pytest.raises(support.runs.Diverged, match="seeds 6 7: ") as error:

@@ -1059,19 +1059,19 @@ def test_data_facts_of_a_large_dataset_fit_into_memory():
 
 
 @pytest.mark.parametrize("factor", [0.1, 1.0, 10.0])
-def test_no_alpha_diverges(factor):
+def test_no_alpha_diverges(factor, tmp_path):
     """On the demonstration's data nu_tot stays near the returns that the data show, at a tenth of the default alpha as at ten times it."""
     rows, card = open_dataset(ROOT / "data/mamujoco/hopper/demo")
     size = rows["reward"].abs().sum().item() / card["samples"]
     args = comadice_train.resolve(comadice_train.Args(hidden=32, alpha=factor * 5 * size, critic_lr=3e-3, steps=600, evals=1), size)
     data = comadice_train.data_facts(rows, args)
-    start = {"critic_step": 0, "critic_seconds": 0.0}
-    *_, last = comadice_train.train_critics(rows, card, args, [0], [start])
+    run = support.runs.Run(0, tmp_path, {"critic_step": 0, "critic_seconds": 0.0}, [], False)
+    comadice_train.train_critics(rows, card, args, [run], data, None)
     critics = comadice_train.make_critics(card, args)
-    critics.load_state_dict(last[0][0]["critics"])
+    critics.load_state_dict(run.state["critics"])
     with torch.no_grad():
         nu = comadice_train.nu_tot(critics, rows)
-    w = comadice_train.dataset_ratio(critics, rows, args)
+    w = comadice_train.dataset_ratio(critics, rows, args, data)
     largest = args.reward_scale * rows["reward"].abs().max().item() + args.gamma * max(abs(data.low), data.high)  # of r + gamma nu_tot(s')
     print(f"alpha {args.alpha:.3g}: nu_tot from {nu.min():.3g} to {nu.max():.3g}, returns from {data.low:.3g} to {data.high:.3g}, E[w] {w.mean():.3f}")
     assert nu.isfinite().all() and nu.abs().max() < 1.2 * largest

@@ -1,0 +1,70 @@
+"""The values of comadice_train.py's flags that were not given.
+
+A flag takes the preset's value. Where the preset has none, it takes the objective's, and after that COMMON's.
+"""
+
+import math
+from dataclasses import asdict, replace
+
+from environments.checks import BadInput, check_positive
+from support.runs import check_discount, check_policy_stage
+
+PRESETS = {
+    "comadice": {"objective": "semi"},
+    "paper": {  # Table 4; Eq. 10 as it is printed
+        "objective": "printed", "alpha": 10.0, "lambda_scale": 1.0, "tau": 0.005, "critic_lr": 1e-4, "lr": 1e-4,
+        "lr_decay": False, "ema": 0.0, "layer_norm": False, "reward_scale": 1.0,
+    },
+}  # fmt: skip
+# alpha is in units of the data's mean absolute reward, and episode_alpha in standard deviations of the episodes'
+# returns. So both mean the same on robots and in battles.
+OBJECTIVES = {
+    "semi": {"advantage": "td", "alpha": 5.0, "episode_alpha": 0.2, "tau": 0.05, "bound": True},
+    "exact": {"advantage": "td", "alpha": 0.5, "tau": 0.005, "bound": False},
+    "printed": {"advantage": "q", "alpha": 5.0, "tau": 0.005, "bound": False},
+    "released_nu": {"advantage": "q", "alpha": 5.0, "tau": 0.005, "bound": False},
+}
+COMMON = {
+    "episode_alpha": 0.0, "lambda_scale": 0.0, "critic_lr": 3e-4, "layer_norm": True, "lr": 1e-3, "lr_decay": True,
+    "ema": 0.999,
+}  # fmt: skip
+
+
+def four_digits(x: float) -> float:
+    """x rounded, so that it does not depend on the order in which a machine adds up."""
+    return float(f"{x:.4g}")
+
+
+def resolve(args, mean_abs_reward: float, return_std: float = 0.0):
+    """comadice_train.Args with every flag filled in. Raises BadInput for flags that contradict each other.
+
+    return_std is the standard deviation of the episodes' returns. With 0 all episodes count the same.
+    """
+    given = {name: value for name, value in asdict(args).items() if value is not None}
+    preset = PRESETS[args.preset]
+    if args.objective not in (None, preset["objective"]):  # another objective brings its own advantage, alpha and tau
+        preset = {k: v for k, v in preset.items() if k not in OBJECTIVES[args.objective] and k != "lambda_scale"}
+    own = dict(OBJECTIVES[given.get("objective") or preset["objective"]])
+    own["alpha"] = four_digits(own["alpha"] * mean_abs_reward)
+    if "episode_alpha" in own:  # it grows with --alpha, so that a large alpha is imitation
+        times = given.get("alpha", own["alpha"]) / own["alpha"]
+        own["episode_alpha"] = four_digits(own["episode_alpha"] * return_std * times)
+    own["reward_scale"] = four_digits(0.2 / mean_abs_reward)
+    args = replace(args, **COMMON | own | preset | given)
+    check(args)
+    return args
+
+
+def check(args):
+    """Raises BadInput for a flag out of its range, or flags that contradict each other."""
+    check_positive(args, "critic_lr", "mixer_hidden", "init_batch_size", "alpha", "reward_scale")
+    check_policy_stage(args)
+    check_discount(args)
+    if not 0 <= args.lambda_scale < math.inf or not 0 <= args.episode_alpha < math.inf:
+        raise BadInput("--lambda-scale and --episode-alpha must be finite numbers, at least 0")
+    if args.objective == "semi" and args.lambda_scale:
+        raise BadInput("--objective semi has E[w | s] = 1 in every state and no multiplier: use --lambda-scale 0")
+    if args.objective == "released_nu" and args.mixer_layers == 2:
+        raise BadInput("--objective released_nu needs local weights W_i, so it needs --mixer-layers 1")
+    if args.objective in ("printed", "released_nu") and args.advantage == "td":
+        raise BadInput(f"--objective {args.objective} is defined with q: use --advantage q")
