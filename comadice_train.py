@@ -48,7 +48,7 @@ class Args:
     alpha: float | None = None
     """weight of the divergence from the data, in units of the reward (default with semi: 5 mean absolute rewards)"""
     episode_alpha: float | None = None
-    """alpha of the ratio between episodes, in units of the return; 0: off (default with semi: 0.2 deviations of it)"""
+    """alpha of the ratio between episodes, in units of the return; 0: off (default with semi: 0.25 mean deviations)"""
     f: Literal["soft_chi2", "chi2", "kl"] = "soft_chi2"
     """f-divergence (Section B.5)"""
     gamma: float = 0.99
@@ -139,7 +139,7 @@ from comadice_mixer import Critics
 from environments import stops
 from environments.checks import pick_device, run_script
 from offline_data.dataset import CHUNK
-from offline_data.facts import DataFacts, data_facts, mean_abs_reward
+from offline_data.facts import DataFacts, data_facts, mean_abs_reward, return_deviation
 from offline_data.replay import as_transition, initial_rows, make_replay, transition_rows
 from support.presets import resolve
 from support.report import report
@@ -396,7 +396,7 @@ def main(args: Args):
     check_args(args)
     device = pick_device(args.device, args.tf32)
     rows, card = load_dataset(args, device, "comadice")  # line 1: the offline data D
-    args = resolve(args, mean_abs_reward(rows), card["return_std"])
+    args = resolve(args, mean_abs_reward(rows), return_deviation(rows))
     alphas = f"alpha {args.alpha:g}, episode alpha {args.episode_alpha:g}"
     print(f"preset {args.preset}: objective {args.objective}, w* from {args.advantage}, {alphas}, tau {args.tau:g}")
     env = try_eval_env(card, args.eval_episodes, args.workers)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from tensordict import TensorDict
 
-from offline_data.dataset import last_rows
+from offline_data.dataset import episode_returns, last_rows
 
 
 class DataFacts(NamedTuple):
@@ -35,3 +35,9 @@ def data_facts(rows: TensorDict, args) -> DataFacts:
 def mean_abs_reward(rows: TensorDict) -> float:
     """The mean absolute reward of the transitions, or 1 where all rewards are 0. It is the unit of several defaults."""
     return rows["reward"][~last_rows(rows)].double().abs().mean().item() or 1.0
+
+
+def return_deviation(rows: TensorDict) -> float:
+    """The mean absolute deviation of the episodes' returns from their mean, the unit of --episode-alpha's default."""
+    returns = episode_returns(rows).double()
+    return (returns - returns.mean()).abs().mean().item()

@@ -16,10 +16,11 @@ PRESETS = {
         "lr_decay": False, "ema": 0.0, "layer_norm": False, "reward_scale": 1.0,
     },
 }  # fmt: skip
-# alpha is in units of the data's mean absolute reward, and episode_alpha in standard deviations of the episodes'
-# returns. So both mean the same on robots and in battles.
+# alpha is in units of the data's mean absolute reward, and episode_alpha in units of the mean absolute deviation of the
+# episodes' returns. So both mean the same on robots and in battles. (A few good episodes raise the standard deviation
+# far more than this one, and with it in their way the ratio would hardly prefer them.)
 OBJECTIVES = {
-    "semi": {"advantage": "td", "alpha": 5.0, "episode_alpha": 0.2, "tau": 0.05, "bound": True},
+    "semi": {"advantage": "td", "alpha": 5.0, "episode_alpha": 0.25, "tau": 0.05, "bound": True},
     "exact": {"advantage": "td", "alpha": 0.5, "tau": 0.005, "bound": False},
     "printed": {"advantage": "q", "alpha": 5.0, "tau": 0.005, "bound": False},
     "released_nu": {"advantage": "q", "alpha": 5.0, "tau": 0.005, "bound": False},
@@ -35,10 +36,10 @@ def four_digits(x: float) -> float:
     return float(f"{x:.4g}")
 
 
-def resolve(args, mean_abs_reward: float, return_std: float = 0.0):
+def resolve(args, mean_abs_reward: float, return_deviation: float = 0.0):
     """comadice_train.Args with every flag filled in. Raises BadInput for flags that contradict each other.
 
-    return_std is the standard deviation of the episodes' returns. With 0 all episodes count the same.
+    mean_abs_reward and return_deviation: see offline_data/facts.py. With a deviation of 0 all episodes count the same.
     """
     given = {name: value for name, value in asdict(args).items() if value is not None}
     preset = PRESETS[args.preset]
@@ -46,9 +47,11 @@ def resolve(args, mean_abs_reward: float, return_std: float = 0.0):
         preset = {k: v for k, v in preset.items() if k not in OBJECTIVES[args.objective] and k != "lambda_scale"}
     own = dict(OBJECTIVES[given.get("objective") or preset["objective"]])
     own["alpha"] = four_digits(own["alpha"] * mean_abs_reward)
-    if "episode_alpha" in own:  # it grows with --alpha, so that a large alpha is imitation
-        times = given.get("alpha", own["alpha"]) / own["alpha"]
-        own["episode_alpha"] = four_digits(own["episode_alpha"] * return_std * times)
+    if "episode_alpha" in own:
+        # A large --alpha is imitation, so this grows too. With the square, the ratio between episodes is as close to 1
+        # as w* is. It does not shrink with --alpha: few episodes would be left to learn from.
+        times = max(given.get("alpha", own["alpha"]) / own["alpha"], 1.0) ** 2
+        own["episode_alpha"] = four_digits(own["episode_alpha"] * return_deviation * times)
     own["reward_scale"] = four_digits(0.2 / mean_abs_reward)
     args = replace(args, **COMMON | own | preset | given)
     check(args)

@@ -12,6 +12,7 @@ import comadice_bc
 import comadice_train
 from comadice_losses import DIVERGENCES, effective_sample_size, episode_ratio
 from offline_data.dataset import episode_returns, open_dataset
+from offline_data.facts import return_deviation
 from offline_data.replay import make_replay, transition_rows
 
 FEW_GOOD = ROOT / "data" / "mamujoco" / "hopper" / "few-good"
@@ -63,16 +64,25 @@ def test_transitions_are_drawn_in_proportion_to_their_episode_s_ratio():
     assert not torch.equal(*drawn), "each seed draws its own"
 
 
-def test_the_default_prefers_the_good_episodes_and_grows_with_alpha():
-    rows, card = open_dataset(FEW_GOOD)
-    args = comadice_train.resolve(comadice_train.Args(), 2.0, card["return_std"])
-    assert args.episode_alpha == pytest.approx(0.2 * card["return_std"], rel=1e-3)
+def test_return_deviation():
+    rows, _ = open_dataset(FEW_GOOD)
+    returns = [0.0] * (int(rows["episode"].max()) + 1)
+    for number, reward in zip(rows["episode"][:, 0].tolist(), rows["reward"][:, 0].tolist()):
+        returns[number] += reward
+    assert return_deviation(rows) == pytest.approx(np.abs(np.array(returns) - np.mean(returns)).mean(), rel=1e-5)
+
+
+def test_the_default_prefers_the_good_episodes_and_tends_to_all_of_them():
+    rows, _ = open_dataset(FEW_GOOD)
+    deviation = return_deviation(rows)
+    args = comadice_train.resolve(comadice_train.Args(), 2.0, deviation)
+    assert args.episode_alpha == pytest.approx(0.25 * deviation, rel=1e-3)
     w = episode_ratio(episode_returns(rows), args.episode_alpha, DIVERGENCES[args.f])
     good = episode_returns(rows).topk(3).indices
-    assert w[good].sum() > 0.6 * w.sum() and effective_sample_size(w) < 0.05
-    imitation = comadice_train.resolve(comadice_train.Args(alpha=1000 * args.alpha), 2.0, card["return_std"])
+    assert w[good].sum() > 0.99 * w.sum() and effective_sample_size(w) < 0.05
+    imitation = comadice_train.resolve(comadice_train.Args(alpha=1000 * args.alpha), 2.0, deviation)
     w = episode_ratio(episode_returns(rows), imitation.episode_alpha, DIVERGENCES[args.f])
-    assert (w - 1).abs().max() < 0.05
+    assert (w - 1).abs().max() < 1e-4
     for given in (comadice_train.Args(preset="paper"), comadice_train.Args(objective="exact")):
-        assert comadice_train.resolve(given, 2.0, card["return_std"]).episode_alpha == 0
-    assert comadice_train.resolve(comadice_train.Args(episode_alpha=0.0), 2.0, card["return_std"]).episode_alpha == 0
+        assert comadice_train.resolve(given, 2.0, deviation).episode_alpha == 0
+    assert comadice_train.resolve(comadice_train.Args(episode_alpha=0.0), 2.0, deviation).episode_alpha == 0

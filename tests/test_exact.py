@@ -24,7 +24,7 @@ import comadice_losses as losses
 import comadice_train
 from comadice_mixer import Critics
 from comadice_train import DataFacts
-from offline_data.dataset import episode_returns
+from offline_data.facts import return_deviation
 from offline_data.replay import as_transition, transition_rows
 
 FS = ["kl", "chi2", "soft_chi2"]
@@ -563,7 +563,7 @@ def test_policy_of_the_default_tends_to_the_behaviour(seed, termination, advanta
     batch, init = as_transition(rows[pairs]), rows[rows["is_init"][:, 0]]
     for alpha in (0.5, 1000.0, 10_000.0):
         given = comadice_train.Args(alpha=alpha, advantage=advantage, gamma=m.gamma, critic_lr=0.02)
-        args = comadice_train.resolve(given, rows["reward"].abs().mean().item(), episode_returns(rows).std().item())
+        args = comadice_train.resolve(given, rows["reward"].abs().mean().item(), return_deviation(rows))
         assert args.objective == "semi" and args.bound
         critics = tabular_critics(m.n, m.S, m.S)
         target, optimizer = copy.deepcopy(critics), torch.optim.Adam(critics.parameters(), args.critic_lr)
@@ -584,8 +584,7 @@ def test_policy_of_the_default_tends_to_the_behaviour(seed, termination, advanta
     print(f"semi, seed {seed}, {termination} termination, w* from {advantage}: total variation {show(alone)}; with the episodes' ratio {show(both)}; "
           f"E[w] {mean_w:.4f}")
     assert alone[1000.0] < 1e-3 < 0.05 < alone[0.5]
-    # The ratio between episodes tends to 1 more slowly: its temperature is a fifth of a deviation of the returns at the default alpha.
-    assert both[1000.0] < 5e-3 and both[10_000.0] < 1e-3 and both[10_000.0] < 0.2 * both[1000.0]
+    assert both[1000.0] < 1e-3 and both[10_000.0] < 0.2 * both[1000.0]
     assert mean_w == pytest.approx(1, abs=0.02)
 
 

@@ -981,9 +981,10 @@ def test_an_objective_brings_its_own_values(objective):
     assert (args.preset, args.objective, args.advantage, args.tau, args.bound) == ("comadice", objective, advantage, tau, bound)
     assert (args.alpha, args.reward_scale) == (alpha * size, 0.2 / size)
     assert (args.lambda_scale, args.critic_lr, args.lr, args.layer_norm, args.lr_decay, args.ema) == (0.0, 3e-4, 1e-3, True, True, 0.999)
-    # The ratio between episodes is semi's; its temperature grows with --alpha.
+    # The ratio between episodes is semi's. Its alpha grows with the square of --alpha, and does not shrink with it.
     episode_alpha = lambda **flags: comadice_train.resolve(comadice_train.Args(objective=objective, **flags), size, 30.0).episode_alpha
-    assert (episode_alpha(), episode_alpha(alpha=100.0), episode_alpha(episode_alpha=7.0)) == ((6.0, 60.0, 7.0) if objective == "semi" else (0.0, 0.0, 7.0))
+    assert objective != "semi" or episode_alpha(alpha=1.0) == 7.5
+    assert (episode_alpha(), episode_alpha(alpha=100.0), episode_alpha(episode_alpha=7.0)) == ((7.5, 750.0, 7.0) if objective == "semi" else (0.0, 0.0, 7.0))
     given = comadice_train.resolve(comadice_train.Args(objective=objective, advantage="q", reward_scale=3.0, alpha=7.0, tau=0.5), size)
     assert (given.advantage, given.reward_scale, given.alpha, given.tau, given.bound) == ("q", 3.0, 7.0, 0.5, bound)
 
