@@ -115,7 +115,7 @@ from support.runs import (
     next_group,
     start_runs,
 )
-from support.seeds import Graph, adam, make_generators, make_stacked, per_seed, set_gradients, update_target
+from support.seeds import Graph, adam, make_generators, make_stacked, per_seed, set_gradients, target_update
 from support.stages import Evaluations, Stage
 
 # What Eq. 11 needs of a transition.
@@ -179,6 +179,7 @@ def make_policy_update(policy, average, optimizer, weight: Tensor, seeds: int = 
     """
     parameters = list(policy.parameters())
     losses_of = per_seed(policy_losses, [policy], seeds, compiled)
+    update_average = target_update(average, policy, weight)
 
     def update(batch: TensorDict) -> Tensor:
         if seeds > 1:
@@ -187,7 +188,7 @@ def make_policy_update(policy, average, optimizer, weight: Tensor, seeds: int = 
         (loss,) = losses_of(batch)
         set_gradients(loss.sum(), parameters)
         optimizer.step()  # line 11: eta_i
-        update_target(average, policy, weight)
+        update_average()
         return loss.detach()
 
     return update

@@ -152,7 +152,7 @@ from support.seeds import (
     per_seed,
     set_gradients,
     split_seeds,
-    update_target,
+    target_update,
 )
 from support.stages import Stage
 
@@ -299,12 +299,13 @@ def make_critic_update(critics, target, optimizer, args: Args, data: DataFacts, 
     trained = [parameter for name, parameter in critics.named_parameters() if name != "lam" or args.lambda_scale]
     on_batch = lambda *inputs: critic_losses(*inputs, args, data)
     losses_of = per_seed(on_batch, [critics, target], alpha.numel(), args.compile)
+    update_target = target_update(target, critics, args.tau)
 
     def update(batch: TensorDict, init: TensorDict):
         L_q, L_nu, w, nu_s = losses_of(batch, init, alpha)
         set_gradients((L_q + L_nu).sum(), trained)  # no parameter is in both, so each has its own loss's gradient
         optimizer.step()  # lines 5, 6 and 7: psi_q, theta and psi_nu
-        update_target(target, critics, args.tau)
+        update_target()
         return L_q.detach(), L_nu.detach(), w, nu_s
 
     return update

@@ -30,7 +30,7 @@ from baselines.common import RunArgs, check, train
 from comadice_mixer import LinearMixer, LocalMLP, Q, make_policy
 from environments.checks import BadInput, run_script
 from support.flags import parse
-from support.seeds import set_gradients, update_target
+from support.seeds import set_gradients
 
 KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
 BOX = 1.0  # the simulator clips continuous actions to [-1, 1], so recorded actions are clipped too
@@ -201,7 +201,6 @@ def update(networks: nn.Module, target: nn.Module, optimizer, batch: TensorDict,
     for _, loss, modules in losses:
         set_gradients(loss, [p for m in modules for p in m.parameters()])
     optimizer.step()
-    update_target(target, networks, args.tau)
     return {name: loss.detach() for name, loss, _ in losses}
 
 

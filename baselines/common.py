@@ -37,7 +37,7 @@ from support.runs import (
     set_random_state,
     start_runs,
 )
-from support.seeds import Graph, adam, load_part, update_target
+from support.seeds import Graph, adam, load_part, target_update
 
 
 @dataclass
@@ -138,9 +138,12 @@ def train_seed(algo: str, networks: nn.Module, update: Callable, rows: TensorDic
             load_part(part, run.state[name])
         set_random_state(run.state["random"])  # after the initialisations of the parts have drawn from it
 
+    update_target, update_average = target_update(target, networks, args.tau), target_update(average, policy, weight)
+
     def step_of(batch: TensorDict) -> dict:
         metrics = update(networks, target, optimizer, batch, args)
-        update_target(average, policy, weight)
+        update_target()
+        update_average()
         return metrics
 
     def progress() -> dict:
@@ -194,7 +197,7 @@ def train(
     """Trains a method for args.seeds, one after another, and reports.
 
     make_networks(card, args) gives all that it learns. update(networks, target, optimizer, batch, args) is one step on
-    a batch of the rows' `keys`, and returns what metrics.csv shall show. prepare(rows) may add keys to the dataset's
+    a batch of the rows' `keys`, and returns what metrics.csv shall show. The target networks move after it. prepare(rows) may add keys to the dataset's
     rows. defaults(card, unit) are values of flags that depend on the data, whose mean absolute reward is `unit`.
     Rewards are scaled before all that, temperatures are flags in units of the recorded reward, as ComaDICE's alpha is.
     """

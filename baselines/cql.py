@@ -30,7 +30,7 @@ from baselines.common import RunArgs, check, train
 from comadice_mixer import LinearMixer, Q, make_policy
 from environments.checks import run_script
 from support.flags import parse
-from support.seeds import set_gradients, update_target
+from support.seeds import set_gradients
 
 KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
 BOX = 1.0  # the simulator clips continuous actions to [-1, 1], so recorded actions are clipped too
@@ -160,7 +160,6 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
     for loss, parameters in [(L_td + args.cql_alpha * L_cql, critic), *steps]:
         set_gradients(loss, parameters)
     optimizer.step()
-    update_target(target, networks, args.tau)
     metrics = {"td_loss": L_td, "conservative_loss": L_cql, "mean_q": q.mean()}
     if steps:
         metrics |= {"policy_loss": L_pi, "entropy": -log_prob.mean()}

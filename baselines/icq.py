@@ -31,7 +31,7 @@ from baselines.common import RunArgs, check, train
 from comadice_mixer import LinearMixer, Q, make_policy
 from environments.checks import run_script
 from support.flags import parse
-from support.seeds import set_gradients, update_target
+from support.seeds import set_gradients
 
 KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
 KEYS += ["next_action", "has_next"]
@@ -151,7 +151,6 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
     L_pi = policy_loss(theta[0], A, args.alpha * args.reward_scale, log_prob)
     set_gradients(L_q + L_pi, list(networks.parameters()))
     optimizer.step()
-    update_target(target, networks, args.tau)
     return {"q_loss": L_q.detach(), "policy_loss": L_pi.detach(), "mean_q": q_tot_next.mean()}
 
 

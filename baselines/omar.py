@@ -32,7 +32,7 @@ from baselines.common import RunArgs, check, train
 from comadice_mixer import Q, make_policy
 from environments.checks import BadInput, run_script
 from support.flags import parse
-from support.seeds import set_gradients, update_target
+from support.seeds import set_gradients
 
 KEYS = [("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
 BOX = 1.0  # the simulator clips continuous actions to [-1, 1], so recorded actions are clipped too
@@ -177,7 +177,6 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
     for loss, module in ((L_td + args.cql_alpha * L_cql, networks.q), (L_pi, networks.policy)):
         set_gradients(loss, list(module.parameters()))
     optimizer.step()
-    update_target(target, networks, args.tau)
     return {
         k: v.detach()
         for k, v in {"td_loss": L_td, "conservative_loss": L_cql, "policy_loss": L_pi, "mean_q": q_j.mean()}.items()

@@ -24,7 +24,7 @@ from baselines.common import RunArgs, check, train
 from comadice_mixer import LinearMixer, Nu, Q, make_policy
 from environments.checks import run_script
 from support.flags import parse
-from support.seeds import set_gradients, update_target
+from support.seeds import set_gradients
 
 KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
 Z_MAX = 10.0  # bound of the exponent, as in the authors' code
@@ -108,7 +108,6 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
     L_pi = policy_loss(w, q, v, alpha, networks.policy.log_prob(obs, action, mask))
     set_gradients(L_q + L_v + L_pi, list(networks.parameters()))
     optimizer.step()
-    update_target(target, networks, args.tau)
     return {
         "q_loss": L_q.detach(),
         "v_loss": L_v.detach(),

@@ -29,7 +29,7 @@ import comadice_train
 from comadice_mixer import make_policy
 from environments.checks import BadInput, pick_device, run_script
 from offline_data.replay import initial_rows, make_replay, minibatches
-from support.seeds import Graph, adam, make_generators, per_seed, set_gradients, stack, update_target
+from support.seeds import Graph, adam, make_generators, per_seed, set_gradients, stack, target_update
 
 SHAPES = {  # Table 3
     "hopper": {"n_agents": 3, "obs_dim": 14, "state_dim": 42, "action_dim": 1, "discrete": False},
@@ -171,7 +171,7 @@ def critics_stage(rows: TensorDict, card: dict, seeds: int, args: Args, device: 
         "losses": losses,
         "nu, theta": lambda: set_gradients(losses()[1].sum(), [*critics.nu.parameters(), *critics.mixer.parameters()]),
         "optimiser": optimizer.step,
-        "targets": lambda: update_target(target, critics, train.tau),
+        "targets": target_update(target, critics, train.tau),
     }
     if train.advantage == "q":
         parts["q"] = lambda: set_gradients(losses()[0].sum(), list(critics.q.parameters()))
@@ -197,7 +197,7 @@ def policy_stage(rows: TensorDict, card: dict, seeds: int, args: Args, device: t
             update(batch)
 
     parts = {"sample": lambda: [None for _ in draw()], "optimiser": optimizer.step}
-    return steps, parts | {"average": lambda: update_target(average, policy, weight)}
+    return steps, parts | {"average": target_update(average, policy, weight)}
 
 
 def outside(command: str) -> list[float]:

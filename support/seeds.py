@@ -138,14 +138,17 @@ def load_part(part, state: dict):
             group["lr"] = group["lr"].to(group["params"][0].device)
 
 
-@torch.no_grad()
-def update_target(target: nn.Module, networks: nn.Module, tau: float | torch.Tensor):
-    """target <- target + tau (networks - target), in every parameter."""
-    # named_parameters has a parameter that two modules share once, TensorDict.from_module has it twice
+def target_update(target: nn.Module, networks: nn.Module, tau: float | torch.Tensor):
+    """The step target <- target + tau (networks - target) of every parameter, as a function without arguments.
+
+    It keeps the parameters' memory, so they must stay where they are, as a CUDA graph asks too: optimisers and
+    load_state_dict work in place.
+    """
+    # named_parameters has a parameter that two modules share once, TensorDict.from_module has it twice.
     mine, theirs = (TensorDict(dict(module.named_parameters())).data for module in (target, networks))
-    if isinstance(tau, torch.Tensor):  # one beside every parameter; alone it would be read on the host
+    if isinstance(tau, torch.Tensor):  # repeated for every parameter, since lerp_ would read a single one on the host
         tau = theirs.apply(lambda _: tau)
-    mine.lerp_(theirs, tau)
+    return lambda: mine.lerp_(theirs, tau)
 
 
 def set_gradients(loss: torch.Tensor, parameters: list[torch.Tensor]):
