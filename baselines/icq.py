@@ -137,18 +137,11 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
             target.q(batch["next", "agents", "observation"], batch["next_action"]), batch["next", "state"]
         )
         A = advantage(q_all, q, networks.policy.logits(obs, mask)) if networks.q.discrete else q
-    L_q = q_loss(
-        networks.mixer(q, state, theta),
-        reward,
-        terminated,
-        batch["has_next"][:, 0],
-        q_tot_next,
-        args.alpha_q * args.reward_scale,
-        args.gamma,
-    )
     # the batch's rewards are scaled, so temperatures are too
-    log_prob = networks.policy.log_prob(obs, action, mask)
-    L_pi = policy_loss(theta[0], A, args.alpha * args.reward_scale, log_prob)
+    alpha, alpha_q = args.alpha * args.reward_scale, args.alpha_q * args.reward_scale
+    q_tot, has_next = networks.mixer(q, state, theta), batch["has_next"][:, 0]
+    L_q = q_loss(q_tot, reward, terminated, has_next, q_tot_next, alpha_q, args.gamma)
+    L_pi = policy_loss(theta[0], A, alpha, networks.policy.log_prob(obs, action, mask))
     set_gradients(L_q + L_pi, list(networks.parameters()))
     optimizer.step()
     return {"q_loss": L_q.detach(), "policy_loss": L_pi.detach(), "mean_q": q_tot_next.mean()}

@@ -108,13 +108,8 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
     L_pi = policy_loss(w, q, v, alpha, networks.policy.log_prob(obs, action, mask))
     set_gradients(L_q + L_v + L_pi, list(networks.parameters()))
     optimizer.step()
-    return {
-        "q_loss": L_q.detach(),
-        "v_loss": L_v.detach(),
-        "policy_loss": L_pi.detach(),
-        "mean_q": q.mean(),
-        "mean_v": v.detach().mean(),
-    }
+    means = {"mean_q": q.mean(), "mean_v": v.detach().mean()}
+    return {"q_loss": L_q.detach(), "v_loss": L_v.detach(), "policy_loss": L_pi.detach()} | means
 
 
 # ---------------------------------------------------------------- the script

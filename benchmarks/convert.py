@@ -211,14 +211,8 @@ def main(args: Args):
                 shutil.copyfile(file, folder / "copy" / str(i))
             copying = time.perf_counter() - start
             shutil.rmtree(folder / "copy")
-            convert = {
-                "source": str(source),
-                "format": format,
-                "env": env,
-                "task": task,
-                "quality": quality,
-                "out": str(folder / "out"),
-            }
+            convert = {"source": str(source), "format": format, "env": env, "task": task, "quality": quality}
+            convert["out"] = str(folder / "out")
             job = {"convert": convert, "runs": str(folder / "runs"), "steps": args.steps, "threads": args.threads}
             measured = {}
             for stage in ("convert", "train"):

@@ -125,8 +125,7 @@ class Timer:
 
 def product_pass(shapes: list, seeds: int, device: torch.device):
     """A function that computes the products once for every seed, batched over seeds if there are several. On a GPU it
-    is
-    a graph."""
+    is a graph."""
     lead = (seeds,) if seeds > 1 else ()
     tensor = lambda *shape: torch.randn(*lead, *shape, device=device)
     buffers = [(tensor(m, k), tensor(k, n), tensor(m, n)) for m, k, n in shapes]
@@ -250,8 +249,8 @@ def measure(shape: str, seeds: int, args: Args, device: torch.device):
         seconds, single = median(step[name]) / seeds, median(peak[name][1])
         G = flop(work[name]) / 1e9
         print(
-            f"  {name}: {1 / (seconds * seeds):.1f} updates/s, {1 / seconds:.1f} seed-updates/s; {G:.3f} GFLOP a seed, "
-            f"{G / seconds:.1f} GFLOP/s, "
+            f"  {name}: {1 / (seconds * seeds):.1f} updates/s, {1 / seconds:.1f} seed-updates/s; "
+            f"{G:.3f} GFLOP per seed, {G / seconds:.1f} GFLOP/s, "
             f"{100 * single / seconds:.0f}% of the products' {G / single:.1f}"
             + (f" (batched over seeds these reach {G / median(peak[name][seeds]):.1f})" if seeds > 1 else "")
         )

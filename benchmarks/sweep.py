@@ -176,9 +176,9 @@ def main(args: Args):
         writer.writeheader()
         writer.writerows(table)
     print(
-        f"\n{card['env']} {card['task']} {card['quality']}: behaviour {card['return_mean']:.4g}, {args.steps} steps a "
-        "stage, "
-        f"{time.time() - began:.0f} s on {torch.cuda.get_device_name(device) if device.type == 'cuda' else device}"
+        f"\n{card['env']} {card['task']} {card['quality']}: behaviour {card['return_mean']:.4g}, {args.steps} steps "
+        f"per stage, {time.time() - began:.0f} s on "
+        f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else device}"
     )
     battles = card["discrete"]
     print(

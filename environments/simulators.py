@@ -107,6 +107,20 @@ def close_env(env: EnvBase):
         worker.join()
 
 
+def check_sizes(env: EnvBase, card: dict):
+    """Raises BadInput if an environment's sizes differ from those on a dataset's card."""
+    n, O = env.observation_spec["agents", "observation"].shape[-2:]
+    S = env.observation_spec["state"].shape[-1]
+    action_key = ("agents", "action_mask" if card["discrete"] else "action")
+    A = (env.observation_spec if card["discrete"] else env.full_action_spec)[action_key].shape[-1]
+    for key, value in {"n_agents": n, "obs_dim": O, "state_dim": S, "action_dim": A}.items():
+        if card[key] != value:
+            raise BadInput(
+                f"the dataset's {key} is {card[key]}, the simulator of {card['env']} {card['task']} has {value}: it "
+                "was made with another interface or version"
+            )
+
+
 def engine(env: str) -> str:
     """Name and versions of the simulator, for dataset cards."""
     if env == "smax":

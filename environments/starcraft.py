@@ -67,32 +67,18 @@ def check_task(env: str, task: str):
 
 
 def game_config(env: str, task: str) -> dict:
-    """smacv2's arguments for a task; the benchmark's configuration for SMACv2, SMAC's own defaults for SMACv1."""
-    common = {
-        "difficulty": "7",
-        "step_mul": 8,
-        "move_amount": 2,
-        "reward_win": 200,
-        "reward_death_value": 10,
-        "reward_scale_rate": 20,
-        "obs_all_health": True,
-        "obs_own_health": True,
-        "obs_last_action": False,
-        "state_last_action": True,
-        "continuing_episode": True,  # so that info says when the time limit ended a battle; it has no other effect
-    }
+    """smacv2's arguments for a task: the benchmark's configuration for SMACv2, SMAC's defaults for SMACv1."""
+    common = {"difficulty": "7", "step_mul": 8, "move_amount": 2}
+    common |= {"reward_win": 200, "reward_death_value": 10, "reward_scale_rate": 20}
+    common |= {"obs_all_health": True, "obs_own_health": True, "obs_last_action": False, "state_last_action": True}
+    common["continuing_episode"] = True  # so that info says when the time limit ended a battle; it has no other effect
     if env == "smacv1":
         return common | {"map_name": task}
     race, size = task.split("_", 1)
     n_units, n_enemies = (int(number) for number in size.split("_vs_"))
     units, weights, exceptions = RACES[race]
-    team = {
-        "dist_type": "weighted_teams",
-        "unit_types": units,
-        "weights": weights,
-        "exception_unit_types": exceptions,
-        "observe": True,
-    }
+    team = {"dist_type": "weighted_teams", "unit_types": units, "weights": weights, "observe": True}
+    team["exception_unit_types"] = exceptions
     start = {"dist_type": "surrounded_and_reflect", "p": 0.5, "map_x": 32, "map_y": 32}
     return common | {
         "map_name": f"10gen_{race}",

@@ -46,8 +46,7 @@ def _handle(number: int, frame):
 
 def catch(begun: bool = True):
     """From now on both signals are handled as this module says. With begun=False, while a script loads its modules,
-    they
-    end it at once. A signal that is ignored (nohup, a background job of a shell script) stays ignored."""
+    they end it at once. A signal that is ignored (nohup, a background job of a shell script) stays ignored."""
     _Now.begun, _Now.held, _Now.number, _Now.raised = begun, False, None, None
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
@@ -108,8 +107,7 @@ def not_for_children():
 
 def in_worker(make, parent: int):
     """make(). In another process than `parent` both signals do nothing from now on: a worker ends when the parent
-    closes
-    its pipe. They get an empty handler and not SIG_IGN, which the games that a worker starts would inherit."""
+    closes its pipe. They get an empty handler and not SIG_IGN, which a worker's games would inherit."""
     if os.getpid() != parent:
         for number in SIGNALS:
             signal.signal(number, lambda *_: None)

@@ -448,8 +448,7 @@ def record_in(env, args: Args, root: Path, checkpoint: int, quality: str, made: 
 def merge(args: Args, sources: list[Path], quality: str, root: Path, made: dict,
           every: int = 1, limit: int | None = None, between=(-math.inf, math.inf)) -> bool:
     """One dataset of the sources' episodes with low < return <= high: every `every`-th of them, or about `limit`,
-    evenly
-    spread. Returns False if there are no such episodes."""
+    evenly spread. Returns False if there are no such episodes."""
     if keep(args, root.parent / quality):
         return True
     low, high = between

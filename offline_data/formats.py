@@ -89,8 +89,7 @@ def per_step(x: np.ndarray, name: str) -> np.ndarray:
 
 def all_agents(x: np.ndarray, name: str) -> np.ndarray:
     """[T, ...] flags of 0 and 1 -> [T] bool, true where the flags of all agents are. (SMAC's agents are done one by
-    one,
-    as they die.)"""
+    one, as they die.)"""
     x = np.asarray(x).reshape(len(x), -1)
     if x.shape[1] == 0 or not np.isin(x, (0, 1)).all():
         raise BadInput(f"'{name}' has values other than 0 and 1")
@@ -268,7 +267,7 @@ def row_episodes(
 def read_vault(
     source: Path, env: str, task: str, interface: str, limit: int, last_row: str, made: dict
 ) -> Iterator[TensorDict]:
-    """Flashbax' vault (tensorstore; no JAX): a folder NAME.vlt/UID with metadata.json and one zarr array a leaf in an
+    """Flashbax' vault (tensorstore; no JAX): a folder NAME.vlt/UID with metadata.json and one zarr array per leaf in an
     ocdbt store.
 
     Leaves as OG-MARL has them, [1, time, ...]: observations [n, O], actions [n(, A)], rewards, terminals and
@@ -724,14 +723,8 @@ def convert_here(
         if shapes is None:
             raise BadInput(f"{source} holds no transition")
         made["truncated_episodes"] = truncated
-        card = {
-            "env": env,
-            "task": task,
-            "quality": quality,
-            "engine": "as the source was recorded",
-            "interface": interface,
-            "made": made,
-        }
+        card = {"env": env, "task": task, "quality": quality, "engine": "as the source was recorded"}
+        card |= {"interface": interface, "made": made}
         return writer.close(card)
     except OSError as error:
         raise BadInput(f"can't write {out}: {error.strerror or error}") from error

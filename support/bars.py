@@ -33,7 +33,7 @@ class Bar:
                     last = time.monotonic()
                     speed = (step - self.start) / (last - begin)
                     values = "".join(f", {name} {value}" for name, value in self.values.items())
-                    line = f"{self.label}: step {step} of {self.total}, {speed:.0f} a second{values}"
+                    line = f"{self.label}: step {step} of {self.total}, {speed:.0f} per second{values}"
                     print(line, file=sys.stderr, flush=True)
 
     def say(self, rows: list[dict]):

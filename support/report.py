@@ -4,9 +4,8 @@
 
 Every finished run below RUNS is one seed of a cell. A cell is an instance (simulator, task, quality, data), a method
 and its arguments. Runs with different arguments are never averaged. If a method ran with several settings, as in an
-ablation
-(--out runs/alpha0.1 and so on), each setting has a column, named by what differs. The report lists what it leaves out,
-and why.
+ablation (--out runs/alpha0.1 and so on), each setting has a column, named by what differs. The report lists what it
+leaves out, and why.
 """
 
 import csv
@@ -44,8 +43,7 @@ class Args:
     """folder for the report (default RUNS/report)"""
     last: float | None = None
     """a seed's score is its mean over this share of its evaluations, the last ones (default: as in summary.json, the
-    last
-    half and at most ten). A single evaluation would be noisy"""
+    last half and at most ten). A single evaluation would be noisy"""
 
 
 class Run(NamedTuple):
@@ -135,13 +133,8 @@ def read_run(path: Path) -> Run:
         curves = {"return": [float(row["return"]) for row in rows]}
         if summary["winrate"] is not None:
             curves["winrate"] = [100 * float(row["winrate"]) for row in rows]
-        instance = (
-            config["env"],
-            config["task"],
-            config["quality"],
-            str(summary["engine"]),
-            float(summary["dataset_return"]),
-        )
+        instance = tuple(config[key] for key in ("env", "task", "quality"))
+        instance += (str(summary["engine"]), float(summary["dataset_return"]))
     except BadInput:
         raise
     except (KeyError, ValueError, TypeError, OverflowError, OSError, csv.Error) as error:
@@ -254,8 +247,7 @@ def of_paper(paper: dict, cell: Cell, metric: str) -> tuple[str, str] | None:
 
 def table(cells: list[Cell], metric: str, last: float | None, paper: dict) -> list[str]:
     """Lines of Markdown: one row per instance, one column per method and setting. The best mean is bold, and the
-    paper's
-    numbers are below ours."""
+    paper's numbers are below ours."""
     columns = list(dict.fromkeys(cell.column for cell in cells))
     instances = sorted({cell.instance for cell in cells})
     most = max(abs(score(cell, metric, last)[0]) for cell in cells)
@@ -299,23 +291,8 @@ def title(instance: tuple, instances: list[tuple]) -> str:
 def write_csv(cells: list[Cell], last: float | None, paper: dict, path: Path):
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(
-            [
-                "env",
-                "task",
-                "quality",
-                "engine",
-                "data_return",
-                "metric",
-                "method",
-                "setting",
-                "mean",
-                "std",
-                "seeds",
-                "paper_mean",
-                "paper_std",
-            ]
-        )
+        instance, ours = ["env", "task", "quality", "engine", "data_return"], ["mean", "std", "seeds"]
+        writer.writerow([*instance, "metric", "method", "setting", *ours, "paper_mean", "paper_std"])
         for cell in sorted(cells, key=lambda c: c.instance):
             for metric in cell.runs[0].curves:
                 seeds = " ".join(str(run.seed) for run in cell.runs)
