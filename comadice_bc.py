@@ -239,7 +239,7 @@ def train_policies(
         for step, batch in stage.steps((replay, args.batch_size)):  # line 10
             set_schedule(optimizer, weight, step, args)
             loss = update(batch)  # line 11
-            if step in stage.at:
+            if step in stage.at:  # --evals times
                 row = {"stage": "policy", "step": step}
                 evaluations.add([row | {"policy_loss": value} for value in loss.reshape(-1).tolist()])
         evaluations.end()  # line 12

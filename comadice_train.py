@@ -181,7 +181,7 @@ def td_form(batch: TensorDict, nu_s: Tensor, nu_next: Tensor, args: Args) -> Ten
 
 def q_form(critics: Critics, batch: TensorDict, nu: Tensor, q: Tensor, args: Args, train_theta: bool = True) -> Tensor:
     """A_tot(s, a) = M_theta^s[q - nu] -> [B]. With `released_nu` the local A_i = W_i (q_i - nu_i) -> [B, n]."""
-    at = critics.mixer.at(batch["state"])
+    at = critics.mixer.at(batch["state"])  # W_theta^s and b_theta^s
     at = at if train_theta else tuple(weights.detach() for weights in at)
     if args.objective == "released_nu":
         return at[0] * (q - nu)
@@ -196,7 +196,9 @@ def local_values(critics: Critics, batch: TensorDict) -> tuple[Tensor, Tensor]:
     return critics.nu(obs), critics.q(obs, batch["agents", "action"])
 
 
-# What lines 6 and 7 minimise, one function per --objective. `printed` is Eq. 10; docs/PAPER.md compares the four.
+# What lines 6 and 7 minimise, one function per --objective. `printed` is Eq. 10 itself. The default `semi` takes its
+# place; docs/PAPER.md compares the four. `target` are slowly moving copies of the networks, `init` are
+# initial states, and alpha is in scaled rewards.
 
 
 def semi(critics, target, batch, init, alpha, args, data):
@@ -259,8 +261,7 @@ def ratio(A_tot: Tensor, alpha: float | Tensor, lam: Tensor, args: Args) -> Tens
 def critic_losses(critics, target, batch, init, alpha, args, data) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The losses of lines 5 to 7: (L_q, L(nu, theta), w [B], nu_tot(s) [B]). The last two are for metrics.csv.
 
-    `init` are initial states. alpha is in scaled rewards. L_q is 0 if w* does not come from q. No parameter is in both
-    losses.
+    L_q is 0 if w* does not come from q. No parameter is in both losses.
     """
     L_nu, A_tot, nu_s = OBJECTIVE_LOSSES[args.objective](critics, target, batch, init, alpha, args, data)  # lines 6, 7
     L_q = q_loss(critics, target, batch, args, data) if args.advantage == "q" else torch.zeros_like(L_nu)  # line 5
@@ -330,7 +331,7 @@ def train_critics(rows: TensorDict, card: dict, args: Args, runs: list[Run], dat
     # line 3: training the occupancy ratio
     for step, batch, init in stage.steps(*sources):  # line 4
         results = update(batch, init)  # lines 5 to 7
-        if step in stage.at:
+        if step in stage.at:  # --evals times
             row = {"stage": "critics", "step": step}
             stage.save([row | critic_metrics(*result, args) for result in split_seeds(results, seeds)])
     stage.end()  # line 8
