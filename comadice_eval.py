@@ -93,7 +93,7 @@ def evaluate(policy: torch.nn.Module, env: EnvBase, episodes: int, seed: int) ->
                 # from the data a policy's mean can be far outside of the box: one episode had a return of -5,000.
                 action = env.full_action_spec["agents", "action"].project(action)
             td["agents", "action"] = action
-            # Environments whose episode is over stand still; TorchRL's ParallelEnv can hold whole workers only.
+            # Environments whose episode is over stand still. TorchRL's ParallelEnv can stop only whole workers.
             stepping = alive.squeeze(-1)
             if stepping.ndim == 2:
                 stepping = stepping.any(-1, keepdim=True).expand_as(stepping)

@@ -1,6 +1,6 @@
 """ComaDICE's equations, one short function each (numbers are the paper's).
 
-This file needs torch alone and can be copied into another project as it is.
+This file needs only torch. It can be copied into another project as it is.
 
 Everything works on tensors over a batch of transitions (s, a, r, s'), shapes [B], or [B, n] where a value is per agent.
 Expectations over the dataset are batch means. With probabilities (`rho` over transitions, `p0` over initial states)
@@ -112,7 +112,7 @@ def q_loss(
     gamma: float,
     rho: Tensor | None = None,
 ) -> Tensor:
-    """The MSE that fits q: A_tot = M[q - nu] to the TD form. Its gradient belongs to psi_q alone.
+    """The MSE that fits q: A_tot = M[q - nu] to the TD form. Its gradient is for psi_q only.
 
     The paper prints a minus sign too many: the residual is A_tot - (r + gamma nu_tot(s') - nu_tot(s)).
     """

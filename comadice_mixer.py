@@ -1,6 +1,6 @@
 """ComaDICE's networks: the local functions nu_i, q_i, pi_i and the mixers M_theta (Sections 4.2, 5, B.2 and B.6).
 
-This file needs torch alone and can be copied into another project as it is.
+This file needs only torch. It can be copied into another project as it is.
 
     nu = Nu(n_agents, obs_dim)                     nu_i(o_i; psi_nu)         nu(obs)               -> [..., n]
     q = Q(n_agents, obs_dim, action_dim)           q_i(o_i, a_i; psi_q)      q(obs, action)        -> [..., n]
@@ -157,7 +157,7 @@ class GaussianPolicy(nn.Module):
     """pi_i(a_i | o_i; eta) = Normal(mean(o_i), std(o_i)) with independent entries, for continuous actions (Section
     B.2).
 
-    The mean is not squashed: recorded actions may lie beyond the simulator's bounds, which clips them.
+    The mean is not squashed: recorded actions may exceed the simulator's bounds, and it clips them.
     """
 
     def __init__(self, n_agents: int, obs_dim: int, action_dim: int, hidden: int = 256):
@@ -169,7 +169,7 @@ class GaussianPolicy(nn.Module):
         return Normal(mean, log_std.clamp(-5, 2).exp(), validate_args=False)
 
     def log_prob(self, obs: Tensor, action: Tensor, mask: Tensor | None = None) -> Tensor:
-        """log pi_i(a_i | o_i) -> [..., n]; the mask is for the discrete policy alone."""
+        """log pi_i(a_i | o_i) -> [..., n]; only the discrete policy uses the mask."""
         return self.distribution(obs).log_prob(action).sum(-1)
 
     def act(self, obs: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -173,7 +173,7 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
             networks.q[0](obs, clipped), mean, search(networks.q[0], obs, clipped.detach(), args), args.rectification
         )
     L_td, L_cql = td_loss(q_j, reward, terminated, q_next_j, args.gamma), conservative_loss(total, q_j)
-    # each parameter has the gradient of its own loss alone
+    # each parameter gets only its own loss's gradient
     for loss, module in ((L_td + args.cql_alpha * L_cql, networks.q), (L_pi, networks.policy)):
         set_gradients(loss, list(module.parameters()))
     optimizer.step()

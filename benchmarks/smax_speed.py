@@ -1,4 +1,4 @@
-"""Steps of SMAX battles per second: with a policy, without one, and in JaxMARL alone.
+"""Steps of SMAX battles per second: with a policy, without one, and with JaxMARL itself.
 
     python -m benchmarks.smax_speed --task zerg_10_vs_11 --battles 32
 

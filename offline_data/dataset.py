@@ -97,7 +97,7 @@ def open_dataset(path: str | Path, env: str | None = None, task: str | None = No
                 "the dataset again"
             )
 
-    # A private mapping: opened for reading alone, so that nothing done to the tensors can reach the files.
+    # A private mapping, opened only for reading: changes of the tensors can't reach the files.
     rows = TensorDict({"agents": TensorDict({}, [N, n])}, [N])
     for key, (dtype, shape) in expected.items():
         mapped = torch.from_file(

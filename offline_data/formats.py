@@ -596,7 +596,7 @@ def read_minari(
     """
     h5py = need("h5py")
     if env != "mamujoco" or interface != "benchmark":
-        raise BadInput("Minari's datasets are converted for --env mamujoco and --interface benchmark alone")
+        raise BadInput("Minari's datasets are converted only for --env mamujoco and --interface benchmark")
     scenario, _, n, A = mamujoco_team(task)
     folder = source / "data" if (source / "data").is_dir() else source
     meta = read_json(folder / "metadata.json")

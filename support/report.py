@@ -282,7 +282,7 @@ def table(cells: list[Cell], metric: str, last: float | None, paper: dict) -> li
 
 
 def title(instance: tuple, instances: list[tuple]) -> str:
-    """An instance's name, with engine and data where the name alone is not enough."""
+    """An instance's name, with engine and data if the name is not unique."""
     name = f"{instance[1]} {instance[2]}"
     alike = [other for other in instances if other[:3] == instance[:3]]
     return name if len(alike) == 1 else f"{name} ({instance[3]}, data {instance[4]:g})"
