@@ -5,8 +5,8 @@
     python comadice_bc.py --env mamujoco --task hopper \\
         --checkpoint runs/mamujoco/hopper/medium-replay/comadice/seed0    # with w* of that run
 
-What is played is an average of the policy's weights over the last steps, and the learning rate falls to 0. Neither is
-in the paper. A single policy's return swings by hundreds from one step to the next (RESULTS.md), the average's less.
+The policy that is played is an average of the trained policy's weights over the last steps, and the learning rate falls
+to 0. Neither is in the paper. Without them the return changes by hundreds from one evaluation to the next (RESULTS.md).
 """
 
 import environments.threads  # noqa: F401 -- before torch
@@ -28,11 +28,11 @@ class Args:
 
     # Task
     env: str | None = None
-    """simulator: mamujoco, smacv2, smacv1, smax (default mamujoco, or what --data holds)"""
+    """simulator: mamujoco, smacv2, smacv1, smax (default: mamujoco, or that of --data)"""
     task: str | None = None
-    """task of that simulator (default hopper or zerg_5_vs_5, or what --data holds)"""
+    """task of that simulator (default: hopper or zerg_5_vs_5, or that of --data)"""
     quality: str | None = None
-    """quality of the dataset (default medium-replay, of battles medium, or what --data holds)"""
+    """quality of the dataset (default: medium-replay, in battles medium, or that of --data)"""
     data: str | None = None
     """a dataset directory, instead of data/ENV/TASK/QUALITY"""
 
@@ -70,7 +70,7 @@ class Args:
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
     data_device: Literal["auto", "cpu", "device"] = "auto"
-    """where the dataset lies: with the CPU, on --device, or (auto) there if it fits; a resumed run keeps its place"""
+    """where the dataset is kept: cpu, --device, or auto: there if it fits. A resumed run keeps its place"""
     tf32: bool = False
     """on a GPU: matrix products in TF32, faster and less exact"""
     graph: bool = True
@@ -85,7 +85,7 @@ class Args:
     """replace runs that are already there"""
 
 
-if __name__ == "__main__":  # before what takes seconds to import: --help and a typo answer at once
+if __name__ == "__main__":  # before the slow imports, so that --help and a mistyped flag answer at once
     ARGS = parse(Args)
 
 # isort: split
@@ -115,24 +115,24 @@ from support.runs import (
     next_group,
     start_runs,
 )
-from support.seeds import Graph, adam, make_generators, make_stacked, per_seed, set_gradients, update_target
+from support.seeds import Graph, adam, make_generators, make_stacked, per_seed, set_gradients, target_update
 from support.stages import Evaluations, Stage
 
-# What Eq. 11 needs of a transition.
+# The entries of a transition that Eq. 11 needs.
 POLICY_KEYS = [("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "w"]
 
-AVERAGED = 0.1  # the played average covers about this share of the steps so far, as long as --ema allows
+AVERAGED = 0.1  # the average covers about this share of the steps so far, until --ema limits it
 
 
 # ---------------------------------------------------------------- the data of Eq. 11
 
 
 def with_ratios(rows: TensorDict, ratios: dict[int, Tensor | None]) -> TensorDict:
-    """The dataset with a row key "w": each transition's ratio over the mean ratio, 0 on last rows.
+    """The dataset with one more key per row, "w": the transition's ratio over the mean ratio. It is 0 on last rows.
 
-    `ratios` holds each seed's ratio [T], None for w = 1. For S seeds w is [N, S], for one seed [N]. Eq. 11's optimum
-    does not depend on the ratio's scale; with mean 1 the size of a gradient step does not either. Raises Diverged for a
-    ratio that is zero everywhere or not finite.
+    `ratios` holds each seed's ratio [T], or None for w = 1. "w" is [N] for one seed and [N, S] for S seeds. Eq. 11's
+    optimum does not depend on the scale of w. With mean 1 the size of a gradient step does not either. Raises Diverged
+    for a ratio that is zero everywhere or not finite.
     """
     first = (~last_rows(rows)).to(rows["reward"].dtype)
     columns = []
@@ -149,13 +149,13 @@ def with_ratios(rows: TensorDict, ratios: dict[int, Tensor | None]) -> TensorDic
 
 
 def ratio_stats(w: Tensor) -> dict[str, float]:
-    """Mean, share of zeros and effective sample size of a ratio over the whole dataset."""
+    """Mean, share of zeros and effective sample size of a ratio."""
     zero = (w == 0).float().mean().item()
     return {"mean_w": w.mean().item(), "w_zero": zero, "ess": effective_sample_size(w).item()}
 
 
 def episode_weights(rows: TensorDict, alpha: float, f: str) -> Tensor | None:
-    """Each transition's share of the draws, [T]: its episode's ratio (losses.episode_ratio); None with alpha 0."""
+    """The weights with which transitions are drawn, [T]: losses.episode_ratio of their episodes. None with alpha 0."""
     if not alpha:
         return None
     w = episode_ratio(episode_returns(rows), alpha, DIVERGENCES[f])
@@ -166,19 +166,20 @@ def episode_weights(rows: TensorDict, alpha: float, f: str) -> Tensor | None:
 
 
 def policy_losses(policy, batch: TensorDict) -> tuple[Tensor]:
-    """Eq. 11 on one batch [B], as a loss. Alone in a tuple, as per_seed asks."""
+    """Eq. 11 on one batch [B], as a loss. It is a tuple of one, since per_seed wants a tuple."""
     agents = batch["agents"]
     log_prob = policy.log_prob(agents["observation"], agents["action"], agents.get("action_mask", None))
     return (policy_loss(batch["w"], log_prob),)  # Eq. 11
 
 
 def make_policy_update(policy, average, optimizer, weight: Tensor, seeds: int = 1, compiled: bool = False):
-    """One Adam step on Eq. 11 as a function of a batch [B], and the average's step towards the policy by `weight`.
+    """Line 11 as a function of a batch [B]: one Adam step, then the average moves towards the policy by `weight`.
 
-    Policies of S seeds, stacked, take batches [S, B] with w [S, B, S].
+    Stacked policies of S seeds take batches [S, B], with w [S, B, S].
     """
     parameters = list(policy.parameters())
     losses_of = per_seed(policy_losses, [policy], seeds, compiled)
+    update_average = target_update(average, policy, weight)
 
     def update(batch: TensorDict) -> Tensor:
         if seeds > 1:
@@ -187,16 +188,16 @@ def make_policy_update(policy, average, optimizer, weight: Tensor, seeds: int = 
         (loss,) = losses_of(batch)
         set_gradients(loss.sum(), parameters)
         optimizer.step()  # line 11: eta_i
-        update_target(average, policy, weight)
+        update_average()
         return loss.detach()
 
     return update
 
 
 def set_schedule(optimizer, weight: Tensor, step: int, args):
-    """Writes this step's learning rate, and the average's `weight`, into the tensors that the update reads.
+    """Writes this step's learning rate and the average's `weight` into the tensors that the update reads.
 
-    The average is exponential with decay --ema, but covers no more than a tenth of the steps so far: early on it would
+    The average is exponential with decay --ema, but covers at most a tenth of the steps so far. Early on it would
     otherwise be mostly the untrained policy.
     """
     for group in optimizer.param_groups:
@@ -213,8 +214,8 @@ def train_policies(
 ):  # fmt: skip
     """Lines 9 to 12 for runs at the same step: args.steps gradient steps on Eq. 11, with args.evals evaluations.
 
-    "w" [T] in a run's state are the transitions' ratios, None for BC. `first` are the rows of the transitions to draw
-    from, without it all; they are drawn in proportion to `weights`. Each evaluation is saved in the runs' directories.
+    "w" [T] in a run's state is the transitions' ratio, None for BC. Transitions are drawn from the rows `first`, or
+    from all, in proportion to `weights`, or equally. Each evaluation is saved in the runs' directories.
     """
     device, seeds = pick_device(args.device), [run.seed for run in runs]
     sizes = card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], args.hidden
@@ -238,7 +239,7 @@ def train_policies(
         for step, batch in stage.steps((replay, args.batch_size)):  # line 10
             set_schedule(optimizer, weight, step, args)
             loss = update(batch)  # line 11
-            if step in stage.at:
+            if step in stage.at:  # --evals times
                 row = {"stage": "policy", "step": step}
                 evaluations.add([row | {"policy_loss": value} for value in loss.reshape(-1).tolist()])
         evaluations.end()  # line 12
@@ -248,7 +249,7 @@ def train_policies(
 
 
 def name_of(args: Args) -> str:
-    """The run's method, as its directory is called."""
+    """The name of the run's method, which is also its directory's."""
     if args.checkpoint is not None:
         return "weighted-bc"
     return "bc" if args.best == 1 else f"bc-best{100 * args.best:g}"

@@ -1,10 +1,11 @@
-"""Rolls out saved policies in the real simulator, or collects finished runs into tables and figures.
+"""Plays saved policies in the real simulator, or makes tables and figures of finished runs.
 
     python comadice_eval.py --run runs/mamujoco/hopper/medium-replay/comadice/seed0 --episodes 100
     python comadice_eval.py report runs/                                                  # see support/report.py
 
-The first plays the mean action (continuous), or the most likely available one (discrete). It prints the return's mean
-and standard deviation over episodes, and the share of battles won; for several runs also those over runs.
+The first command plays the mean action (continuous), or the most likely available one (discrete). It prints the mean
+and standard deviation of the return over episodes, and the share of battles won. For several runs of one setting it
+also prints those over runs.
 """
 
 import json
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from comadice_mixer import make_policy
 from environments import stops
 from environments.checks import BadInput, NoSimulator, pick_device, run_script
-from environments.simulators import make_env
+from environments.simulators import check_sizes, make_env
 from support.runs import FREE, load_checkpoint
 
 MAX_WIDTH = 50  # environments that one process steps together
@@ -46,27 +47,18 @@ class Args:
 
 
 def eval_env(card: dict, episodes: int, workers: int = 1) -> EnvBase:
-    """The simulator that a dataset's card names, as wide as `episodes` can use.
+    """The simulator that a dataset's card names, with as many environments as `episodes` can use.
 
     Raises NoSimulator if the card's simulator is missing, BadInput if its sizes differ from the card's.
     """
     width = min(math.ceil(episodes / workers), MAX_WIDTH)
     env = make_env(card["env"], card["task"], width, workers, card["interface"])
-    n, O = env.observation_spec["agents", "observation"].shape[-2:]
-    S = env.observation_spec["state"].shape[-1]
-    action_key = ("agents", "action_mask" if card["discrete"] else "action")
-    A = (env.observation_spec if card["discrete"] else env.full_action_spec)[action_key].shape[-1]
-    for key, value in {"n_agents": n, "obs_dim": O, "state_dim": S, "action_dim": A}.items():
-        if card[key] != value:
-            raise BadInput(
-                f"the dataset's {key} is {card[key]}, the simulator of {card['env']} {card['task']} has {value}: it "
-                "was made with another interface or version"
-            )
+    check_sizes(env, card)
     return env
 
 
 def try_eval_env(card: dict, episodes: int, workers: int = 1) -> EnvBase | None:
-    """eval_env, or None and one printed line where the simulator is not installed: training needs only the dataset."""
+    """eval_env, or None and one printed line if the simulator is not installed. Training needs only the dataset."""
     try:
         return eval_env(card, episodes, workers)
     except NoSimulator as error:
@@ -79,7 +71,8 @@ def evaluate(policy: torch.nn.Module, env: EnvBase, episodes: int, seed: int) ->
     """Plays `episodes` whole episodes. Returns their returns, mean and standard deviation, and the winrate in battles.
 
     A battle whose game died is played again, and counted ("replayed"). The result depends only on the policy, the
-    episodes, the env's width and the seed; no global random state is used. Raises BadInput where games keep dying.
+    number of episodes, the env's width and the seed, and on no global random state. Raises BadInput if games keep
+    dying.
     """
     device = next(policy.parameters()).device
     battles = "battle_won" in env.observation_spec.keys()
@@ -96,11 +89,11 @@ def evaluate(policy: torch.nn.Module, env: EnvBase, episodes: int, seed: int) ->
             action = policy.act(td["agents", "observation"].to(device), None if mask is None else mask.to(device))
             action = action.to(env.device)
             if action.is_floating_point():
-                # The simulator clips what drives its motors, but some robots' reward charges for the action as given.
-                # Where a policy has seen no data its mean can lie far outside of the box: an episode of -5,000.
+                # The simulator clips the controls, but some robots' rewards charge for the action as it is given. Away
+                # from the data a policy's mean can be far outside of the box: one episode had a return of -5,000.
                 action = env.full_action_spec["agents", "action"].project(action)
             td["agents", "action"] = action
-            # Environments whose episode is over stand still; TorchRL's ParallelEnv can hold whole workers only.
+            # Environments whose episode is over stand still. TorchRL's ParallelEnv can stop only whole workers.
             stepping = alive.squeeze(-1)
             if stepping.ndim == 2:
                 stepping = stepping.any(-1, keepdim=True).expand_as(stepping)
@@ -130,9 +123,9 @@ def evaluate(policy: torch.nn.Module, env: EnvBase, episodes: int, seed: int) ->
 
 
 def evaluation(policy: torch.nn.Module, env: EnvBase | None, episodes: int, seed: int, step: int) -> dict:
-    """What an evaluation after `step` adds to a row of metrics.csv: nothing where there is no simulator.
+    """The values that an evaluation after `step` adds to a row of metrics.csv. Without a simulator there are none.
 
-    The start states are drawn from (seed, step), so evaluations of one run do not repeat the same starts.
+    The start states are drawn from (seed, step), so each evaluation of a run has other ones.
     """
     if env is None:
         return {}
@@ -142,7 +135,7 @@ def evaluation(policy: torch.nn.Module, env: EnvBase | None, episodes: int, seed
 
 
 def load_policy(run: str | Path, device="cpu") -> tuple[torch.nn.Module, dict]:
-    """A run's policy and its checkpoint. Raises BadInput for a run without a policy, or one of another network."""
+    """A run's policy and its checkpoint. Raises BadInput if the run has no policy yet, or one that does not fit."""
     state = load_checkpoint(run)
     card, config = state["card"], state["config"]
     if not state["policy"]:
@@ -177,7 +170,7 @@ def check(args: Args):
 
 
 def print_results(rows: list[dict], one_cell: bool):
-    """A line per run; with `one_cell`, where all runs are seeds of one setting, their mean too."""
+    """Prints a line per run. With `one_cell`, when all runs are seeds of one setting, also their mean."""
     print(f"\n{'run':<70}{'return':>20}{'length':>9}{'winrate':>9}")
     for row in rows:
         spread = f"{row['return_mean']:>10.2f} ± {row['return_std']:<7.2f}"

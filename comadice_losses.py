@@ -1,10 +1,10 @@
 """ComaDICE's equations, one short function each (numbers are the paper's).
 
-This file needs torch alone and can be copied into another project as it is.
+This file needs only torch. It can be copied into another project as it is.
 
 Everything works on tensors over a batch of transitions (s, a, r, s'), shapes [B], or [B, n] where a value is per agent.
-Expectations over the dataset are batch means. Given probabilities (`rho` over transitions, `p0` over initial states)
-they are exact sums instead, which is how a model that is known is solved, see tests/test_exact.py.
+Expectations over the dataset are batch means. With probabilities (`rho` over transitions, `p0` over initial states)
+they are exact sums. tests/test_exact.py solves known models with these.
 
 Scales: alpha is in units of the reward (times steps, as nu is). Multiplying rewards and alpha by one factor
 multiplies nu, q and the advantages by it and leaves w unchanged.
@@ -23,7 +23,7 @@ KL_CAP = 10.0  # exp(KL_CAP) = 22,026 is the largest ratio that f_KL gives; see 
 
 
 class Divergence(NamedTuple):
-    """f on t >= 0, strictly convex with f(1) = f'(1) = 0, and what Prop. 4.1 needs of it.
+    """f on t >= 0, strictly convex with f(1) = f'(1) = 0, and the functions of it that Prop. 4.1 needs.
 
     All functions are element-wise.
     """
@@ -112,7 +112,7 @@ def q_loss(
     gamma: float,
     rho: Tensor | None = None,
 ) -> Tensor:
-    """The MSE that fits q: A_tot = M[q - nu] to the TD form. Its gradient belongs to psi_q alone.
+    """The MSE that fits q: A_tot = M[q - nu] to the TD form. Its gradient is for psi_q only.
 
     The paper prints a minus sign too many: the residual is A_tot - (r + gamma nu_tot(s') - nu_tot(s)).
     """

@@ -1,6 +1,6 @@
 """ComaDICE's networks: the local functions nu_i, q_i, pi_i and the mixers M_theta (Sections 4.2, 5, B.2 and B.6).
 
-This file needs torch alone and can be copied into another project as it is.
+This file needs only torch. It can be copied into another project as it is.
 
     nu = Nu(n_agents, obs_dim)                     nu_i(o_i; psi_nu)         nu(obs)               -> [..., n]
     q = Q(n_agents, obs_dim, action_dim)           q_i(o_i, a_i; psi_q)      q(obs, action)        -> [..., n]
@@ -24,7 +24,7 @@ from torch.nn.functional import elu
 
 
 class LocalMLP(nn.Module):
-    """An MLP of two hidden layers that all agents share, fed with their input and their one-hot id."""
+    """An MLP of two hidden layers that all agents share. Its input is the agent's input and its one-hot id."""
 
     def __init__(self, n_agents: int, in_dim: int, out_dim: int, hidden: int = 256, layer_norm: bool = False):
         super().__init__()
@@ -39,7 +39,7 @@ class LocalMLP(nn.Module):
         """[..., n, in_dim] -> [..., n, out_dim]."""
         n = x.shape[-2]
         agent_id = torch.eye(n, dtype=x.dtype, device=x.device).expand(*x.shape[:-1], n)
-        # In two dimensions a linear layer's result is no view, on which ReLU in place would copy its gradient.
+        # Flattened to [B n, in]: otherwise a linear layer's result is a view, and ReLU in place copies its gradient.
         return self.layers(torch.cat([x, agent_id], -1).flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 
@@ -56,7 +56,7 @@ class Nu(nn.Module):
 
 
 class Q(nn.Module):
-    """Local values q_i(o_i, a_i; psi_q): of the given action (continuous), or one output an action (discrete)."""
+    """Local values q_i(o_i, a_i; psi_q). The action is an input (continuous), or has an output each (discrete)."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class LinearMixer(nn.Module):
     """The 1-layer mixer of Section 5: M_theta^s[x] = x^T W_theta^s + b_theta^s, W >= 0 from hyper-networks of the
     state.
 
-    Where several values are mixed at one state, `at` = mixer.at(state) evaluates the hyper-networks once.
+    To mix several values at one state, compute `at` = mixer.at(state) once, and pass it on.
     """
 
     def __init__(self, n_agents: int, state_dim: int, hidden: int = 64):
@@ -111,7 +111,7 @@ class LinearMixer(nn.Module):
     def advantage(self, x: Tensor, state: Tensor, at: tuple[Tensor, ...] | None = None) -> Tensor:
         """A_tot = M[x] - M[0] of local advantages x = q - nu [..., n] -> [...].
 
-        The bias b is no part of A_tot: M[q] - M[nu] = W (q - nu), so Eq. 5 holds for q_tot = M[q] only without it.
+        The bias b is not part of A_tot: M[q] - M[nu] = W (q - nu). So Eq. 5 holds for q_tot = M[q] only without it.
         """
         return (x * (at[0] if at else self.weights(state))).sum(-1)
 
@@ -157,7 +157,7 @@ class GaussianPolicy(nn.Module):
     """pi_i(a_i | o_i; eta) = Normal(mean(o_i), std(o_i)) with independent entries, for continuous actions (Section
     B.2).
 
-    The mean is not squashed: recorded actions may lie beyond the simulator's bounds, which clips them.
+    The mean is not squashed: recorded actions may exceed the simulator's bounds, and it clips them.
     """
 
     def __init__(self, n_agents: int, obs_dim: int, action_dim: int, hidden: int = 256):
@@ -169,7 +169,7 @@ class GaussianPolicy(nn.Module):
         return Normal(mean, log_std.clamp(-5, 2).exp(), validate_args=False)
 
     def log_prob(self, obs: Tensor, action: Tensor, mask: Tensor | None = None) -> Tensor:
-        """log pi_i(a_i | o_i) -> [..., n]; the mask is for the discrete policy alone."""
+        """log pi_i(a_i | o_i) -> [..., n]; only the discrete policy uses the mask."""
         return self.distribution(obs).log_prob(action).sum(-1)
 
     def act(self, obs: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -215,7 +215,7 @@ class Critics(nn.Module):
         if with_q:
             self.q = Q(n_agents, obs_dim, action_dim, hidden, discrete, layer_norm)
         self.mixer = MIXERS[mixer_layers](n_agents, state_dim, mixer_hidden)
-        # The multiplier of E[w] = 1 (Table 4's lambda); it stays at 0 where the normaliser is off.
+        # The multiplier of E[w] = 1 (Table 4's lambda). It stays at 0 without --lambda-scale.
         self.lam = nn.Parameter(torch.zeros(()))
 
 

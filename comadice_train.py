@@ -1,11 +1,11 @@
-"""ComaDICE, Algorithm 1: from an offline dataset to local policies to a measured return.
+"""ComaDICE, Algorithm 1: from an offline dataset to local policies, and to their return in the simulator.
 
     python comadice_train.py                        # the demonstration: a small hopper dataset, minutes on a CPU
     python comadice_train.py --env mamujoco --task hopper --quality medium-replay --seeds 0 1 2 3 4
 
-Lines 3-8 train nu, q and the mixer in this file. Then w* is computed once for every transition of the dataset.
-Lines 9-12 train the local policies by weighted behavioural cloning, in comadice_bc.py. The equations are in
-comadice_losses.py, the networks in comadice_mixer.py.
+Read `algorithm_1` first. Lines 3 to 8 train nu, q and the mixer in this file. Then w* is computed once for every
+transition of the dataset. Lines 9 to 12 train the local policies by weighted behavioural cloning, in comadice_bc.py.
+The equations are in comadice_losses.py, the networks in comadice_mixer.py.
 """
 
 import environments.threads  # noqa: F401 -- before torch
@@ -30,19 +30,19 @@ class Args:
 
     # Task
     env: str | None = None
-    """simulator: mamujoco, smacv2, smacv1, smax (default mamujoco, or what --data holds)"""
+    """simulator: mamujoco, smacv2, smacv1, smax (default: mamujoco, or that of --data)"""
     task: str | None = None
-    """task of that simulator (default hopper or zerg_5_vs_5, or what --data holds)"""
+    """task of that simulator (default: hopper or zerg_5_vs_5, or that of --data)"""
     quality: str | None = None
-    """quality of the dataset (default medium-replay, of battles medium, or what --data holds)"""
+    """quality of the dataset (default: medium-replay, in battles medium, or that of --data)"""
     data: str | None = None
     """a dataset directory, instead of data/ENV/TASK/QUALITY"""
 
     # Method
     preset: Literal["comadice", "paper"] = "comadice"
-    """comadice: what RESULTS.md measured best; paper: Table 4 and Eq. 10 as printed. Other flags override it"""
+    """comadice: best in RESULTS.md; paper: Table 4 and Eq. 10 as printed. Other flags override it"""
     objective: Objective | None = None
-    """how nu and theta are trained (comadice_losses.py). It brings its own --advantage, --alpha and --tau"""
+    """how nu and theta are trained (docs/PAPER.md). It has its own defaults of --advantage, --alpha and --tau"""
     advantage: Literal["td", "q"] | None = None
     """what w* is computed from: r + gamma nu_tot(s') - nu_tot(s), or M[q - nu], for which q is trained by Eq. 9"""
     alpha: float | None = None
@@ -54,7 +54,7 @@ class Args:
     gamma: float = 0.99
     """discount (Table 4)"""
     bound: bool | None = None
-    """clip nu_tot(s') to the range of the data's discounted returns, so that no alpha diverges (default with semi)"""
+    """clip nu_tot(s') to the range of the data's discounted returns, against divergence (default with semi)"""
     mixer_layers: Literal[1, 2] = 1
     """layers of the mixer (Section B.6)"""
     lambda_scale: float | None = None
@@ -70,7 +70,7 @@ class Args:
     lr_decay: bool | None = None
     """let the policies' learning rate fall linearly to 0 (default; Table 4 has none)"""
     ema: float | None = None
-    """decay of the average of the policies' weights, which is what is played (default 0.999; 0: no average)"""
+    """decay of the average of the policies' weights, which is played (default 0.999; 0: no average)"""
     tau: float | None = None
     """step of the target networks towards the networks (default with semi: 0.05; Table 4: 0.005)"""
     batch_size: int = 128
@@ -82,7 +82,7 @@ class Args:
     mixer_hidden: int = 64
     """hidden units of the mixer's hyper-networks (Table 4)"""
     reward_scale: float | None = None
-    """nu and q are learned in units of 1 / reward_scale rewards (default: 5 mean absolute rewards); w* is the same"""
+    """nu and q are learned in units of 1 / reward_scale (default: 5 mean absolute rewards); w* does not change"""
     layer_norm: bool | None = None
     """LayerNorm in nu and q (default; the paper has none)"""
 
@@ -100,7 +100,7 @@ class Args:
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
     data_device: Literal["auto", "cpu", "device"] = "auto"
-    """where the dataset lies: with the CPU, on --device, or (auto) there if it fits; a resumed run keeps its place"""
+    """where the dataset is kept: cpu, --device, or auto: there if it fits. A resumed run keeps its place"""
     tf32: bool = False
     """on a GPU: matrix products in TF32, faster and less exact"""
     graph: bool = True
@@ -120,7 +120,7 @@ DEMO = Args(
     evals=6, eval_episodes=10, resume=True,
 )  # fmt: skip
 
-if __name__ == "__main__":  # before what takes seconds to import: --help and a typo answer at once
+if __name__ == "__main__":  # before the slow imports, so that --help and a mistyped flag answer at once
     ARGS = parse(Args)
     if ARGS.env is ARGS.task is ARGS.quality is ARGS.data is None:
         ARGS = parse(Args, replace(DEMO, resume=not ARGS.overwrite))
@@ -152,11 +152,11 @@ from support.seeds import (
     per_seed,
     set_gradients,
     split_seeds,
-    update_target,
+    target_update,
 )
 from support.stages import Stage
 
-# What Eq. 9 and Eq. 10 need of a transition, and of an initial state.
+# The entries of a transition, and of an initial state, that Eq. 9 and Eq. 10 need.
 CRITIC_KEYS = ["state", ("agents", "observation"), ("agents", "action"), "reward", "terminated"]
 INIT_KEYS = ["state", ("agents", "observation")]
 
@@ -169,7 +169,7 @@ def nu_tot(critics: Critics, states: TensorDict) -> Tensor:
 
 
 def nu_tot_next(critics: Critics, batch: TensorDict, data: DataFacts) -> Tensor:
-    """nu_tot(s') -> [B], clipped to the returns that the data show."""
+    """nu_tot(s') -> [B], clipped to the range of the data's returns."""
     return nu_tot(critics, batch["next"]).clamp(data.low, data.high)
 
 
@@ -181,7 +181,7 @@ def td_form(batch: TensorDict, nu_s: Tensor, nu_next: Tensor, args: Args) -> Ten
 
 def q_form(critics: Critics, batch: TensorDict, nu: Tensor, q: Tensor, args: Args, train_theta: bool = True) -> Tensor:
     """A_tot(s, a) = M_theta^s[q - nu] -> [B]. With `released_nu` the local A_i = W_i (q_i - nu_i) -> [B, n]."""
-    at = critics.mixer.at(batch["state"])
+    at = critics.mixer.at(batch["state"])  # W_theta^s and b_theta^s
     at = at if train_theta else tuple(weights.detach() for weights in at)
     if args.objective == "released_nu":
         return at[0] * (q - nu)
@@ -196,7 +196,9 @@ def local_values(critics: Critics, batch: TensorDict) -> tuple[Tensor, Tensor]:
     return critics.nu(obs), critics.q(obs, batch["agents", "action"])
 
 
-# What lines 6 and 7 minimise, one function per --objective. `printed` is Eq. 10; docs/PAPER.md compares the four.
+# What lines 6 and 7 minimise, one function per --objective. `printed` is Eq. 10 itself. The default `semi` takes its
+# place; docs/PAPER.md compares the four. `target` are slowly moving copies of the networks, `init` are
+# initial states, and alpha is in scaled rewards.
 
 
 def semi(critics, target, batch, init, alpha, args, data):
@@ -238,7 +240,7 @@ OBJECTIVE_LOSSES = {"semi": semi, "exact": exact, "printed": printed, "released_
 
 
 def q_loss(critics: Critics, target: Critics, batch: TensorDict, args: Args, data: DataFacts) -> Tensor:
-    """L_q(psi_q), nu and theta fixed. With `released_nu` q_tot itself is regressed, and theta with it."""
+    """L_q(psi_q), with nu and theta fixed. With `released_nu` q_tot itself is regressed, which trains theta too."""
     nu, q = local_values(critics, batch)
     with torch.no_grad():
         nu_s, nu_next = critics.mixer(nu, batch["state"]), nu_tot_next(target, batch, data)
@@ -251,15 +253,15 @@ def q_loss(critics: Critics, target: Critics, batch: TensorDict, args: Args, dat
 
 
 def ratio(A_tot: Tensor, alpha: float | Tensor, lam: Tensor, args: Args) -> Tensor:
-    """w_tot*(s, a) of A_tot -> [B]."""
+    """w_tot*(s, a) from A_tot -> [B]."""
     from_A = losses.released_nu_ratio if args.objective == "released_nu" else losses.occupancy_ratio
     return from_A(A_tot, alpha, losses.DIVERGENCES[args.f], lam)  # Section 4.3
 
 
 def critic_losses(critics, target, batch, init, alpha, args, data) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The losses of lines 5 to 7: (L_q, L(nu, theta), w [B], nu_tot(s) [B]); the last two are for metrics.csv.
+    """The losses of lines 5 to 7: (L_q, L(nu, theta), w [B], nu_tot(s) [B]). The last two are for metrics.csv.
 
-    L_q is 0 where w* does not come from q. No parameter is in both losses.
+    L_q is 0 if w* does not come from q. No parameter is in both losses.
     """
     L_nu, A_tot, nu_s = OBJECTIVE_LOSSES[args.objective](critics, target, batch, init, alpha, args, data)  # lines 6, 7
     L_q = q_loss(critics, target, batch, args, data) if args.advantage == "q" else torch.zeros_like(L_nu)  # line 5
@@ -267,7 +269,7 @@ def critic_losses(critics, target, batch, init, alpha, args, data) -> tuple[Tens
 
 
 def critic_metrics(L_q: Tensor, L_nu: Tensor, w: Tensor, nu_s: Tensor, args: Args) -> dict[str, float]:
-    """What metrics.csv says of a batch; mean_nu is in units of the reward as recorded."""
+    """The values for metrics.csv. mean_nu is in units of the recorded reward."""
     values = {"q_loss": L_q.item(), "nu_loss": L_nu.item(), "mean_nu": nu_s.mean().item() / args.reward_scale}
     return values | comadice_bc.ratio_stats(w)
 
@@ -276,35 +278,36 @@ def critic_metrics(L_q: Tensor, L_nu: Tensor, w: Tensor, nu_s: Tensor, args: Arg
 
 
 def make_critics(card: dict, args: Args) -> Critics:
-    """psi_nu and theta; psi_q too where w* comes from q; and the multiplier lambda."""
+    """psi_nu and theta, psi_q if w* comes from q, and the multiplier lambda."""
     sizes = (card[k] for k in ("n_agents", "obs_dim", "state_dim", "action_dim", "discrete"))
     with_q = args.advantage == "q"
     return Critics(*sizes, args.hidden, args.mixer_hidden, args.mixer_layers, args.layer_norm, with_q)
 
 
 def make_optimizer(critics: Critics, args: Args) -> torch.optim.Adam:
-    """Adam for psi_q, psi_nu and theta, and for the multiplier with a rate of its own."""
+    """Adam for psi_q, psi_nu and theta, and for the multiplier with another learning rate."""
     networks = [parameter for name, parameter in critics.named_parameters() if name != "lam"]
     groups = [{"params": networks}, {"params": [critics.lam], "lr": args.critic_lr * args.lambda_scale}]
     return adam(groups, args.critic_lr, critics.lam.device)
 
 
 def make_critic_update(critics, target, optimizer, args: Args, data: DataFacts, alpha: Tensor | None = None):
-    """Lines 5 to 7 as a function of (batch, init): one Adam step for all three, then the target networks' step.
+    """Lines 5 to 7 as a function of (batch, init): one Adam step for all three, then a step of the target networks.
 
-    It returns what critic_losses does. Critics of S seeds, stacked, take batches [S, B] and give [S] and [S, B]. alpha
-    [S], in scaled rewards, is each seed's own; without it args.alpha is for all.
+    It returns what critic_losses does. Stacked critics of S seeds take batches [S, B] and give [S] and [S, B]. alpha
+    [S] is in scaled rewards, one for each seed. By default it is args.alpha.
     """
     alpha = torch.full_like(critics.lam, args.alpha * args.reward_scale) if alpha is None else alpha
     trained = [parameter for name, parameter in critics.named_parameters() if name != "lam" or args.lambda_scale]
     on_batch = lambda *inputs: critic_losses(*inputs, args, data)
     losses_of = per_seed(on_batch, [critics, target], alpha.numel(), args.compile)
+    update_target = target_update(target, critics, args.tau)
 
     def update(batch: TensorDict, init: TensorDict):
         L_q, L_nu, w, nu_s = losses_of(batch, init, alpha)
-        set_gradients((L_q + L_nu).sum(), trained)  # no parameter is in both, so each has its own loss's gradient
+        set_gradients((L_q + L_nu).sum(), trained)  # no parameter is in both, so each gets its own loss's gradient
         optimizer.step()  # lines 5, 6 and 7: psi_q, theta and psi_nu
-        update_target(target, critics, args.tau)
+        update_target()
         return L_q.detach(), L_nu.detach(), w, nu_s
 
     return update
@@ -328,7 +331,7 @@ def train_critics(rows: TensorDict, card: dict, args: Args, runs: list[Run], dat
     # line 3: training the occupancy ratio
     for step, batch, init in stage.steps(*sources):  # line 4
         results = update(batch, init)  # lines 5 to 7
-        if step in stage.at:
+        if step in stage.at:  # --evals times
             row = {"stage": "critics", "step": step}
             stage.save([row | critic_metrics(*result, args) for result in split_seeds(results, seeds)])
     stage.end()  # line 8
@@ -336,7 +339,7 @@ def train_critics(rows: TensorDict, card: dict, args: Args, runs: list[Run], dat
 
 @torch.no_grad()
 def dataset_ratio(critics: Critics, rows: TensorDict, args: Args, data: DataFacts) -> Tensor:
-    """w_tot*(s, a) of every transition of the dataset, [T] (Section 4.3). `critics` are the target networks."""
+    """w_tot*(s, a) of every transition of the dataset, [T] (Section 4.3). `critics` are the trained target networks."""
     first, alpha, device = transition_rows(rows), args.alpha * args.reward_scale, critics.lam.device
     w = torch.empty(len(first), dtype=rows["state"].dtype, device=first.device)  # filled in place, to save memory
     for index, out in zip(first.split(CHUNK // 8), w.split(CHUNK // 8)):
@@ -369,7 +372,7 @@ def algorithm_1(
 
 
 def train_seeds(args: Args, rows: TensorDict, card: dict, env) -> list[list[dict]]:
-    """Algorithm 1 for args.seeds, each in its own run directory; returns the rows of each seed's metrics.csv.
+    """Algorithm 1 for args.seeds, each in its own run directory. Returns the rows of each seed's metrics.csv.
 
     Seeds at the same step are trained together.
     """
@@ -384,7 +387,7 @@ def train_seeds(args: Args, rows: TensorDict, card: dict, env) -> list[list[dict
 
 
 def demonstrate(args: Args, rows: TensorDict, card: dict, env):
-    """ComaDICE beside BC and BC on the best episodes, on the small dataset that comes with the code."""
+    """Compares ComaDICE with BC and BC on the best episodes, on the small dataset that comes with the code."""
     curves = {"ComaDICE": train_seeds(args, rows, card, env)}
     shared = {k: v for k, v in asdict(args).items() if k in comadice_bc.Args.__dataclass_fields__}
     for name, best in (("BC", 1.0), ("BC on the best 10%", 0.1)):

@@ -1,2 +1,1 @@
-"""The paper's baselines, a file each: `python -m baselines.omiga --env mamujoco --task hopper --quality
-medium-replay`."""
+"""The paper's baselines, one file each: `python -m baselines.omiga --env mamujoco --task hopper`."""

@@ -3,17 +3,17 @@ Benchmarking Batch Deep RL).
 
     python -m baselines.bcq --env mamujoco --task hopper --quality medium-replay
 
-Q-learning of q_tot = sum_i w_i(s) q_i(o_i, a_i) + b(s) in which the maximum runs over actions that a model of the data
-holds likely. Since w_i >= 0 the team's maximum is every agent's own.
+Q-learning of q_tot = sum_i w_i(s) q_i(o_i, a_i) + b(s). The maximum runs over actions that are likely under a model of
+the data. Since w_i >= 0, the team's maximum is the maximum of each agent.
 
-continuous actions: a variational auto-encoder of the recorded actions proposes candidates, a perturbation of at most
-    phi moves them up q_i, and the arg max of q_i among them is played. While training the latents are drawn anew; a
-    policy that is played has its latents drawn once (a buffer), so that its action depends on the observation alone.
-discrete actions: a behaviour-cloned policy G_i; an action is a candidate if it is available and G_i(a) > threshold
+continuous actions: a variational auto-encoder of the recorded actions proposes candidates. A perturbation of at most
+    phi moves them towards a higher q_i. The candidate with the highest q_i is played. In training the latents are drawn
+    anew at each step. For playing they are drawn once (a buffer), so that an action depends only on the observation.
+discrete actions: a behaviour-cloned policy G_i. An action is a candidate if it is available and G_i(a) > threshold
     max_b G_i(b).
 
-The policy is implicit, so it is no network of make_policy: ContinuousBCQ and DiscreteBCQ have `act` themselves, and a
-checkpoint's "policy" holds all of their parameters. `policy_of_run` builds what they load into.
+The policy is implicit: make_policy has no network for it. ContinuousBCQ and DiscreteBCQ have their own `act`, and the
+"policy" of a checkpoint holds all of their parameters. `policy_of_run` builds the module for them.
 """
 
 from dataclasses import dataclass
@@ -30,10 +30,10 @@ from baselines.common import RunArgs, check, train
 from comadice_mixer import LinearMixer, LocalMLP, Q, make_policy
 from environments.checks import BadInput, run_script
 from support.flags import parse
-from support.seeds import set_gradients, update_target
+from support.seeds import set_gradients
 
 KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
-BOX = 1.0  # the simulator clips continuous actions to [-1, 1]; recorded ones beyond are read as it read them
+BOX = 1.0  # the simulator clips continuous actions to [-1, 1], so recorded actions are clipped too
 
 
 @dataclass
@@ -41,9 +41,9 @@ class Args(RunArgs):
     phi: float = 0.05
     """continuous actions: bound of the perturbation (Fujimoto et al. 2019a)"""
     candidates: int = 100
-    """continuous actions: how many the played maximum runs over (Fujimoto et al. 2019a, code)"""
+    """continuous actions: number of candidates for the action that is played (Fujimoto et al. 2019a, code)"""
     target_candidates: int = 10
-    """continuous actions: how many the maximum in the target runs over (Fujimoto et al. 2019a)"""
+    """continuous actions: number of candidates for the maximum in the target (Fujimoto et al. 2019a)"""
     clip_lambda: float = 0.75
     """continuous actions: weight of the twins' minimum in the target (Fujimoto et al. 2019a)"""
     kl_weight: float = 0.5
@@ -117,7 +117,7 @@ class ContinuousBCQ(nn.Module):
         return (action + self.phi * BOX * self.perturbation(torch.cat([obs, action], -1)).tanh()).clamp(-BOX, BOX)
 
     def q_j(self, obs: Tensor, action: Tensor) -> Tensor:
-        """Both twins' values, [2, ..., n]."""
+        """Values of both twin networks, [2, ..., n]."""
         return torch.stack([q(obs, action) for q in self.q])
 
     def act(self, obs: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -191,7 +191,7 @@ def make_networks(card: dict, args: Args) -> nn.Module:
 
 
 def policy_of_run(card: dict, config: dict) -> nn.Module:
-    """What the "policy" of a checkpoint with this card and config loads into."""
+    """The module for the "policy" of a checkpoint with this card and config."""
     return make_networks(card, Args(**config))
 
 
@@ -201,7 +201,6 @@ def update(networks: nn.Module, target: nn.Module, optimizer, batch: TensorDict,
     for _, loss, modules in losses:
         set_gradients(loss, [p for m in modules for p in m.parameters()])
     optimizer.step()
-    update_target(target, networks, args.tau)
     return {name: loss.detach() for name, loss, _ in losses}
 
 

@@ -1,4 +1,4 @@
-"""What the baselines share: one stage of training that a stopped run goes on with, and the five alike scripts."""
+"""What the five baselines share: their flags, one stage of training that can be stopped and resumed, and the script."""
 
 import copy
 import time
@@ -18,6 +18,7 @@ from environments.checks import check_positive, pick_device
 from offline_data.facts import mean_abs_reward
 from offline_data.replay import make_replay, minibatches
 from support.bars import Bar
+from support.presets import four_digits
 from support.report import report
 from support.runs import (
     LOOK,
@@ -37,7 +38,7 @@ from support.runs import (
     set_random_state,
     start_runs,
 )
-from support.seeds import Graph, adam, load_part, update_target
+from support.seeds import Graph, adam, load_part, target_update
 
 
 @dataclass
@@ -45,11 +46,11 @@ class RunArgs:
     """The flags that all baselines have."""
 
     env: str | None = None
-    """simulator: mamujoco, smacv2, smacv1, smax (default mamujoco, or what --data holds)"""
+    """simulator: mamujoco, smacv2, smacv1, smax (default: mamujoco, or that of --data)"""
     task: str | None = None
-    """task of that simulator (default hopper or zerg_5_vs_5, or what --data holds)"""
+    """task of that simulator (default: hopper or zerg_5_vs_5, or that of --data)"""
     quality: str | None = None
-    """quality of the dataset (default medium-replay, of battles medium, or what --data holds)"""
+    """quality of the dataset (default: medium-replay, in battles medium, or that of --data)"""
     data: str | None = None
     """a dataset directory, instead of data/ENV/TASK/QUALITY"""
     out: str = "runs"
@@ -59,7 +60,7 @@ class RunArgs:
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
     data_device: Literal["auto", "cpu", "device"] = "auto"
-    """where the dataset lies: with the CPU, on --device, or (auto) there if it fits; a resumed run keeps its place"""
+    """where the dataset is kept: cpu, --device, or auto: there if it fits. A resumed run keeps its place"""
     tf32: bool = False
     """on a GPU: matrix products in TF32, faster and less exact"""
     graph: bool = True
@@ -84,7 +85,7 @@ class RunArgs:
     tau: float = 0.05
     """step of the target networks towards the networks, ComaDICE's default (the authors of all five: 0.005)"""
     reward_scale: float | None = None
-    """rewards are multiplied by it first (default: 0.2 / mean absolute reward, as in comadice_train.py)"""
+    """rewards are multiplied by it (default: 0.2 / mean absolute reward, as in comadice_train.py)"""
     layer_norm: bool = True
     """LayerNorm in q and v, as in comadice_train.py"""
     batch_size: int = 128
@@ -94,14 +95,14 @@ class RunArgs:
     evals: int = 100
     """evaluations over the training of the policy (Table 4)"""
     eval_episodes: int = 32
-    """episodes an evaluation (Table 4)"""
+    """episodes per evaluation (Table 4)"""
     workers: int = 1
     """processes that simulate evaluation episodes"""
 
 
 def check(args: RunArgs, *positive: str):
-    """Raises BadInput for a flag out of its range; `positive` are those of this method that must be positive
-    numbers, or None where the data give them."""
+    """Raises BadInput for a flag out of its range. `positive` names the method's flags that must be
+    positive, or None if the data give their value."""
     check_args(args)
     check_policy_stage(args)
     check_positive(args, *(name for name in (*positive, "reward_scale") if getattr(args, name) is not None))
@@ -109,10 +110,9 @@ def check(args: RunArgs, *positive: str):
 
 
 def resolve(args: RunArgs, mean_abs_reward: float, defaults: dict[str, float]) -> RunArgs:
-    """Fills in --reward-scale, and the method's own `defaults` of flags that depend on the data, where not given."""
+    """Fills in --reward-scale and the flags in `defaults`, which depend on the data, if they were not given."""
     own = {"reward_scale": 0.2 / mean_abs_reward} | defaults
-    # Four digits, so that it does not depend on the order in which a machine adds up.
-    return replace(args, **{name: float(f"{x:.4g}") for name, x in own.items() if getattr(args, name) is None})
+    return replace(args, **{name: four_digits(x) for name, x in own.items() if getattr(args, name) is None})
 
 
 def scaled(rows: TensorDict, scale: float) -> TensorDict:
@@ -122,13 +122,15 @@ def scaled(rows: TensorDict, scale: float) -> TensorDict:
     return rows.lock_()
 
 
-def train_seed(algo: str, networks: nn.Module, update: Callable, rows: TensorDict, keys: list, args: RunArgs, run: Run,
-               card: dict, env: EnvBase | None):
-    """One run, from where it is to its end, in one stage. `train` explains the arguments."""
+def train_seed(
+    algo: str, networks: nn.Module, update: Callable, rows: TensorDict, keys: list, args: RunArgs, run: Run, card: dict,
+    env: EnvBase | None,
+):  # fmt: skip
+    """Trains one run, from where it is to its end. `train` explains the arguments."""
     seed = run.seed
     device = pick_device(args.device)
     target, optimizer = copy.deepcopy(networks), adam(list(networks.parameters()), args.lr, device)
-    policy = getattr(networks, "policy", networks)  # BCQ's networks act themselves
+    policy = getattr(networks, "policy", networks)  # BCQ has no separate policy
     average, weight = copy.deepcopy(policy), torch.ones((), device=device)
     parts = {"policy": average, "networks": networks, "target": target, "optimizer": optimizer}  # "policy" is played
     start, seconds, began = run.state["step"], run.state["seconds"], time.perf_counter() - run.state["wall"]
@@ -136,11 +138,14 @@ def train_seed(algo: str, networks: nn.Module, update: Callable, rows: TensorDic
     if start:
         for name, part in parts.items():
             load_part(part, run.state[name])
-        set_random_state(run.state["random"])  # after the initialisations of the parts have drawn from it
+        set_random_state(run.state["random"])  # last, since making the parts drew random numbers
+
+    update_target, update_average = target_update(target, networks, args.tau), target_update(average, policy, weight)
 
     def step_of(batch: TensorDict) -> dict:
         metrics = update(networks, target, optimizer, batch, args)
-        update_target(average, policy, weight)
+        update_target()
+        update_average()
         return metrics
 
     def progress() -> dict:
@@ -149,7 +154,7 @@ def train_seed(algo: str, networks: nn.Module, update: Callable, rows: TensorDic
         return state | {"step": step, "seconds": seconds, "random": random_state(), "unplayed": []}
 
     def evaluate(state: dict, row: dict):
-        """Adds the evaluation to the row, and saves. What a stop cuts short is left for the run that goes on."""
+        """Adds the evaluation's results to the row, and saves. The resumed run repeats what a stop cuts short."""
         try:
             row = row | evaluation(average, env, args.eval_episodes, seed, row["step"])
         except stops.Stopped:
@@ -174,7 +179,7 @@ def train_seed(algo: str, networks: nn.Module, update: Callable, rows: TensorDic
             clock = time.perf_counter()
         elif step % LOOK == 0:
             check_parameters(networks, [seed], f"step {step}")
-    if step < args.steps:  # a stop was asked for
+    if step < args.steps:  # after a stop was asked for
         if step > start:
             seconds += time.perf_counter() - clock
             save_checkpoint(run, progress() | {"wall": time.perf_counter() - began}, None)
@@ -193,10 +198,11 @@ def train(
 ):
     """Trains a method for args.seeds, one after another, and reports.
 
-    make_networks(card, args) gives all that it learns. update(networks, target, optimizer, batch, args) is one step on
-    a batch of the rows' `keys`, and returns what metrics.csv shall show. prepare(rows) may add keys to the dataset's
-    rows. defaults(card, unit) are values of flags that depend on the data, whose mean absolute reward is `unit`.
-    Rewards are scaled before all that, temperatures are flags in units of the recorded reward, as ComaDICE's alpha is.
+    make_networks(card, args) makes all that is learned. update(networks, target, optimizer, batch, args) is one step on
+    a batch of the rows' `keys`. It returns values for metrics.csv. The target networks move after it, in train_seed.
+    prepare(rows) may add keys to the dataset's rows. defaults(card, unit) are values of flags that depend on the data,
+    whose mean absolute reward is `unit`. Rewards are scaled first. Flags for temperatures are in units of the recorded
+    reward, as ComaDICE's alpha is.
     """
     device = pick_device(args.device, args.tf32)
     rows, card = load_dataset(args, device, algo)

@@ -4,9 +4,9 @@ experiments.
     python -m baselines.cql --env mamujoco --task hopper --quality medium-replay
 
 Q-learning of q_tot = sum_i w_i(s) q_i(o_i, a_i) + b(s), plus cql_alpha times (log sum_a exp q_tot(s, a) - q_tot(s,
-a_recorded)), Eq. 4: values of actions that the data do not hold are pushed down. The sum runs over joint actions, and
-for a linear mixer it falls apart exactly: log sum_a exp q_tot = b + sum_i log sum_a_i exp(w_i q_i(o_i, a_i)), so b
-cancels and every agent has its own log-sum-exp.
+a_recorded)), Eq. 4. This pushes down the values of actions that are not in the data. The sum runs over joint actions.
+For a linear mixer it splits exactly: log sum_a exp q_tot = b + sum_i log sum_a_i exp(w_i q_i(o_i, a_i)). So b cancels,
+and every agent has its own log-sum-exp.
 
 discrete actions: the log-sum-exp, the maximum in the target and the arg max that is played run over available actions;
     the policy is the arg max of q_i, a CategoricalPolicy on q's own network (w_i >= 0: local maxima are the team's).
@@ -30,10 +30,10 @@ from baselines.common import RunArgs, check, train
 from comadice_mixer import LinearMixer, Q, make_policy
 from environments.checks import run_script
 from support.flags import parse
-from support.seeds import set_gradients, update_target
+from support.seeds import set_gradients
 
 KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
-BOX = 1.0  # the simulator clips continuous actions to [-1, 1]; recorded ones beyond are read as it read them
+BOX = 1.0  # the simulator clips continuous actions to [-1, 1], so recorded actions are clipped too
 
 
 @dataclass
@@ -79,8 +79,8 @@ def sampled_log_sum_exp(w: Tensor, q: Tensor, log_density: Tensor) -> Tensor:
 def actor_loss(w: Tensor, q: Tensor, log_prob: Tensor, temperature: Tensor, action: Tensor) -> Tensor:
     """E[temperature log pi_i(a_i) - w_i q_i(o_i, a_i)] of the policy's own actions [B, n, A], summed over agents.
 
-    q sees actions clipped to the box, as the simulator does, so outside of it q has no slope; the last term leads them
-    back in.
+    q is given actions clipped to the box, as the simulator is. So outside of the box q has no slope. The last term
+    moves such actions back.
     """
     outside = (action - action.clamp(-BOX, BOX)).square().sum(-1)
     # SAC's policy improvement, which Kumar et al. keep
@@ -109,7 +109,7 @@ class Networks(nn.Module):
 
 
 def policy_of_run(card: dict, config: dict) -> nn.Module:
-    """What the "policy" of a checkpoint with this card and config loads into: with discrete actions q's own network."""
+    """The module for the "policy" of a checkpoint with this card and config. For discrete actions it is q's network."""
     return Networks(card, Args(**config)).policy
 
 
@@ -136,8 +136,8 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
         with torch.no_grad():
             next_action = networks.policy.distribution(next_obs).rsample().clamp(-BOX, BOX)
             q_next = target.q(next_obs, next_action)
-            # The policy's mean may lie beyond the box, where clipped recorded actions pile up on the edge: samples must
-            # reach that edge.
+            # The policy's mean may be outside of the box, and many recorded actions are clipped to its edge. Samples
+            # must reach that edge.
             near = Normal(pi.loc.clamp(-BOX, BOX), pi.scale, validate_args=False)
             drawn = near.rsample((args.cql_samples,))  # Normal.sample waits for a check on the host
             uniform = torch.empty_like(drawn).uniform_(-BOX, BOX)
@@ -160,7 +160,6 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
     for loss, parameters in [(L_td + args.cql_alpha * L_cql, critic), *steps]:
         set_gradients(loss, parameters)
     optimizer.step()
-    update_target(target, networks, args.tau)
     metrics = {"td_loss": L_td, "conservative_loss": L_cql, "mean_q": q.mean()}
     if steps:
         metrics |= {"policy_loss": L_pi, "entropy": -log_prob.mean()}

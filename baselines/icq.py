@@ -2,21 +2,20 @@
 
     python -m baselines.icq --env mamujoco --task hopper --quality medium-replay
 
-Both steps see recorded actions alone. The constrained optimum is pi = mu exp(q / alpha) / Z, so an expectation under pi
-is one under the data with the weight exp(q / alpha) / Z: q_tot = sum_i w_i(s) q_i + b(s) is backed up from the action
-recorded at s', in proportion to that weight, and since q_tot is a weighted sum, pi falls apart into pi_i = mu_i exp(w_i
-q_i / alpha) / Z_i, which weighted behavioural cloning extracts. Z is the sum over the batch, as in the authors' code:
-both weights are a softmax over it.
+Both steps use only recorded actions. The constrained optimum is pi = mu exp(q / alpha) / Z. So an expectation under pi
+is one under the data, with the weight exp(q / alpha) / Z. q_tot = sum_i w_i(s) q_i + b(s) is backed up from the action
+recorded at s', times this weight. Since q_tot is a weighted sum, pi splits into pi_i = mu_i exp(w_i q_i / alpha) / Z_i.
+Weighted behavioural cloning extracts these. Z is the sum over the batch, as in the authors' code: both weights are a
+softmax over the batch.
 
-discrete actions: pi_i's exponent is the advantage over sum_a pi_i(a) q_i(a) of available actions (ICQ-MA's code on
-    StarCraft); a value of the observation alone cancels against Z where Z is exact, and makes different observations
-    comparable where it is a sum over the batch.
+discrete actions: the exponent of pi_i is q_i less its mean sum_a pi_i(a) q_i(a) over available actions (ICQ-MA's code
+    on StarCraft). With an exact Z a value of the observation alone would cancel. With the sum over a batch it makes
+    different observations comparable.
 continuous actions: the exponent is w_i q_i itself, as in OMIGA's experiments.
 
-w_i stands within the exponent, where the derivation puts it; ICQ-MA's code on StarCraft multiplies the weight exp(A_i /
-alpha) / Z by it.
+w_i is inside the exponent, as derived. ICQ-MA's code on StarCraft multiplies the weight exp(A_i / alpha) / Z by w_i.
 
-The paper's TD(lambda) needs trajectories; on single transitions it is lambda = 0.
+The paper's TD(lambda) needs trajectories. On single transitions it is lambda = 0.
 """
 
 from dataclasses import dataclass
@@ -32,25 +31,17 @@ from baselines.common import RunArgs, check, train
 from comadice_mixer import LinearMixer, Q, make_policy
 from environments.checks import run_script
 from support.flags import parse
-from support.seeds import set_gradients, update_target
+from support.seeds import set_gradients
 
-KEYS = [
-    "state",
-    ("agents", "observation"),
-    ("agents", "action"),
-    ("agents", "action_mask"),
-    "reward",
-    "terminated",
-    "next_action",
-    "has_next",
-]
+KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
+KEYS += ["next_action", "has_next"]
 
 
 def defaults(card: dict, unit: float) -> dict[str, float]:
-    """Published values, over what a step pays in their experiments, times what it pays in these data (`unit`).
+    """The published values, rescaled from the mean reward of a step in their experiments to that of these data, `unit`.
 
-    ICQ-MA on StarCraft has alpha 0.1, and its code has alpha_q 1000. A step pays about 0.25 there (Table 3, SMACv2).
-    OMIGA's experiments with ICQ on MaMuJoCo have alpha 100. A step pays about 2 there (Table 3).
+    ICQ-MA on StarCraft has alpha 0.1, and its code has alpha_q 1000. A step's reward is about 0.25 there (Table 3,
+    SMACv2). OMIGA's experiments with ICQ on MaMuJoCo have alpha 100. A step's reward is about 2 there (Table 3).
     """
     return {"alpha": (0.1 / 0.25 if card["discrete"] else 100 / 2) * unit, "alpha_q": 1000 / 0.25 * unit}
 
@@ -69,8 +60,8 @@ class Args(RunArgs):
 def with_next_action(rows: TensorDict) -> TensorDict:
     """The dataset with two more row keys: the action recorded at the next row, and whether there is one.
 
-    There is none where an episode ends. After termination nothing is backed up; what a time limit cut has a next state
-    whose action nobody recorded, so q can't be backed up there, and q's loss leaves such a transition out.
+    At an episode's end there is no next action. After a termination none is needed. After a time limit there is a next
+    state, but no recorded action. So q can't be backed up there, and q's loss leaves such a transition out.
     """
     rows = rows.clone(recurse=False).unlock_()
     rows["next_action"] = rows["agents", "action"].roll(-1, 0)
@@ -82,8 +73,7 @@ def with_next_action(rows: TensorDict) -> TensorDict:
 
 
 def softmax_weights(x: Tensor, keep: Tensor) -> Tensor:
-    """exp(x) / Z over the kept entries of the batch (dimension 0), times their number: mean 1 over them, 0
-    elsewhere."""
+    """exp(x) / Z over the kept entries of the batch (dimension 0), times their number: a mean of 1, and 0 elsewhere."""
     return keep.sum(0) * x.masked_fill(~keep, torch.finfo(x.dtype).min).softmax(0).masked_fill(~keep, 0)
 
 
@@ -147,21 +137,13 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
             target.q(batch["next", "agents", "observation"], batch["next_action"]), batch["next", "state"]
         )
         A = advantage(q_all, q, networks.policy.logits(obs, mask)) if networks.q.discrete else q
-    L_q = q_loss(
-        networks.mixer(q, state, theta),
-        reward,
-        terminated,
-        batch["has_next"][:, 0],
-        q_tot_next,
-        args.alpha_q * args.reward_scale,
-        args.gamma,
-    )
-    # temperatures are scaled as the rewards of the batch are
-    log_prob = networks.policy.log_prob(obs, action, mask)
-    L_pi = policy_loss(theta[0], A, args.alpha * args.reward_scale, log_prob)
+    # the batch's rewards are scaled, so temperatures are too
+    alpha, alpha_q = args.alpha * args.reward_scale, args.alpha_q * args.reward_scale
+    q_tot, has_next = networks.mixer(q, state, theta), batch["has_next"][:, 0]
+    L_q = q_loss(q_tot, reward, terminated, has_next, q_tot_next, alpha_q, args.gamma)
+    L_pi = policy_loss(theta[0], A, alpha, networks.policy.log_prob(obs, action, mask))
     set_gradients(L_q + L_pi, list(networks.parameters()))
     optimizer.step()
-    update_target(target, networks, args.tau)
     return {"q_loss": L_q.detach(), "policy_loss": L_pi.detach(), "mean_q": q_tot_next.mean()}
 
 

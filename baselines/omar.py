@@ -1,17 +1,17 @@
 """OMAR (Pan et al. 2022, Plan Better Amid Conservatism: Offline Multi-Agent RL with Actor Rectification).
 
-Equations and hyperparameters are those of the version that was submitted to ICLR (openreview.net, 0EL4vLgYKRW).
+Equations and hyperparameters are those of the version submitted to ICLR (openreview.net, 0EL4vLgYKRW).
 
     python -m baselines.omar --env mamujoco --task hopper --quality medium-replay
 
-Independent learners: each agent has twin values q_i(o_i, a_i) of the team's reward (TD3) made conservative by CQL(H)
-(Kumar et al. 2020, Eq. 4), and no mixer. A conservative q has many local optima where a policy gradient gets stuck, so
-the actor is rectified: a zeroth-order search looks for an action of high q, and the policy is pulled towards it while
-it climbs q.
+Independent learners without a mixer: each agent has twin values q_i(o_i, a_i) of the team's reward (TD3), made
+conservative by CQL(H) (Kumar et al. 2020, Eq. 4). A conservative q has many local optima where a policy gradient gets
+stuck. So the actor is rectified: a zeroth-order search looks for an action with a high q, and the policy is pulled
+towards it while it climbs q.
 
-continuous actions: as published. The policy is deterministic (the mean of a Gaussian whose deviation is not trained);
-    the search samples actions from a Gaussian that moves to their softmax-weighted mean, and takes the best of the last
-    ones and the policy's own.
+continuous actions: as published. The policy is deterministic (the mean of a Gaussian whose deviation is not trained).
+    The search samples actions from a Gaussian, which moves to their softmax-weighted mean. It takes the best of the
+    last samples and of the policy's own action.
 discrete actions (published for continuous ones): with A actions the search is exhaustive and exact, a_hat = arg max of
     q_i over available actions. The gradient step climbs sum_a pi_i(a) q_i(a), exactly instead of through one action's
     slope, and the squared distance to a_hat becomes -log pi_i(a_hat). The target takes the target policy's most likely
@@ -32,21 +32,21 @@ from baselines.common import RunArgs, check, train
 from comadice_mixer import Q, make_policy
 from environments.checks import BadInput, run_script
 from support.flags import parse
-from support.seeds import set_gradients, update_target
+from support.seeds import set_gradients
 
 KEYS = [("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
-BOX = 1.0  # the simulator clips continuous actions to [-1, 1]; recorded ones beyond are read as it read them
+BOX = 1.0  # the simulator clips continuous actions to [-1, 1], so recorded actions are clipped too
 
 
-# Pan et al.'s tau by quality of the data, as the paper has it; 0.5 on qualities that it does not know. Their code has
-# these numbers on halfcheetah the other way round: 0.9 on medium-replay, 0.7 on medium, 0.5 on expert.
+# Pan et al.'s tau by quality of the data, as in the paper, and 0.5 for other qualities. Their code has the opposite
+# order on halfcheetah: 0.9 on medium-replay, 0.7 on medium, 0.5 on expert.
 RECTIFICATION = {"medium-replay": 0.5, "medium": 0.7, "expert": 0.9}
 
 
 @dataclass
 class Args(RunArgs):
     rectification: float | None = None
-    """weight of the distance to the search's action; 1 less it is q's (default by quality, see RECTIFICATION)"""
+    """weight c of the distance to the search's action; q has 1 - c (default by quality, see RECTIFICATION)"""
     search_steps: int = 3
     """continuous actions: steps of the search (Pan et al.)"""
     search_samples: int = 10
@@ -123,7 +123,7 @@ class Networks(nn.Module):
         self.policy = make_policy(n, O, A, discrete, args.hidden)
 
     def q_j(self, obs: Tensor, action: Tensor) -> Tensor:
-        """Both twins' values, [2, ..., n]."""
+        """Values of both twin networks, [2, ..., n]."""
         return torch.stack([q(obs, action) for q in self.q])
 
 
@@ -156,7 +156,7 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
             noise = args.cql_std * torch.randn_like(mean.expand(args.cql_samples, *mean.shape))
             uniform, drawn = torch.empty_like(noise).uniform_(-BOX, BOX), mean.clamp(-BOX, BOX) + noise
             density = -0.5 * (noise / args.cql_std).square() - math.log(args.cql_std * math.sqrt(2 * math.pi))
-            # a sample outside of the box has density inf: it is no part of the integral
+            # a sample outside of the box has density inf, since the integral is over the box
             inside = (drawn.abs() <= BOX).all(-1)
             log_density = torch.cat(
                 [
@@ -167,17 +167,16 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
             samples = torch.cat([uniform, drawn])
         q_j = networks.q_j(obs, action.clamp(-BOX, BOX))
         total = sampled_log_sum_exp(networks.q_j(obs.expand(len(samples), *obs.shape), samples), log_density)
-        # what the simulator does with it; outside of the box a_hat leads the mean back in
+        # clipped as in the simulator; a_hat pulls a mean outside of the box back
         clipped = mean.clamp(-BOX, BOX)
         L_pi = actor_loss(
             networks.q[0](obs, clipped), mean, search(networks.q[0], obs, clipped.detach(), args), args.rectification
         )
     L_td, L_cql = td_loss(q_j, reward, terminated, q_next_j, args.gamma), conservative_loss(total, q_j)
-    # each parameter has the gradient of its own loss alone
+    # each parameter gets only its own loss's gradient
     for loss, module in ((L_td + args.cql_alpha * L_cql, networks.q), (L_pi, networks.policy)):
         set_gradients(loss, list(module.parameters()))
     optimizer.step()
-    update_target(target, networks, args.tau)
     return {
         k: v.detach()
         for k, v in {"td_loss": L_td, "conservative_loss": L_cql, "policy_loss": L_pi, "mean_q": q_j.mean()}.items()

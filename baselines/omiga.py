@@ -3,12 +3,12 @@
     python -m baselines.omiga --env mamujoco --task hopper --quality medium-replay
 
 The team maximises its return less alpha KL(pi_tot, mu_tot). With q_tot = sum_i w_i(s) q_i + b(s) and v_tot = sum_i
-w_i(s) v_i + b(s) that regularisation of the team splits into one for each agent, at the temperature alpha / w_i:
-v_i(o_i) is the soft maximum (alpha / w_i) log E_mu_i[exp(w_i q_i / alpha)], learned in-sample by a convex loss, and
-pi_i is mu_i exp(w_i (q_i - v_i) / alpha), extracted by weighted behavioural cloning. Only recorded actions are ever
-evaluated, so no mask is needed but the policy's own.
+w_i(s) v_i + b(s) this splits into one problem per agent, at the temperature alpha / w_i. v_i(o_i) is the soft maximum
+(alpha / w_i) log E_mu_i[exp(w_i q_i / alpha)], learned from recorded actions by a convex loss. pi_i is
+mu_i exp(w_i (q_i - v_i) / alpha), extracted by weighted behavioural cloning. Only recorded actions are evaluated, so
+only the policy needs the mask.
 
-For continuous and discrete actions alike: q_i, v_i and pi_i differ in their heads only. The policy is make_policy's.
+It is the same for continuous and discrete actions, but for the heads of q_i and pi_i. make_policy makes the policy.
 """
 
 from dataclasses import dataclass
@@ -24,17 +24,17 @@ from baselines.common import RunArgs, check, train
 from comadice_mixer import LinearMixer, Nu, Q, make_policy
 from environments.checks import run_script
 from support.flags import parse
-from support.seeds import set_gradients, update_target
+from support.seeds import set_gradients
 
 KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
-Z_MAX = 10.0  # the exponent's bound, as in the authors' code
+Z_MAX = 10.0  # bound of the exponent, as in the authors' code
 
 
 def defaults(card: dict, unit: float) -> dict[str, float]:
     """alpha is 5 mean absolute rewards (`unit`), as ComaDICE's is.
 
-    The authors have 10 everywhere. A step of MaMuJoCo pays about 2 (Table 3), so 10 is 5 mean absolute rewards there.
-    Where a step pays 0.02, as in SMAX, 10 is 500 of them, and the method is plain BC.
+    The authors have 10 everywhere. In MaMuJoCo the mean absolute reward is about 2 (Table 3), so 10 is 5 of them. In
+    SMAX it is about 0.02, so 10 would be 500 of them, and the method plain BC.
     """
     return {"alpha": 5 * unit}
 
@@ -65,8 +65,7 @@ def v_loss(w: Tensor, q: Tensor, v: Tensor, alpha: float) -> Tensor:
     """E_D[exp(z_i) + w_i v_i / alpha], summed over agents; w_i and q_i are constants. Its minimum has E_mu_i[exp(z_i)]
     = 1.
 
-    Beyond Z_MAX exp is continued by its tangent: nothing overflows, and v_i is still pulled up where q_i is far above
-    it.
+    Beyond Z_MAX exp goes on as its tangent. So nothing overflows, and v_i is still pulled up if q_i is far above it.
     """
     z = exponent(w, q, v, alpha)
     exp_z = z.clamp(max=Z_MAX).exp() * (1 + (z - Z_MAX).relu())
@@ -103,20 +102,14 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
     with torch.no_grad():
         v_tot_next = target.mixer(target.v(batch["next", "agents", "observation"]), batch["next", "state"])
         w, q = target.mixer.weights(state), target.q(obs, action)
-    v, alpha = networks.v(obs), args.alpha * args.reward_scale  # as the rewards of the batch are scaled
+    v, alpha = networks.v(obs), args.alpha * args.reward_scale  # scaled as the batch's rewards are
     L_q = q_loss(networks.mixer(networks.q(obs, action), state), reward, terminated, v_tot_next, args.gamma)
     L_v = v_loss(w, q, v, alpha)
     L_pi = policy_loss(w, q, v, alpha, networks.policy.log_prob(obs, action, mask))
     set_gradients(L_q + L_v + L_pi, list(networks.parameters()))
     optimizer.step()
-    update_target(target, networks, args.tau)
-    return {
-        "q_loss": L_q.detach(),
-        "v_loss": L_v.detach(),
-        "policy_loss": L_pi.detach(),
-        "mean_q": q.mean(),
-        "mean_v": v.detach().mean(),
-    }
+    means = {"mean_q": q.mean(), "mean_v": v.detach().mean()}
+    return {"q_loss": L_q.detach(), "v_loss": L_v.detach(), "policy_loss": L_pi.detach()} | means
 
 
 # ---------------------------------------------------------------- the script

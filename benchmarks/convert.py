@@ -1,13 +1,13 @@
-"""Full-size rehearsal: conversion of sources with Table 3's sizes, and 200 updates of training on what comes out.
+"""Converts made-up sources of Table 3's sizes, and trains 200 updates on the results: do memory and time suffice?
 
     python -m benchmarks.convert                        # hopper, ant, corridor at full size: 17 GB, some minutes
     python -m benchmarks.convert --scale 0.02           # a fiftieth of the episodes
     python -m benchmarks.convert --names corridor --folder /mnt/big
 
-Sources hold noise: hopper medium-expert as a vault, ant medium-expert as OMIGA's HDF5, corridor medium as the authors'
-padded .npz. For each it prints the most anonymous memory (RssAnon) that conversion and training took above an
-interpreter with torch loaded, and the speed of conversion next to that of a plain copy of the same bytes in the same
-run (both start from a warm page cache where memory allows).
+The sources hold noise: hopper medium-expert as a vault, ant medium-expert as OMIGA's HDF5, corridor medium as the
+authors' padded .npz. For each it prints the peak of anonymous memory (RssAnon) of conversion and training, less that of
+Python with torch. It compares the speed of the conversion with a plain copy of the same bytes in the same run (both
+start with a warm page cache if memory allows).
 """
 
 import json
@@ -40,7 +40,7 @@ class Args:
     names: list[str] = field(default_factory=lambda: list(SOURCES))
     """which of hopper, ant and corridor"""
     folder: str | None = None
-    """where sources and datasets go for the time of the run (default: the system's temporary directory)"""
+    """folder for the sources and datasets, deleted at the end (default: the system's temporary directory)"""
     steps: int = 200
     """updates of each of the two stages"""
     threads: int = 1
@@ -54,7 +54,7 @@ def rss_anon() -> int:
 
 
 def measure(job: dict):
-    """In a process of its own: converts or trains, and prints a line of JSON with seconds and the peak of memory."""
+    """Runs in a separate process: converts or trains, and prints a line of JSON with seconds and peak memory."""
     import torch
 
     torch.set_num_threads(job["threads"])
@@ -90,7 +90,7 @@ def measure(job: dict):
 
 
 def lengths(rows: int, count: int, longest: int) -> list[int]:
-    """Rows of each episode: some of the greatest length, the others alike, about `rows` together."""
+    """The number of rows of each episode, about `rows` together. Some have the greatest length, all others the same."""
     mean = rows / count
     full = count if mean >= longest else max(round(0.5 * count * mean / longest), 1)
     rest = max(round((rows - full * longest) / max(count - full, 1)), 2)
@@ -105,7 +105,7 @@ def write_source(name: str, folder: Path, scale: float) -> Path:
     generator, noise = np.random.default_rng(0), {}
 
     def normal(*shape):
-        """Noise cut from one long strip, since drawing gigabytes would take longer than what is measured."""
+        """Noise cut from one long array, since drawing gigabytes would take longer than what is measured."""
         size = int(np.prod(shape))
         if noise.get("strip") is None or len(noise["strip"]) < 2 * size:
             noise["strip"] = generator.standard_normal(2 * size, dtype="f4")
@@ -211,14 +211,8 @@ def main(args: Args):
                 shutil.copyfile(file, folder / "copy" / str(i))
             copying = time.perf_counter() - start
             shutil.rmtree(folder / "copy")
-            convert = {
-                "source": str(source),
-                "format": format,
-                "env": env,
-                "task": task,
-                "quality": quality,
-                "out": str(folder / "out"),
-            }
+            convert = {"source": str(source), "format": format, "env": env, "task": task, "quality": quality}
+            convert["out"] = str(folder / "out")
             job = {"convert": convert, "runs": str(folder / "runs"), "steps": args.steps, "threads": args.threads}
             measured = {}
             for stage in ("convert", "train"):

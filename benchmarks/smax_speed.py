@@ -1,8 +1,8 @@
-"""Steps of SMAX battles a second, with a policy, without one, and in JaxMARL alone.
+"""Steps of SMAX battles per second: with a policy, without one, and with JaxMARL itself.
 
     python -m benchmarks.smax_speed --task zerg_10_vs_11 --battles 32
 
-Steps are counted over all battles. On a machine that does other work as well, look at the ratios and at steps a CPU
+Steps are counted over all battles. On a machine that does other work too, look at the ratios and at steps per CPU
 second.
 """
 
@@ -31,7 +31,7 @@ class Args:
 
 
 def measure(name: str, play: Callable[[int], None], args: Args, base: float | None = None) -> float:
-    """Times play(steps), after a tenth as many to compile and warm up; CPU seconds a step."""
+    """Times play(steps), after a tenth as many steps to compile and warm up. Returns CPU seconds per step."""
     play(max(args.steps // 10, 2))
     wall, cpu = time.perf_counter(), time.process_time()
     play(args.steps)
@@ -43,7 +43,7 @@ def measure(name: str, play: Callable[[int], None], args: Args, base: float | No
 
 
 def raw_player(env: SMAXEnv, actions: torch.Tensor) -> Callable[[int], None]:
-    """JaxMARL called directly: its step, which resets what is over, and its masks."""
+    """JaxMARL called directly: its masks and its step, which resets finished battles."""
     import jax
 
     simulator, B = env.simulator, env.batch_size[0]

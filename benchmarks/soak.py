@@ -1,18 +1,18 @@
-"""Kills the commands of this project at random moments, and looks whether anything was hurt.
+"""Kills the commands of this project at random moments, and checks that nothing is lost or damaged.
 
     python -m benchmarks.soak                   # 200 kills, SIGKILL and SIGTERM by turns
     python -m benchmarks.soak --kills 20 --jobs comadice bc
 
 Each command runs once undisturbed, at a small size. Then it is killed up to --each times in one folder, at moments
-drawn evenly over the time it takes, started again after each, and at last let to its end. What must hold:
+drawn evenly over the time that it takes. After each kill it is started again, and at last it runs to its end. Checked:
 
-    after a kill     no process of it is left; what lies under a final name is whole; SIGTERM ends with code 143, the
-                     line that says how to go on, and no traceback
-    at the end       training has the bits of the undisturbed run (checkpoint and metrics.csv); so have the files of a
-                     conversion and a download; collecting has made all its datasets
+    after a kill     None of its processes is left. Files under a final name are complete. SIGTERM ends with code 143,
+                     the line that says how to go on, and no traceback.
+    at the end       Training gives the bits of the undisturbed run (checkpoint and metrics.csv). So do conversion and
+                     download. Collecting has made all its datasets.
 
-A command is started by a fork of this process, which has imported what they need, so that a kill costs no seconds of
-imports; from there on it is what the command line does. Linux only.
+Each command runs in a fork of this process, which has imported everything. So no time is lost on imports. From there on
+it is what the command line does. Linux only.
 """
 
 import functools
@@ -39,7 +39,7 @@ import environments.threads  # noqa: F401 -- before torch
 import torch
 import tyro
 
-import baselines.icq  # noqa: F401 -- what the commands import, once for all
+import baselines.icq  # noqa: F401 -- imported once for all commands
 import comadice_train  # noqa: F401
 import offline_data.collect
 import offline_data.download  # noqa: F401
@@ -54,7 +54,7 @@ FORK = multiprocessing.get_context("fork")
 DEMO = ROOT / "data" / "mamujoco" / "hopper" / "demo"
 SMALL = ["--data", str(DEMO), "--evals", "4", "--eval-episodes", "2", "--hidden", "16", "--device", "cpu"]
 HOPPER = ["--env", "mamujoco", "--task", "hopper"]
-# What each job's command is called with, less its folder.
+# The command of each job, without its folder.
 JOBS = {
     "comadice": ["comadice_train.py", *SMALL, "--steps", "320", "--seeds", "0", "1", "2"],
     "bc": ["comadice_bc.py", *SMALL, "--steps", "640", "--seeds", "0", "1"],
@@ -69,26 +69,26 @@ JOBS = {
 @dataclass
 class Args:
     kills: int = 200
-    """how many, over all jobs"""
+    """number of kills over all jobs"""
     jobs: list[str] = field(default_factory=lambda: list(JOBS))
-    """which of comadice, bc, icq, collect, convert and download"""
+    """some of comadice, bc, icq, collect, convert and download"""
     each: int = 4
-    """kills of one command on its way to its end"""
+    """most kills of one command before it may end"""
     seed: int = 0
-    """of the moments"""
+    """seed of the moments"""
     folder: str | None = None
-    """where everything goes for the time of the soak (default: the system's temporary directory)"""
+    """folder for all files, deleted at the end (default: the system's temporary directory)"""
 
 
 class Hurt(Exception):
-    """Something that must hold does not."""
+    """Something was lost or damaged."""
 
 
 # ---------------------------------------------------------------- processes
 
 
 def as_command(words: list[str], log: Path):
-    """In a process of its own: what `python WORDS` does."""
+    """Does in a forked process what `python WORDS` does."""
     os.setsid()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
@@ -97,12 +97,12 @@ def as_command(words: list[str], log: Path):
     sys.orig_argv = ["python", *([] if name.endswith(".py") else ["-m"]), *words]
     os.chdir(ROOT)
     run = functools.partial(runpy.run_path, name) if name.endswith(".py") else functools.partial(runpy.run_module, name)
-    warnings.simplefilter("ignore", RuntimeWarning)  # of runpy, since the modules are here already
+    warnings.simplefilter("ignore", RuntimeWarning)  # runpy warns, since the modules are already imported
     run(run_name="__main__")
 
 
 def left_of(session: int) -> list[str]:
-    """The processes of a session that still run."""
+    """The processes of a session that are still running."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -121,7 +121,7 @@ def start(words: list[str], log: Path) -> multiprocessing.Process:
 
 
 def end_of(process, log: Path, what: str) -> int:
-    """Waits for a process and what it started; its exit code."""
+    """Waits for a process and those that it started. Returns its exit code."""
     process.join(120)
     if process.exitcode is None:
         process.kill()
@@ -138,7 +138,7 @@ def end_of(process, log: Path, what: str) -> int:
 
 
 def digest(value) -> str:
-    """Of a nested structure of tensors and plain values."""
+    """A hash of a nested structure of tensors and plain values."""
     hasher = hashlib.sha256()
 
     def add(value):
@@ -160,7 +160,7 @@ def digest(value) -> str:
 
 
 def check_whole(job: str, folder: Path):
-    """Raises Hurt where something under a final name can't be used."""
+    """Raises Hurt if a file under a final name can't be used."""
     try:
         for path in folder.rglob("checkpoint.pt"):
             load_checkpoint(path.parent)
@@ -176,7 +176,7 @@ def check_whole(job: str, folder: Path):
 
 
 def result(job: str, folder: Path) -> dict[str, str]:
-    """What must be the same however often a job was killed."""
+    """The part of a job's result that must be the same however often the job was killed."""
     if job == "collect":  # its simulator starts anew when it goes on: all datasets must be there
         return {path.parent.name: "" for path in folder.rglob("card.json")}
     if job in ("convert", "download"):
@@ -196,7 +196,7 @@ def result(job: str, folder: Path) -> dict[str, str]:
 
 
 def was_done(job: str, printed: str) -> bool:
-    """Whether a command refuses to run again because the kill before came after its last step."""
+    """Whether a command refuses to run again because the last kill came after its last step."""
     return job in ("convert", "download") and "is already there" in printed
 
 
@@ -213,7 +213,7 @@ def command(job: str, folder: Path, again: bool, source: Path, url: str) -> list
 
 
 def serve(folder: Path, port):
-    """A loopback server of a folder, with the parts of files that a download goes on with."""
+    """A server of a folder on this machine. It also sends parts of files, with which a download goes on."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def do_GET(self):
@@ -231,19 +231,19 @@ def serve(folder: Path, port):
             self.end_headers()
             for at in range(begin, len(data), 2**16):
                 self.wfile.write(data[at : at + 2**16])
-                time.sleep(0.01)  # so that a kill can fall into it
+                time.sleep(0.01)  # so that a kill can come in the middle
 
         def log_message(self, *args):
             pass
 
-    sys.stderr = open(os.devnull, "w")  # a client that is killed is no news
+    sys.stderr = open(os.devnull, "w")  # no messages about clients that are killed
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
     port.value = server.server_port
     server.serve_forever()
 
 
 def soak(args: Args, folder: Path) -> int:
-    """All kills; the number of them. Raises Hurt at the first thing that does not hold."""
+    """Makes all kills and returns their number. Raises Hurt at the first check that fails."""
     chance, log = random.Random(args.seed), folder / "log"
     source, zipped = folder / "source", folder / "served" / "prior_work" / "omiga" / "mamujoco" / "3hopper.zip"
     if {"convert", "download"} & set(args.jobs):
@@ -312,7 +312,7 @@ def soak(args: Args, folder: Path) -> int:
 
 
 def write_robots(path: Path) -> Path:
-    """A made-up recording of hopper in OMIGA's format, some seconds' work to convert."""
+    """A made-up recording of hopper in OMIGA's format. Converting it takes some seconds."""
     write_source("ant", path.parent, 0.002)
     import h5py
 

@@ -1,14 +1,14 @@
-"""How near an update is to the machine's limit: updates/s, the share of each part, and FLOP/s against bare matrix
-products.
+"""Compares the speed of an update with the machine's limit: updates/s, the share of each part, and FLOP/s against bare
+matrix products.
 
     python -m benchmarks.speed                                                     # three shapes, 1 and 5 seeds
     python -m benchmarks.speed --shapes hopper --seeds 1 --pair "python other.py"  # beside another, in turn
 
-The FLOP of an update are those of the fewest network evaluations that the equations need: a layer k -> n on m rows
-costs 2mkn forward, 2mkn for its weight's gradient and 2mkn for its input's, which a network's first layer does not
-need. The peak is the same products alone, torch.mm into memory that is there. Steps and products are timed in turn, in
-one run, and medians are compared: a shared machine drifts. The outside command prints "NUMBER updates/s" once a stage,
-critics and policy.
+The FLOP of an update are counted for the fewest network evaluations that the equations need. A layer k -> n on m rows
+costs 2mkn forward, 2mkn for its weight's gradient, and 2mkn for its input's gradient, which the first layer does not
+need. The peak is measured with the same products alone: torch.mm into existing memory. Steps and products are timed in
+turn, and their medians are compared, since the speed of a shared machine drifts. The command of --pair must print
+"NUMBER updates/s" once per stage, critics and policy.
 """
 
 import re
@@ -29,7 +29,7 @@ import comadice_train
 from comadice_mixer import make_policy
 from environments.checks import BadInput, pick_device, run_script
 from offline_data.replay import initial_rows, make_replay, minibatches
-from support.seeds import Graph, adam, make_generators, per_seed, set_gradients, stack, update_target
+from support.seeds import Graph, adam, make_generators, per_seed, set_gradients, stack, target_update
 
 SHAPES = {  # Table 3
     "hopper": {"n_agents": 3, "obs_dim": 14, "state_dim": 42, "action_dim": 1, "discrete": False},
@@ -45,9 +45,9 @@ class Args:
     seeds: list[int] = field(default_factory=lambda: [1, 5])
     """how many seeds are trained together"""
     steps: int = 60
-    """steps in a round"""
+    """steps per round"""
     rounds: int = 5
-    """rounds, the first besides as warm-up"""
+    """timed rounds; one more comes first as a warm-up"""
     rows: int = 5000
     """rows of the random dataset"""
     device: str = "auto"
@@ -107,7 +107,7 @@ def flop(products: list) -> int:
 
 
 class Timer:
-    """Seconds of a call; a GPU is waited for."""
+    """Seconds per call. It waits for the GPU."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -124,8 +124,8 @@ class Timer:
 
 
 def product_pass(shapes: list, seeds: int, device: torch.device):
-    """A function that does the products once for every seed: one by one, or batched over seeds where there are several;
-    on a GPU in a graph."""
+    """A function that computes the products once for every seed, batched over seeds if there are several. On a GPU it
+    is a graph."""
     lead = (seeds,) if seeds > 1 else ()
     tensor = lambda *shape: torch.randn(*lead, *shape, device=device)
     buffers = [(tensor(m, k), tensor(k, n), tensor(m, n)) for m, k, n in shapes]
@@ -146,7 +146,7 @@ def product_pass(shapes: list, seeds: int, device: torch.device):
 
 
 def critics_stage(rows: TensorDict, card: dict, seeds: int, args: Args, device: torch.device):
-    """(steps, parts): a function that makes args.steps updates as training does, and the parts of one by name."""
+    """(steps, parts): a function that makes args.steps updates as in training, and the parts of one update by name."""
     train, each = args.train, [comadice_train.make_critics(card, args.train).to(device) for _ in range(seeds)]
     critics, target = stack(each), stack(deepcopy(each))
     optimizer, generators = comadice_train.make_optimizer(critics, train), make_generators(list(range(seeds)), 1, rows)
@@ -170,7 +170,7 @@ def critics_stage(rows: TensorDict, card: dict, seeds: int, args: Args, device: 
         "losses": losses,
         "nu, theta": lambda: set_gradients(losses()[1].sum(), [*critics.nu.parameters(), *critics.mixer.parameters()]),
         "optimiser": optimizer.step,
-        "targets": lambda: update_target(target, critics, train.tau),
+        "targets": target_update(target, critics, train.tau),
     }
     if train.advantage == "q":
         parts["q"] = lambda: set_gradients(losses()[0].sum(), list(critics.q.parameters()))
@@ -178,7 +178,7 @@ def critics_stage(rows: TensorDict, card: dict, seeds: int, args: Args, device: 
 
 
 def policy_stage(rows: TensorDict, card: dict, seeds: int, args: Args, device: torch.device):
-    """The same of the policies' stage."""
+    """The same for the policies' stage."""
     sizes = card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], args.train.hidden
     each = [make_policy(*sizes).to(device) for _ in range(seeds)]
     policy, average = stack(each), stack(deepcopy(each))
@@ -196,11 +196,11 @@ def policy_stage(rows: TensorDict, card: dict, seeds: int, args: Args, device: t
             update(batch)
 
     parts = {"sample": lambda: [None for _ in draw()], "optimiser": optimizer.step}
-    return steps, parts | {"average": lambda: update_target(average, policy, weight)}
+    return steps, parts | {"average": target_update(average, policy, weight)}
 
 
 def outside(command: str) -> list[float]:
-    """Updates/s of each stage, as another implementation prints them."""
+    """Updates/s of each stage, printed by another implementation's command."""
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     found = [float(x) for x in re.findall(r"([\d.]+) (?:updates|steps)/s", done.stdout)]
     if done.returncode or not found:
@@ -249,20 +249,20 @@ def measure(shape: str, seeds: int, args: Args, device: torch.device):
         seconds, single = median(step[name]) / seeds, median(peak[name][1])
         G = flop(work[name]) / 1e9
         print(
-            f"  {name}: {1 / (seconds * seeds):.1f} updates/s, {1 / seconds:.1f} seed-updates/s; {G:.3f} GFLOP a seed, "
-            f"{G / seconds:.1f} GFLOP/s, "
+            f"  {name}: {1 / (seconds * seeds):.1f} updates/s, {1 / seconds:.1f} seed-updates/s; "
+            f"{G:.3f} GFLOP per seed, {G / seconds:.1f} GFLOP/s, "
             f"{100 * single / seconds:.0f}% of the products' {G / single:.1f}"
             + (f" (batched over seeds these reach {G / median(peak[name][seeds]):.1f})" if seeds > 1 else "")
         )
         if device.type == "cuda":
             print(f"    kernels run {100 * kernel_share(made[name][0]):.0f}% of the time")
             if args.train.graph:
-                continue  # its parts run eagerly here and would be no parts of a replay: --train.no-graph shows them
+                continue  # a graph's parts can't be timed; --train.no-graph shows them
         parts = {
             part: timer(run, 1 if part == "sample" else args.steps) / (args.steps if part == "sample" else 1)
             for part, run in made[name][1].items()
         }
-        if "losses" in parts:  # a gradient needs its losses computed anew, so they are taken off
+        if "losses" in parts:  # the time of a gradient includes its losses, so they are subtracted
             trained = {"q", "nu, theta"} & set(parts)
             parts |= {f"gradient of {part}": parts.pop(part) - parts["losses"] for part in sorted(trained)}
         print("    " + ", ".join(f"{part} {100 * value / (seconds * seeds):.0f}%" for part, value in parts.items()))

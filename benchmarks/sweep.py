@@ -1,21 +1,19 @@
-"""The grid objective x advantage x alpha x seed on one dataset, each objective's members trained as one batched
-computation.
+"""The grid objective x advantage x alpha x seed on one dataset. Each objective is trained as one batched computation.
 
     python -m benchmarks.sweep --data data/mamujoco/hopper/medium-replay --steps 20000 --out sweep.csv
 
-Every member is what `python comadice_train.py` with its flags and seed trains, but for the batches drawn, which depend
-there on when a run is evaluated, and for the mixer's first weights where w* is read both ways: then all critics have a
-q. The ratio between episodes is off: what is compared is w*. Of the --train flags, alpha, objective, advantage and
-those of every script but lr, hidden and batch_size have no effect here. Plain BC is a member too, once per --bc-lr. A
-member's score is the mean return over its last evaluations, since a policy's return swings from one checkpoint to the
-next. On a GPU the update is one CUDA graph, while the evaluations run in processes beside it.
+Every member is what `python comadice_train.py` trains with its flags and seed, with two exceptions. The batches differ,
+since in comadice_train.py they depend on the steps of evaluations. And if w* is computed both ways, all critics have a
+q, so the mixer's first weights differ. The ratio between episodes is off, since w* is what is compared. Of the --train
+flags, alpha, objective and advantage have no effect here, nor have the general ones but lr, hidden and batch_size.
+Plain BC is a member too, once per --bc-lr. A member's score is the mean return of its last evaluations, since single
+ones are noisy. On a GPU the update is one CUDA graph, and the evaluations run in processes beside it.
 """
 
 import csv
 import math
 import time
 from concurrent.futures import ProcessPoolExecutor
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -36,7 +34,7 @@ from offline_data.dataset import open_dataset
 from offline_data.facts import data_facts, mean_abs_reward
 from offline_data.replay import initial_rows, make_replay, minibatches
 from support.presets import OBJECTIVES
-from support.seeds import Graph, adam, make_generators, seed_states, stack
+from support.seeds import Graph, adam, make_generators, make_stacked, seed_states
 
 
 @dataclass
@@ -44,15 +42,15 @@ class Args:
     data: str
     """dataset directory"""
     out: str = "sweep.csv"
-    """a row a member"""
+    """CSV file to write, one row per member"""
     objectives: list[comadice_train.Objective] = field(default_factory=lambda: list(OBJECTIVES))
     """objectives to try"""
     advantages: list[Literal["td", "q"]] = field(default_factory=lambda: ["td", "q"])
-    """what w* is extracted from (`printed` and `released_nu` have q alone)"""
+    """what w* is computed from (`printed` and `released_nu` always use q)"""
     alphas: list[float] = field(default_factory=lambda: [0.01, 0.1, 1.0, 10.0, 100.0])
     """values of alpha"""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    """seeds of each cell"""
+    """seeds of each setting"""
     bc_lrs: list[float] = field(default_factory=lambda: [1e-4, 3e-4, 1e-3])
     """learning rates of plain BC"""
     steps: int = 20_000
@@ -60,7 +58,7 @@ class Args:
     last: int = 10
     """evaluations, spread over the last fifth of the policy's training"""
     episodes: int = 32
-    """episodes an evaluation"""
+    """episodes per evaluation"""
     processes: int = 2
     """processes that simulate"""
     device: str = "auto"
@@ -70,85 +68,61 @@ class Args:
 
 
 def resolved(train: comadice_train.Args, rows: TensorDict) -> comadice_train.Args:
-    """The flags of comadice_train.py as it fills them in; alpha is each member's own."""
+    """The flags of comadice_train.py, filled in as there. alpha is set for each member."""
     return comadice_train.resolve(replace(train, alpha=None), mean_abs_reward(rows))
 
 
 def train_critics(objective: str, rows: TensorDict, card: dict, args: Args) -> list[tuple[dict, torch.Tensor]]:
-    """Lines 3-8 for alphas x seeds at once.
+    """Lines 3 to 8 for alphas x seeds at once.
 
-    Returns (name of the cell and seed, w* of all transitions) of each member and advantage.
+    Returns (the member's setting and seed, w* of all transitions) for each member and advantage.
     """
     advantages = args.advantages if objective in ("semi", "exact") else ["q"]
     with_q = "q" if "q" in advantages else "td"
     train = resolved(replace(args.train, objective=objective, advantage=with_q), rows)
     members = [(alpha, seed) for alpha in args.alphas for seed in args.seeds]
-    device, each = rows["state"].device, []
-    for _, seed in members:
-        torch.manual_seed(seed)
-        each.append(comadice_train.make_critics(card, train).to(device))
-    critics, target = stack(each), stack(deepcopy(each))
+    device, seeds = rows["state"].device, [seed for _, seed in members]
+    critics, target = make_stacked(lambda: comadice_train.make_critics(card, train).to(device), seeds)
     alpha = torch.tensor([a * train.reward_scale for a, _ in members], device=device).reshape(critics.lam.shape)
     optimizer, data = comadice_train.make_optimizer(critics, train), data_facts(rows, train)
     update = Graph(comadice_train.make_critic_update(critics, target, optimizer, train, data, alpha))
-    generators = make_generators([seed for _, seed in members], 1, rows)
+    generators = make_generators(seeds, 1, rows)
     replay = make_replay(rows, comadice_train.CRITIC_KEYS, True, generators)
     initial = make_replay(rows, comadice_train.INIT_KEYS, False, generators, first=initial_rows(rows))
     batches = minibatches(0, {args.steps}, (replay, train.batch_size), (initial, train.init_batch_size))
     for _, batch, init in tqdm(batches, total=args.steps, desc=f"{objective}: {len(members)} critics", mininterval=2):
         update(batch, init)
-    results, model, first = [], each[0], rows[initial_rows(rows)[:1000]]
+    model, first, results = comadice_train.make_critics(card, train).to(device), rows[initial_rows(rows)[:1000]], []
     for (a, seed), state in zip(members, seed_states({"target": target}, generators)):
         model.load_state_dict(state["target"])
         for advantage in advantages:
             w = comadice_train.dataset_ratio(model, rows, replace(train, alpha=a, advantage=advantage), data)
             with torch.no_grad():
-                nu_init = (
-                    model.mixer(model.nu(first["agents", "observation"]), first["state"]).mean().item()
-                    / train.reward_scale
-                )
-            results.append(
-                (
-                    {
-                        "objective": objective,
-                        "advantage": advantage,
-                        "alpha": a,
-                        "seed": seed,
-                        "lr": train.lr,
-                        "nu_init": nu_init,
-                    },
-                    w,
-                )
-            )
+                nu_init = comadice_train.nu_tot(model, first).mean().item() / train.reward_scale
+            name = {"objective": objective, "advantage": advantage, "alpha": a, "seed": seed}
+            results.append((name | {"lr": train.lr, "nu_init": nu_init}, w))
     return results
 
 
 def train_policies(
     members: list[tuple[dict, torch.Tensor]], rows: TensorDict, card: dict, args: Args, pool
 ) -> list[dict]:
-    """Lines 9-12 for members of one learning rate at once. Returns a row each."""
-    device, each = rows["state"].device, []
-    for name, _ in members:
-        torch.manual_seed(name["seed"])
-        each.append(
-            make_policy(card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], args.train.hidden).to(
-                device
-            )
-        )
-    policy, average = stack(each), stack(deepcopy(each))
-    # A ratio that is zero or not finite trains nothing, and comadice_train.py refuses it: its member is trained on 1
+    """Lines 9 to 12 for members with the same learning rate at once. Returns one row per member."""
+    device, seeds = rows["state"].device, [name["seed"] for name, _ in members]
+    sizes = card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], args.train.hidden
+    policy, average = make_stacked(lambda: make_policy(*sizes).to(device), seeds)
+    # comadice_train.py refuses a ratio that is zero everywhere or not finite. Here such a member is trained with w = 1,
     # and not played.
     finite = [bool(torch.isfinite(w).all()) and bool(w.mean() > 0) for _, w in members]
     weighted = with_ratios(rows, {m: members[m][1] if ok else None for m, ok in enumerate(finite)})
-    generators = make_generators([name["seed"] for name, _ in members], 2, rows)
+    generators = make_generators(seeds, 2, rows)
     train = replace(resolved(args.train, rows), lr=members[0][0]["lr"], steps=args.steps)
     optimizer, weight = adam(list(policy.parameters()), train.lr, device), torch.ones((), device=device)
     update = Graph(make_policy_update(policy, average, optimizer, weight, len(members)))
     at = {args.steps - round(i * args.steps / 5 / args.last) for i in range(args.last)}
     jobs = []
-    batches = minibatches(
-        0, {args.steps}, (make_replay(weighted, POLICY_KEYS, False, generators), args.train.batch_size)
-    )
+    replay = make_replay(weighted, POLICY_KEYS, False, generators)
+    batches = minibatches(0, {args.steps}, (replay, args.train.batch_size))
     for step, batch in tqdm(batches, total=args.steps, desc=f"{len(members)} policies", mininterval=2):
         set_schedule(optimizer, weight, step, train)
         update(batch)
@@ -169,7 +143,7 @@ ENVS = {}
 
 
 def play(card: dict, parameters: dict, hidden: int, episodes: int, seed: int, step: int) -> tuple[float, float]:
-    """A policy's mean return and its winrate in percent (nan where there are no battles); runs in a worker process."""
+    """A policy's mean return and its winrate in percent (nan if there are no battles). Runs in a worker process."""
     torch.set_num_threads(1)
     if not ENVS:
         ENVS["env"] = eval_env(card, episodes)
@@ -190,14 +164,9 @@ def main(args: Args):
         rows = rows.to(device)
     table, began = [], time.time()
     with ProcessPoolExecutor(args.processes, mp_context=torch.multiprocessing.get_context("spawn")) as pool:
-        members = [
-            (
-                {"objective": "bc", "advantage": "", "alpha": "", "seed": seed, "lr": lr, "nu_init": math.nan},
-                torch.ones(card["samples"], device=device),
-            )
-            for lr in args.bc_lrs
-            for seed in args.seeds
-        ]
+        bc, uniform = {"objective": "bc", "advantage": "", "alpha": ""}, torch.ones(card["samples"], device=device)
+        rates = [(lr, seed) for lr in args.bc_lrs for seed in args.seeds]
+        members = [(bc | {"seed": seed, "lr": lr, "nu_init": math.nan}, uniform) for lr, seed in rates]
         for objective in args.objectives:
             members += train_critics(objective, rows, card, args)
         for lr in dict.fromkeys(name["lr"] for name, _ in members):
@@ -207,9 +176,9 @@ def main(args: Args):
         writer.writeheader()
         writer.writerows(table)
     print(
-        f"\n{card['env']} {card['task']} {card['quality']}: behaviour {card['return_mean']:.4g}, {args.steps} steps a "
-        "stage, "
-        f"{time.time() - began:.0f} s on {torch.cuda.get_device_name(device) if device.type == 'cuda' else device}"
+        f"\n{card['env']} {card['task']} {card['quality']}: behaviour {card['return_mean']:.4g}, {args.steps} steps "
+        f"per stage, {time.time() - began:.0f} s on "
+        f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else device}"
     )
     battles = card["discrete"]
     print(

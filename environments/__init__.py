@@ -1,4 +1,4 @@
-"""The simulators as TorchRL environments, and what every script checks.
+"""The simulators as TorchRL environments, and the checks that every script makes.
 
-Nothing of this project lies below this folder.
+This folder imports nothing else of this project.
 """

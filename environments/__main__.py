@@ -1,14 +1,14 @@
 """Lists the tasks and their sizes: `python -m environments`.
 
-The sizes are written down here, so that nothing has to be built or even installed (tests compare them with the
-simulators'). They are those of each env's first interface; mamujoco and smacv1 have more tasks than the paper's.
+The sizes are written down here, so no simulator has to be built, or even installed. Tests compare them with the
+simulators. They are those of each env's first interface. mamujoco and smacv1 have more tasks than those of the paper.
 """
 
 from importlib.util import find_spec
 
 from environments.checks import run_script
 
-# env, task | agents, entries of the state, of an agent's observation, of its action (battles: actions to choose from)
+# env, task | number of agents, sizes of the state, of one agent's observation and action (battles: number of actions)
 TASKS = """
 mamujoco  hopper             3   42   14   1
 mamujoco  ant                2  226  113   4

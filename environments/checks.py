@@ -1,6 +1,6 @@
-"""What every script checks: input that can't be used, flags out of range, the device.
+"""Checks that every script makes: bad input, flags out of range, the device.
 
-Importing it does not load torch.
+Importing this module does not load torch.
 """
 
 import math
@@ -14,35 +14,35 @@ if TYPE_CHECKING:
 
 
 class BadInput(ValueError):
-    """The user's input can't be used; the message says what is wrong and what to do. Scripts exit with code 2."""
+    """The user's input can't be used. The message says what is wrong and what to do. Scripts exit with code 2."""
 
 
 class NoSimulator(BadInput):
-    """No simulator for this env is installed here, or none exists; the message says which and how to get it."""
+    """This env's simulator is not installed, or there is no such env. The message says which, and how to get it."""
 
 
-FAILURES = []  # what fail_at_end was told
+FAILURES = []  # the messages of fail_at_end
 
 
 def fail_at_end(message: str):
-    """For what goes wrong beside work that goes on: the line is printed when the script ends, with exit code 1."""
+    """Reports a failure while other work goes on. The line is printed when the script ends, with exit code 1."""
     FAILURES.append(message)
 
 
 def run_script(main, *args, go_on: str = ""):
-    """Calls main(*args). Input that can't be used ends in one line and exit code 2, a stop as stops.py says.
+    """Calls main(*args). Bad input ends in one line and exit code 2. A stop ends as stops.py says.
 
-    `go_on` is the command that goes on after a stop, where it is not this one.
+    `go_on` is the command that goes on after a stop. By default it is this command.
     """
     FAILURES.clear()
     try:
         stops.catch()
         main(*args)
-    # A library that is interrupted may raise something else on the way out. So the signal counts, and not the type.
+    # A library that is interrupted may raise another exception. So the signal counts here, and not the type.
     except (Exception, stops.Stopped) as error:
         number = error.number if isinstance(error, stops.Stopped) else stops.raised()
         if number is not None:
-            # A new exception: one with a traceback, kept here, would keep the simulators and their processes alive.
+            # A new exception: the one with the traceback would keep the simulators and their processes alive.
             stop = stops.Stopped(number)
             stops.ignore()
             say_failures()
@@ -75,7 +75,7 @@ def check_positive(args, *names: str):
 def pick_device(name: str, tf32: bool = False) -> "torch.device":
     """Raises BadInput for a device that is not there.
 
-    With tf32, float32 matrix products use it from now on where they can.
+    With tf32, float32 matrix products use TF32 from now on where they can.
     """
     import torch
 
@@ -91,5 +91,5 @@ def pick_device(name: str, tf32: bool = False) -> "torch.device":
     if device.type not in ("cpu", "cuda"):
         raise BadInput(f"--device {name}: use cpu or cuda")
     if device.index is not None and device.type == "cuda":
-        torch.cuda.set_device(device)  # streams and graphs are the current GPU's
+        torch.cuda.set_device(device)  # streams and graphs belong to the current GPU
     return device

@@ -1,6 +1,6 @@
 """Multi-Agent MuJoCo as a TorchRL environment: robots whose joints are shared out among agents.
 
-The keys of its TensorDicts stand in simulators.py.
+simulators.py lists the keys of its TensorDicts.
 """
 
 import warnings
@@ -16,13 +16,13 @@ from environments.checks import BadInput, NoSimulator
 # The paper's tasks (Section 6.1). Any other scenario and partition is written out: "walker2d_2x3".
 MAMUJOCO_TASKS = {"hopper": ("Hopper", "3x1"), "ant": ("Ant", "2x4"), "halfcheetah": ("HalfCheetah", "6x1")}
 
-MOST_OBSK = 99  # joints away; gymnasium-robotics looks at each distance in turn, and no robot has that many
+MOST_OBSK = 99  # joints; more than any robot has. gymnasium-robotics tries each distance in turn, which takes time
 
 
 def import_robotics():
-    """Imports gymnasium-robotics without its notice about AdroitHand, hands that nothing here uses.
+    """Imports gymnasium-robotics without its notice about AdroitHand, which is not used here.
 
-    It prints one at import where Farama's package of notices has an entry for its version.
+    The notice comes from Farama's package of notices, if that has an entry for the installed version.
     """
     try:
         from farama_notifications import notifications
@@ -61,7 +61,7 @@ def mamujoco_scenario(task: str) -> tuple[str, str]:
 
 
 def mamujoco_team(task: str) -> tuple[str, str, int, int]:
-    """(scenario, partition, agents, entries of an agent's action) of a task.
+    """(scenario, partition, number of agents, size of one agent's action) of a task.
 
     Raises NoSimulator as mamujoco_scenario does, BadInput for a partition that does not exist or has agents of
     different sizes.
@@ -71,7 +71,7 @@ def mamujoco_team(task: str) -> tuple[str, str, int, int]:
 
     try:
         parts, _, _ = get_parts_and_edges(scenario, partition)
-    except Exception as error:  # gymnasium-robotics has no other type for a partition that it does not know
+    except Exception as error:  # this is what gymnasium-robotics raises for an unknown partition
         raise BadInput(
             f"mamujoco task '{task}': {scenario} has no partition '{partition}' in gymnasium-robotics"
         ) from error
@@ -95,18 +95,18 @@ def benchmark_observation(raw: np.ndarray, n: int) -> np.ndarray:
 
 
 class MaMuJoCoEnv(EnvBase):
-    """`num_envs` robots of one MaMuJoCo task, stepped one after another in this process.
+    """`num_envs` robots of one MaMuJoCo task. This process steps them one after another.
 
     Two interfaces:
-    - agent_obsk=None, the benchmark's (that of the public datasets): every agent sees the whole single-agent
-      observation followed by its one-hot id, standardised over that vector's own entries; the state is the agents'
-      vectors side by side; the agents' actions go to the actuators in plain order.
-    - agent_obsk=k, gymnasium-robotics' own: every agent sees its joints and those within k joints of it (padded with
-      zeros to one width, since agents share networks), the state is the single-agent observation, and the
-      partition says which actuator an action drives.
+    - agent_obsk=None is the benchmark's, which the public datasets use. Every agent sees the whole single-agent
+      observation, followed by its one-hot id, and standardised over the entries of this vector. The state is the
+      agents' vectors side by side. The agents' actions go to the actuators in plain order.
+    - agent_obsk=k is gymnasium-robotics' own. Every agent sees its joints and those within k joints of it, padded with
+      zeros to one width, since agents share networks. The state is the single-agent observation. The partition says
+      which actuator an action drives.
 
-    Actions are handed to the simulator as they are; MuJoCo clips the controls, while a control cost in the reward
-    counts the action itself, exactly as in the single-agent environment.
+    Actions are passed to the simulator as they are. MuJoCo clips the controls. A control cost in the reward counts the
+    action itself, exactly as in the single-agent environment.
     """
 
     batch_locked = True
@@ -119,15 +119,15 @@ class MaMuJoCoEnv(EnvBase):
         import mujoco
         from gymnasium_robotics import mamujoco_v1
 
-        # MuJoCo repeats its warnings for every robot; Python's own show each text once.
+        # MuJoCo repeats its warnings for every robot. As Python warnings each text is shown once.
         mujoco.set_mju_user_warning(warnings.warn)
         self.agent_obsk = agent_obsk
-        # The benchmark ran on MuJoCo 2.0, which left Ant's contact forces, and so their cost, at zero.
+        # The benchmark ran on MuJoCo 2.0. It left Ant's contact forces at zero, and so their cost.
         no_contact = {"include_cfrc_ext_in_observation": False, "contact_cost_weight": 0.0}
         kwargs = no_contact if scenario == "Ant" and agent_obsk is None else {}
         try:
             self.robots = [mamujoco_v1.parallel_env(scenario, partition, agent_obsk, **kwargs) for _ in range(num_envs)]
-        except (IndexError, ValueError) as error:  # a scenario's model that this version of MuJoCo does not take
+        except (IndexError, ValueError) as error:  # this version of MuJoCo can't load the scenario's model
             raise BadInput(
                 f"mamujoco task '{task}': gymnasium-robotics can't build it with this MuJoCo ({error})"
             ) from error
@@ -171,7 +171,7 @@ class MaMuJoCoEnv(EnvBase):
         )
 
     def _view(self) -> TensorDict:
-        """What the agents and the mixers see of self.raw."""
+        """The agents' observations and the state, made of self.raw."""
         B = self.raw.shape[0]
         if self.agent_obsk is None:
             obs = benchmark_observation(self.raw, self.n)
@@ -185,7 +185,7 @@ class MaMuJoCoEnv(EnvBase):
         )
 
     def _set_seed(self, seed: int | None):
-        """Seeds every robot apart, from its next reset on."""
+        """Gives each robot its own seed, which counts from its next reset on."""
         if seed is not None:
             self.seeds = [int(s.generate_state(1)[0]) for s in np.random.SeedSequence(seed).spawn(len(self.robots))]
 
@@ -199,7 +199,7 @@ class MaMuJoCoEnv(EnvBase):
         return self._view().update(self.full_done_spec.zero())
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
-        """Steps the robots that "_step" selects (all without it); the others' entries repeat, with reward 0."""
+        """Steps the robots that "_step" selects, or all. The others' entries repeat, with reward 0."""
         B = len(self.robots)
         actions = tensordict["agents", "action"].detach().cpu().numpy().astype(np.float64)
         stepping = tensordict.get("_step", None)

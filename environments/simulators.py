@@ -7,14 +7,14 @@
     env.set_seed(0)
     td = env.reset()
 
-Every environment speaks the same TensorDict keys (n agents, B environments):
+Every environment uses the same TensorDict keys (n agents, B environments):
 
     ("agents", "observation")  [B, n, O]  float32
     ("agents", "action")       [B, n, A]  float32, or [B, n] int64 where actions are discrete
     ("agents", "action_mask")  [B, n, A]  bool, the available actions (discrete only)
     "state"                    [B, S]     float32, the global state that the mixers condition on
     "reward"                   [B, 1]     float32, one reward for the team
-    "done", "terminated", "truncated"  [B, 1]  bool; truncated is the time limit, terminated a fall or a battle decided
+    "done", "terminated", "truncated"  [B, 1]  bool; truncated: the time limit; terminated: a fall or a decided battle
     "battle_won"               [B, 1]     bool (battles only)
 
 `python -m environments` lists the tasks and their sizes.
@@ -41,7 +41,7 @@ INTERFACES = {
 
 
 def check_task(env: str, task: str):
-    """Raises NoSimulator for an env or a task that is unknown, or one of MaMuJoCo where that is not installed."""
+    """Raises NoSimulator for an unknown env or task. For mamujoco and smax also where the simulator is missing."""
     if env not in INTERFACES:
         raise NoSimulator(f"unknown env '{env}': there are {', '.join(INTERFACES)}")
     if env == "mamujoco":
@@ -87,7 +87,7 @@ def make_env(
 
 
 def in_processes(workers: int, make, device) -> ParallelEnv:
-    """make() in so many processes, which leave Ctrl-C and SIGTERM to this one."""
+    """make() in each of `workers` processes. They leave Ctrl-C and SIGTERM to this process."""
     env = ParallelEnv(workers, partial(stops.in_worker, make, os.getpid()), device=device)
     with stops.not_for_children():
         env.start()
@@ -95,16 +95,30 @@ def in_processes(workers: int, make, device) -> ParallelEnv:
 
 
 def close_env(env: EnvBase):
-    """Closes an environment that may have been stopped in the middle of a step; no process of it is left."""
+    """Closes an environment and ends its processes, even if it was stopped in the middle of a step."""
     workers = env.__dict__.get("_workers", [])  # of TorchRL's ParallelEnv
     try:
         if not env.is_closed:
             env.close(raise_if_closed=False)
     except (OSError, EOFError, RuntimeError, AttributeError):
-        pass  # a worker is gone, or answers the step that nobody waits for: the next lines end it
+        pass  # a worker has died, or still answers the step that was stopped: the next lines end it
     for worker in set(workers) & set(multiprocessing.active_children()):
         worker.kill()
         worker.join()
+
+
+def check_sizes(env: EnvBase, card: dict):
+    """Raises BadInput if an environment's sizes differ from those on a dataset's card."""
+    n, O = env.observation_spec["agents", "observation"].shape[-2:]
+    S = env.observation_spec["state"].shape[-1]
+    action_key = ("agents", "action_mask" if card["discrete"] else "action")
+    A = (env.observation_spec if card["discrete"] else env.full_action_spec)[action_key].shape[-1]
+    for key, value in {"n_agents": n, "obs_dim": O, "state_dim": S, "action_dim": A}.items():
+        if card[key] != value:
+            raise BadInput(
+                f"the dataset's {key} is {card[key]}, the simulator of {card['env']} {card['task']} has {value}: it "
+                "was made with another interface or version"
+            )
 
 
 def engine(env: str) -> str:

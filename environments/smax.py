@@ -1,32 +1,31 @@
-"""SMAX as a TorchRL environment: StarCraft-like battles of JaxMARL (github.com/FLAIROX/JaxMARL), with no game
-installed.
+"""SMAX as a TorchRL environment: battles like StarCraft's, from JaxMARL (github.com/FLAIROX/JaxMARL), without the game.
 
     env = SMAXEnv("zerg_10_vs_11", num_envs=32)     # 32 battles, stepped by one compiled call
     env.set_seed(0)
     td = env.reset()
 
-SMAX is not StarCraft II: six unit types with stats of their own neither heal, splash nor explode; they move in four
-directions on an empty 32 x 32 map whose edge kills; the enemy is scripted (shoot the closest, else walk to whom it
-sees); battles end after 101 steps (JaxMARL's limit of 100 counts from 0). A task's name says which of SMAC's tasks it
-follows, and results name the engine().
+SMAX is not StarCraft II. It has six unit types with other stats, and none heals, splashes or explodes. Units move in
+four directions on an empty 32 x 32 map, and die at its edge. The enemy is scripted: it shoots the closest unit, or
+walks to one that it sees. Battles end after 101 steps (JaxMARL's limit of 100 counts from 0). A task has the name of
+the SMAC task that it follows. Results name the engine().
 
 TensorDict keys of B battles with n agents against m enemies:
 
     ("agents", "observation")  [B, n, O]  float32; all zero for a dead agent
-    ("agents", "action_mask")  [B, n, A]  bool, the available actions; a dead agent has its stop (action 4) alone
+    ("agents", "action_mask")  [B, n, A]  bool, the available actions; a dead agent can only stop (action 4)
     ("agents", "action")       [B, n]     int64: 0-3 move up, right, down and left, 4 stops, 5 + j attacks enemy j
     "state"                    [B, S]     float32, JaxMARL's world state, with positions over the map's size and
                                           cooldowns from 0 on
     "battle_won"               [B, 1]     bool, the allies have won this battle; it stays so until the battle is reset
     "reward"                   [B, 1]     float32: the share of its health that an enemy lost, averaged over enemies,
                                           and 1 for the victory
-    "done", "terminated", "truncated"  [B, 1]  bool; truncated is the time limit, terminated is a battle decided
+    "done", "terminated", "truncated"  [B, 1]  bool; truncated: the time limit; terminated: the battle is decided
 
-Nothing checks an action against its mask: SMAX lets an attack on a dead or distant enemy pass as a stop, and a dead
-agent do nothing.
+No action is checked against its mask. SMAX takes an attack on a dead or distant enemy as a stop, and ignores the
+actions of dead agents.
 
-JAX computes on its own default device. On a GPU it claims most of the memory at its first use; set the environment
-variable XLA_PYTHON_CLIENT_PREALLOCATE=false where PyTorch needs some.
+JAX computes on its own default device. On a GPU it takes most of the memory at its first use. Where PyTorch needs some,
+set the environment variable XLA_PYTHON_CLIENT_PREALLOCATE=false.
 """
 
 import functools
@@ -43,10 +42,10 @@ from torchrl.envs import EnvBase
 
 from environments.checks import NoSimulator
 
-# SMACv2's tasks: a race and a size; of each race the units that SMAX has.
+# SMACv2's tasks are a race and a size. Of each race these are the units that SMAX has.
 RACES = {"protoss": ("stalker", "zealot"), "terran": ("marine", "marauder"), "zerg": ("zergling", "hydralisk")}
 SIZES = {"5_vs_5": (5, 5), "10_vs_10": (10, 10), "10_vs_11": (10, 11), "20_vs_20": (20, 20), "20_vs_23": (20, 23)}
-# SMACv1's maps whose units SMAX has: allies, enemies.
+# SMACv1's maps whose units all exist in SMAX: allies, enemies.
 SMACV1_TASKS = {
     "3m": ({"marine": 3}, {"marine": 3}),
     "8m": ({"marine": 8}, {"marine": 8}),
@@ -65,8 +64,8 @@ TASKS = [f"{race}_{size}" for race in RACES for size in SIZES] + list(SMACV1_TAS
 
 
 def import_jaxmarl():
-    """Imports JaxMARL's SMAX without the lines that it prints, and keeps sys.stdout and sys.stderr, which it sets anew
-    on the way."""
+    """Imports JaxMARL's SMAX, without the lines that it prints. The import replaces sys.stdout and sys.stderr, so they
+    are put back."""
     streams = sys.stdout, sys.stderr, sys.__stdout__
     sys.stdout = sys.__stdout__ = io.StringIO()
     try:
@@ -113,8 +112,7 @@ def make_simulator(task: str):
         n, m = (sum(team.values()) for team in teams)
         return HeuristicEnemySMAX(scenario=Scenario(jnp.array(types, jnp.uint8), n, m, False, False))
 
-    # Every unit type is equally likely, as SMACv2's weights have it without a third type. The tables keep the race's
-    # rows alone.
+    # Every unit type is equally likely, as in SMACv2 without a third type. The tables keep only the race's rows.
     race, size = task.split("_", 1)
     n, m = SIZES[size]
     rows = [names.index(unit) for unit in RACES[race]]
@@ -125,8 +123,8 @@ def make_simulator(task: str):
     }
     simulator = HeuristicEnemySMAX(scenario=Scenario(jnp.zeros(n + m, jnp.uint8), n, m, True, True), **tables)
 
-    # JaxMARL mirrors the allies' types to the first n enemies, as SMACv2 does, but leaves the others at type 0 instead
-    # of drawing them (its draw is dropped).
+    # The first n enemies have the allies' types, as in SMACv2. JaxMARL leaves the other enemies at type 0, since it
+    # drops what it draws for them. So they are drawn here.
     generator = simulator.unit_type_generator
     mirrored = generator.generate
 
@@ -140,14 +138,15 @@ def make_simulator(task: str):
 
 @functools.cache
 def compiled(task: str):
-    """(simulator, reset, step): JaxMARL's environment of one battle, and what plays B of them at once.
+    """(simulator, reset, step): JaxMARL's environment of one battle, and functions that play B battles at once.
 
-    A battle is {"key": its random key, "world": JaxMARL's state}; what is given to reset and step is used up.
+    A battle is {"key": its random key, "world": JaxMARL's state}. Don't use battles again that were given to reset or
+    step: their memory is reused.
 
     reset(battles, which [B] bool)                        -> battles, view
     step(battles, action [B, n] int, which [B] bool)      -> battles, view with reward, terminated, truncated and done
 
-    Cached, so that environments of the same task compile once in a process.
+    The result is cached, so a process compiles each task once.
     """
     import jax
     import jax.numpy as jnp
@@ -155,13 +154,13 @@ def compiled(task: str):
     simulator = make_simulator(task)
     n = simulator.num_allies
     teams = lambda alive: (alive[:n].any(), alive[n:].any())
-    # Battles from JaxMARL's reset and step differ in weak types, which would compile step twice; chosen beside an old
-    # battle they are alike.
+    # Battles from JaxMARL's reset and from its step differ in weak types, so step would compile twice. jnp.where with
+    # an old battle makes them alike.
     choose = lambda which, new, old: jax.tree.map(lambda x, y: jnp.where(which, x, y), new, old)
 
     def scaled_state(world):
-        """JaxMARL leaves positions at up to 32 and lets cooldowns of weapons at rest fall without end, which no mixer
-        takes well."""
+        """The state with positions in [0, 1] and no negative cooldowns. In JaxMARL positions go up to 32, and the
+        cooldown of a weapon that is not used falls without end. That is bad input for a mixer."""
         state, F = simulator.get_world_state(world), len(simulator.own_features)
         units, rest = jnp.split(state, [F * simulator.num_agents])
         units = (
@@ -209,11 +208,10 @@ def compiled(task: str):
 
 
 class SMAXEnv(EnvBase):
-    """`num_envs` battles of one task, stepped together by one compiled call. JaxMARL's own resets in mid-step are not
-    used.
+    """`num_envs` battles of one task, stepped together by one compiled call. JaxMARL's automatic resets are not used.
 
-    Battles that "_step" does not select stand still, as in every environment here; so do battles that are over, until
-    their reset.
+    Battles that "_step" does not select stand still, as in every environment here. So do battles that are over, until
+    they are reset.
     """
 
     batch_locked = True
@@ -226,8 +224,8 @@ class SMAXEnv(EnvBase):
 
         self.simulator, self.compiled_reset, self.compiled_step = compiled(task)
         self.n = self.simulator.num_allies
-        # Empty battles, which the first reset replaces. They are committed to a device as compiled calls' results are,
-        # or step would compile twice.
+        # Empty battles, which the first reset replaces. They are put on a device, as the results of compiled calls are.
+        # Otherwise step would compile twice.
         _, world = jax.eval_shape(self.simulator.reset, jax.random.PRNGKey(0))
         self.jax_device = jax.devices()[0]
         self.battles = {
@@ -236,7 +234,7 @@ class SMAXEnv(EnvBase):
             )
         }
         self._set_seed(None)
-        # JAX takes over actions and flags without a copy where they already are on this device.
+        # JAX takes actions and flags without a copy if they are already on this device.
         self.torch_device = torch.from_dlpack(self.battles["key"]).device
 
         B, n = num_envs, self.n
@@ -265,7 +263,7 @@ class SMAXEnv(EnvBase):
         )
 
     def _set_seed(self, seed: int | None):
-        """Gives every battle a random stream of its own, from which all its later steps and resets draw."""
+        """Gives every battle its own random stream. All its later steps and resets draw from it."""
         import jax
 
         streams = np.random.SeedSequence(seed).spawn(self.batch_size[0])
@@ -286,7 +284,7 @@ class SMAXEnv(EnvBase):
         return TensorDict(view | {"agents": agents}, self.batch_size, device=self.device)
 
     def _selected(self, tensordict: TensorDictBase | None, name: str):
-        """[B] bool for JAX: the battles that a flag of TorchRL selects, all of them without it."""
+        """[B] bool for JAX: the battles that a flag of TorchRL selects. Without the flag these are all."""
         flag = None if tensordict is None else tensordict.get(name, None)
         return self._to_jax(torch.ones(self.batch_size, dtype=torch.bool) if flag is None else flag.reshape(-1))
 
@@ -295,7 +293,7 @@ class SMAXEnv(EnvBase):
         return self._to_torch(view).update(self.full_done_spec.zero())
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
-        """Steps the battles that "_step" selects (all without it); the others' entries repeat, with reward 0."""
+        """Steps the battles that "_step" selects, or all. The others' entries repeat, with reward 0."""
         action = self._to_jax(tensordict["agents", "action"])
         self.battles, view = self.compiled_step(self.battles, action, self._selected(tensordict, "_step"))
         return self._to_torch(view)

@@ -1,23 +1,23 @@
 """StarCraft II battles as a TorchRL environment: SMACv2's and SMACv1's tasks, on TorchRL's SMACv2Env and the smacv2
 package.
 
-smacv2 (github.com/oxwhirl/smacv2), the game and the SMAC maps are installed apart from requirements.txt, see the
-README.
+requirements.txt does not install smacv2 (github.com/oxwhirl/smacv2), the game and the SMAC maps. The README says how.
 
 TensorDict keys of one game (n agents, A actions); several games run side by side in TorchRL's ParallelEnv:
 
     ("agents", "observation")  [n, O]  float32
-    ("agents", "action_mask")  [n, A]  bool, the available actions; a dead agent has its no-op (action 0) alone
+    ("agents", "action_mask")  [n, A]  bool, the available actions; a dead agent has only the no-op (action 0)
     ("agents", "action")       [n]     int64
     "state"                    [S]     float32
     "reward"                   [1]     float32
-    "done", "terminated", "truncated"  [1]  bool; truncated is the time limit, terminated is a battle decided
+    "done", "terminated", "truncated"  [1]  bool; truncated: the time limit; terminated: the battle is decided
     "battle_won"               [1]     bool, on the step that won the battle
-    "game_died"                [1]     bool: the game crashed, what it played since the reset is no battle and must be
-                                       played again
+    "game_died"                [1]     bool: the game crashed. What it played since the reset does not count and
+                                       must be played again
 
-What TorchRL's wrapper and smacv2 leave open is closed here: seeds (set_seed), a time limit that reads as termination, a
-crashed game that reads as a lost battle, a reset that fails or starts a second game, and the reward's scale.
+This file mends what TorchRL's wrapper and smacv2 leave open: seeds (set_seed), a time limit that looks like a
+termination, a crashed game that looks like a lost battle, a reset that fails or starts a second game, and the reward's
+scale.
 """
 
 import importlib.metadata
@@ -43,7 +43,7 @@ RACES = {
 SIZES = ["5_vs_5", "10_vs_10", "10_vs_11", "20_vs_20", "20_vs_23"]
 SMACV2_TASKS = [f"{race}_{size}" for race in RACES for size in SIZES]
 SMACV1_TASKS = ["2c_vs_64zg", "5m_vs_6m", "6h_vs_8z", "corridor"]  # the paper's; every other SMAC map works too
-RESTARTS = 3  # games launched in a row before a reset gives up
+RESTARTS = 3  # a reset gives up after this many failed launches
 
 HOW_TO_INSTALL = (
     "install smacv2, the game and the SMAC maps as the README says, or play without the game with --env smax"
@@ -51,10 +51,7 @@ HOW_TO_INSTALL = (
 
 
 def check_task(env: str, task: str):
-    """Raises NoSimulator for a task that does not exist.
-
-    Names of SMAC maps beyond the paper's are known to smacv2 alone.
-    """
+    """Raises NoSimulator for a task that does not exist. Only smacv2 knows the SMAC maps beyond those of the paper."""
     if env == "smacv2" and task not in SMACV2_TASKS:
         raise NoSimulator(f"unknown smacv2 task '{task}': use RACE_SIZE with {', '.join(RACES)} and {', '.join(SIZES)}")
     if env == "smacv1" and task not in SMACV1_TASKS:
@@ -70,32 +67,18 @@ def check_task(env: str, task: str):
 
 
 def game_config(env: str, task: str) -> dict:
-    """smacv2's arguments for a task; the benchmark's configuration for SMACv2, SMAC's own defaults for SMACv1."""
-    common = {
-        "difficulty": "7",
-        "step_mul": 8,
-        "move_amount": 2,
-        "reward_win": 200,
-        "reward_death_value": 10,
-        "reward_scale_rate": 20,
-        "obs_all_health": True,
-        "obs_own_health": True,
-        "obs_last_action": False,
-        "state_last_action": True,
-        "continuing_episode": True,  # its one effect is that info names the time limit, which nothing else does
-    }
+    """smacv2's arguments for a task: the benchmark's configuration for SMACv2, SMAC's defaults for SMACv1."""
+    common = {"difficulty": "7", "step_mul": 8, "move_amount": 2}
+    common |= {"reward_win": 200, "reward_death_value": 10, "reward_scale_rate": 20}
+    common |= {"obs_all_health": True, "obs_own_health": True, "obs_last_action": False, "state_last_action": True}
+    common["continuing_episode"] = True  # so that info says when the time limit ended a battle; it has no other effect
     if env == "smacv1":
         return common | {"map_name": task}
     race, size = task.split("_", 1)
     n_units, n_enemies = (int(number) for number in size.split("_vs_"))
     units, weights, exceptions = RACES[race]
-    team = {
-        "dist_type": "weighted_teams",
-        "unit_types": units,
-        "weights": weights,
-        "exception_unit_types": exceptions,
-        "observe": True,
-    }
+    team = {"dist_type": "weighted_teams", "unit_types": units, "weights": weights, "observe": True}
+    team["exception_unit_types"] = exceptions
     start = {"dist_type": "surrounded_and_reflect", "p": 0.5, "map_x": 32, "map_y": 32}
     return common | {
         "map_name": f"10gen_{race}",
@@ -138,8 +121,8 @@ def engine() -> str:
 
 
 def unit_features(game, units: dict, allies: bool) -> dict[str, np.ndarray]:
-    """What the observations say of each unit, [units, ...]: alive, x, y, health, and cooldown, shield and type where
-    they exist."""
+    """The observed features of each unit, [units, ...]: alive, x, y, health; and cooldown, shield and type where they
+    exist."""
     units = list(units.values())
     shields = game.shield_bits_ally if allies else game.shield_bits_enemy
     features = {
@@ -163,8 +146,8 @@ def benchmark_view(game) -> tuple[np.ndarray, np.ndarray]:
     """Observations [n, O] and agents' states [n, S] of the public SMACv1 datasets, from smacv2's game object.
 
     That is the SMAC variant of the MAPPO code (github.com/marlbenchmark/on-policy), with agent ids and last actions:
-    blocks of allies, enemies, moves, self and id. The state of agent i sees units beyond its sight too, and says where
-    they are on the map; both are zero but for the id once the agent is dead.
+    blocks of allies, enemies, moves, self and id. The state of agent i also holds the units beyond its sight, and their
+    place on the map. Once the agent is dead, both are zero but for the id.
     """
     n, sight = game.n_agents, 9.0
     ally, enemy = unit_features(game, game.agents, True), unit_features(game, game.enemies, False)
@@ -217,19 +200,16 @@ def benchmark_sizes(game) -> tuple[int, int]:
 
 
 def unit_type_id(game, unit, ally: bool) -> int:
-    """A unit's type on a SMAC map as SMAC counts it.
-
-    (smacv2 takes allies, whose types have ids of their own, for enemies.)
-    """
+    """A unit's type on a SMAC map, numbered as in SMAC. (smacv2 gives allies the numbers of enemies.)"""
     return unit.unit_type - game._min_unit_type if ally else type(game).get_unit_type_id(game, unit, ally)
 
 
 def empty_map(game):
-    """Kills all units of a SMAC map, whose trigger then puts new ones there at once.
+    """Kills all units of a SMAC map. A trigger of the map then creates new ones at once.
 
-    (smacv2 waits until it sees none: its issue 55.)
+    (smacv2 would wait until it sees no unit: its issue 55.)
     """
-    game._obs = game._controller.observe()  # what smacv2 saw last may be a game that has died since
+    game._obs = game._controller.observe()  # what smacv2 saw last may be from a game that has died
     game._kill_units([unit.tag for unit in game._obs.observation.raw_data.units])
     game._controller.step(2)
 
@@ -238,13 +218,13 @@ def empty_map(game):
 
 
 class StarCraftEnv(SMACv2Env):
-    """One game of StarCraft II; the game starts with the first reset.
+    """One game of StarCraft II. The first reset starts it.
 
-    env "smacv2": the paper's 15 tasks RACE_SIZE. env "smacv1": SMAC's maps, with interface "benchmark" (the public
-    datasets' observations; the state is the first agent's, as in OG-MARL's copies) or "standard" (SMAC's own
-    observation and state).
+    env "smacv2": the paper's 15 tasks RACE_SIZE. env "smacv1": SMAC's maps. Its interface "benchmark" has the public
+    datasets' observations, and the first agent's state, as OG-MARL's copies do. "standard" has SMAC's own observation
+    and state.
 
-    set_seed takes effect at the next reset, which starts the game anew: a game takes its seed when it is launched.
+    A game takes its seed when it is launched. So set_seed takes effect at the next reset, which launches a new game.
     """
 
     def __init__(self, env: str, task: str, interface: str = "benchmark", device="cpu"):
@@ -254,18 +234,18 @@ class StarCraftEnv(SMACv2Env):
         self.benchmark = env == "smacv1" and interface == "benchmark"
         super().__init__(**config, device=device)
         self.game = self._env.env if env == "smacv2" else self._env
-        # smacv2's wrapper draws teams and positions, and repeats a reset that fails without an end; here reset draws
+        # smacv2's wrapper would draw teams and positions, and would repeat a failing reset forever. Here reset draws
         # them.
         self.distributions = list(getattr(self._env, "env_key_to_distribution_map", {}).values())
         if env == "smacv1":
             self.game.get_unit_type_id = partial(unit_type_id, self.game)
             self.game._kill_all_units = partial(empty_map, self.game)
-        self.undecided_reward = self.game.max_reward  # without the enemies' health, which a reset knows
+        self.undecided_reward = self.game.max_reward  # without the enemies' health, which only a reset knows
         self.launch = True
         self.streams = (random.getstate(), np.random.get_state())
 
     def _init_env(self):
-        """No reset here: TorchRL's would launch a game, and the first reset proper a second one."""
+        """Does nothing. TorchRL's version resets, which would launch a game, and the first real reset a second one."""
 
     def _make_specs(self, env):
         super()._make_specs(env)
@@ -281,7 +261,7 @@ class StarCraftEnv(SMACv2Env):
 
     @contextmanager
     def _own_random(self):
-        """smacv2 draws from Python's and NumPy's global streams; inside, these are the environment's own."""
+        """smacv2 draws from Python's and NumPy's global random streams. Inside, these are the environment's own."""
         outside = random.getstate(), np.random.get_state()
         random.setstate(self.streams[0])
         np.random.set_state(self.streams[1])
@@ -333,14 +313,14 @@ class StarCraftEnv(SMACv2Env):
         ).to(self.device)
 
     def _start_battle(self):
-        """A new battle in a game that lives; raises what smacv2 raises, and ConnectionError for a game that died on the
-        way."""
+        """Starts a new battle, and the game if it must. Raises what smacv2 raises, and ConnectionError if the game
+        dies."""
         from pysc2.lib.protocol import ConnectionError as GameDied
 
         game, restarts = self.game, self.game.force_restarts
         if self.launch and game._sc2_proc is not None:
             game._sc2_proc.close()
-        # smacv2 launches a game while it has counted no episode, and empties the one that it has after that.
+        # smacv2 launches a game as long as it has counted no episode. Later it reuses the game that it has.
         game._episode_count = 0 if self.launch else max(game._episode_count, 1)
         self.launch = False
         battle = {}
@@ -348,13 +328,13 @@ class StarCraftEnv(SMACv2Env):
             battle |= distribution.generate()
         try:
             game.reset(battle)
-        except KeyError:  # smacv2 describes units that a game which died has not created
+        except KeyError:  # smacv2 looks for units that a dead game has not created
             if game.force_restarts == restarts:
                 raise
         if game.force_restarts > restarts:
             raise GameDied("the game died in a reset")
-        # smacv2 takes the scale from its first battle's enemies, and adds them up again each time it waits for units:
-        # here it is this battle's, so that a battle won without a scratch is worth reward_scale_rate.
+        # smacv2 takes the reward's scale from the enemies of its first battle, and adds them again each time it waits
+        # for units. Here it is this battle's scale: a perfect victory is worth reward_scale_rate.
         game.max_reward = self.undecided_reward + sum(
             unit.health_max + unit.shield_max for unit in game.enemies.values()
         )

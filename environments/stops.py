@@ -1,8 +1,9 @@
-"""Ctrl-C and SIGTERM, which is how clusters take a machine back: one line and exit code 130 or 143, never a traceback.
+"""Stops a script by Ctrl-C or SIGTERM (clusters send it before they take a machine back).
 
-A stop ends a script at once, by raising Stopped where the script is. From `hold()` on, when training begins, it waits
-instead: the training loops look at `asked()` where their state can be saved, save it and call `leave()`. A second stop
-ends the script at once then too. Importing this module does not load torch.
+The script ends with one line and exit code 130 or 143, never with a traceback. Before training a stop ends it at once,
+by raising Stopped. Once training has called `hold()`, a stop waits: the training loops look at `asked()` where their
+state can be saved. Then they save it and call `leave()`. A second stop ends the script at once. Importing this module
+does not load torch.
 """
 
 import os
@@ -17,7 +18,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
-    """The user or the system wants the script to end. Nothing that handles errors catches it."""
+    """The user or the system wants the script to end. `except Exception` does not catch it."""
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name}")
@@ -25,8 +26,8 @@ class Stopped(KeyboardInterrupt):
 
 
 class _Now:
-    begun = True  # there is something to unwind
-    held = False  # a stop waits until the loops look
+    begun = True  # False while modules are loaded: then a stop ends the process at once
+    held = False  # a stop waits until a training loop calls leave()
     number = None  # the signal that waits
     raised = None  # the signal that ended the script
 
@@ -44,8 +45,8 @@ def _handle(number: int, frame):
 
 
 def catch(begun: bool = True):
-    """From now on both signals are handled as this module says; not `begun`, while a script loads its modules, they end
-    it there and then. A signal that is ignored (nohup, a job in the background of a shell script) stays ignored."""
+    """From now on both signals are handled as this module says. With begun=False, while a script loads its modules,
+    they end it at once. A signal that is ignored (nohup, a background job of a shell script) stays ignored."""
     _Now.begun, _Now.held, _Now.number, _Now.raised = begun, False, None, None
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
@@ -54,7 +55,7 @@ def catch(begun: bool = True):
 
 
 def ignore():
-    """Nothing disturbs the way out."""
+    """No further signal disturbs the end of the script."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -64,7 +65,7 @@ def hold():
 
 
 def forget():
-    """As if no stop had been asked for: what a process does next, a test for example, is another script."""
+    """Forgets a stop, so that another script can run in this process, for example in a test."""
     _Now.held, _Now.number, _Now.raised = False, None, None
 
 
@@ -85,7 +86,7 @@ def leave():
 
 
 def how_to_go_on() -> str:
-    """The command that goes on: this one, where training had begun with --resume."""
+    """The command that goes on: this one, and with --resume if training had begun."""
     if not _Now.held:
         return shlex.join(sys.orig_argv)
     command = [word for word in sys.orig_argv if word not in ("--overwrite", "--resume")]
@@ -94,9 +95,9 @@ def how_to_go_on() -> str:
 
 @contextmanager
 def not_for_children():
-    """Processes that are started within it get neither signal, until they call in_worker: Ctrl-C in a terminal goes to
-    all of them. For this process the signals wait until the end of it."""
-    resource_tracker.ensure_running()  # it would let Ctrl-C through again as it starts
+    """Processes that are started inside receive neither signal until they call in_worker. (Ctrl-C in a terminal goes to
+    all processes.) For this process the signals wait until the block ends."""
+    resource_tracker.ensure_running()  # started later, it would unblock Ctrl-C
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -105,8 +106,8 @@ def not_for_children():
 
 
 def in_worker(make, parent: int):
-    """make(); in another process than `parent` it first makes stops the parent's business alone. A worker ends when its
-    pipe does. A handler, unlike SIG_IGN, is not inherited by the games that a worker starts."""
+    """make(). In another process than `parent` both signals do nothing from now on: a worker ends when the parent
+    closes its pipe. They get an empty handler and not SIG_IGN, which a worker's games would inherit."""
     if os.getpid() != parent:
         for number in SIGNALS:
             signal.signal(number, lambda *_: None)

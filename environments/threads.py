@@ -1,8 +1,7 @@
-"""Threads that wait for work sleep soon, instead of spinning. Scripts import this before torch, which reads it as it
-loads.
+"""Makes idle threads sleep soon instead of spinning. Scripts import this before torch, which reads the setting.
 
-GNU OpenMP's threads spin while they wait, which stalls an update where other work shares the machine (docs/SPEED.md). A
-value that is set already stays.
+GNU OpenMP's threads spin while they wait for work. Where other work shares the machine, that slows the updates down
+(docs/SPEED.md). A value that is already set is kept.
 """
 
 import os

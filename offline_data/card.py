@@ -1,9 +1,9 @@
-"""A dataset's card, card.json: where datasets lie, what a card must hold, and the checksums in it.
+"""A dataset's card, card.json: the folders of datasets, what a card must hold, and its checksums.
 
-Nothing here loads torch, so that a card can be read in no time. What a dataset is stands in dataset.py.
+Nothing here loads torch, so reading a card takes no time. dataset.py describes the datasets themselves.
 
-A card may come from anybody. Its names become folders, its texts are printed and its numbers become sizes, so
-`check_card` looks at all of them before anything else does.
+A card may come from anybody. Its names become folders, its texts are printed, its numbers become sizes. So `check_card`
+checks all of them first.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ DEEPEST = 20  # levels of "made"
 
 
 def check_name(what: str, name: object, where: str = ""):
-    """Raises BadInput for anything that can't be a folder's name by itself: a path, an empty text, no text."""
+    """Raises BadInput for anything but a plain folder name: a path, an empty text, no text."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise BadInput(f"{where}{what} is {short(name)}, not a name of letters, digits, _ and -")
 
@@ -44,7 +44,7 @@ def dataset_path(data: str | None, env: str, task: str, quality: str, root: str 
 
 
 def check_free(path: Path, overwrite: bool):
-    """Raises BadInput where something is at `path` that is no dataset, or that the user did not say to replace."""
+    """Raises BadInput if `path` exists, unless it is a dataset and the user said to replace it."""
     if path.is_symlink() or path.exists():
         if not overwrite:
             raise BadInput(f"{path} is already there: give another --out or --overwrite")
@@ -53,7 +53,7 @@ def check_free(path: Path, overwrite: bool):
 
 
 def short(value: object) -> str:
-    """A value as a few printable characters of ASCII, for a message. What a damaged file holds may be huge."""
+    """A value as a few printable ASCII characters, for a message. A damaged file may hold huge values."""
     if isinstance(value, int) and abs(value) > LARGEST_COUNT:
         return "a huge number"
     if isinstance(value, dict | list):
@@ -80,7 +80,7 @@ def read_json(path: Path) -> dict:
 
 
 def is_number(value: object) -> bool:
-    """A finite number that fits into a float32. JSON knows nan, infinity and numbers of any length too."""
+    """Whether it is a finite number that fits into a float32. JSON also has nan, infinity and numbers of any length."""
     return type(value) in (int, float) and -LARGEST_NUMBER <= value <= LARGEST_NUMBER
 
 
@@ -124,7 +124,7 @@ def check_card(path: str | Path, card: dict):
 
 
 def sound(value: object, levels: int) -> bool:
-    """Whether free-form JSON can be printed and handed on: printable texts, numbers in bounds, few levels."""
+    """Whether free-form JSON can be printed and passed on: printable texts, numbers in bounds, few levels."""
     if isinstance(value, dict):
         return levels > 0 and all(sound(k, levels - 1) and sound(v, levels - 1) for k, v in value.items())
     if isinstance(value, list):
@@ -148,12 +148,12 @@ def sha256(path: Path) -> str:
 
 
 def sha256_of_card(text: str, own: str) -> str:
-    """A card holds its own checksum too: that of its text with zeros in the place of these 64 digits."""
+    """The card's own checksum, which it holds too: that of its text with zeros instead of these 64 digits."""
     return hashlib.sha256(text.replace(own, "0" * 64).encode()).hexdigest()
 
 
 def card_text(card: dict, folder: Path) -> str:
-    """card.json's text, with the checksums of the dataset's files, which lie complete in `folder`."""
+    """card.json's text, with the checksums of the dataset's files. `folder` holds the complete files."""
     sums = {name: sha256(folder / name) for name in files_of(card) if name != "card.json"}
     text = json.dumps(card | {"sha256": {"card.json": "0" * 64} | sums}, indent=2) + "\n"
     return text.replace("0" * 64, sha256_of_card(text, "0" * 64))
@@ -163,7 +163,7 @@ def verify(path: Path, card: dict, whole: bool = True):
     """Compares a dataset's files with the card's checksums. Raises BadInput that names the file that differs.
 
     The card itself is compared only with `whole`: its numbers are checked against the rows anyway, and a note in it may
-    well be changed by hand. A card without checksums (of an older version) is fine, but not with `whole`.
+    be edited by hand. A card without checksums (from an older version) is accepted, but not with `whole`.
     """
     sums = card.get("sha256")
     if sums is None:
@@ -203,5 +203,5 @@ def table_row(card: dict) -> str:
 
 
 def digits(card: dict) -> int:
-    """Decimals of a return in print: a battle of SMAX is worth at most about 2."""
+    """How many decimals of a return are printed. A battle of SMAX is worth at most about 2."""
     return 1 if card["return_max"] > 10 else 2

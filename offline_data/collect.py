@@ -3,12 +3,12 @@
     python -m offline_data collect --env mamujoco --task hopper --out data
     python -m offline_data collect --env smax --task zerg_5_vs_5 --steps 2000000
 
-MAPPO (Yu et al. 2022) runs with TorchRL's own parts: MAPPOLoss, MultiAgentGAE, Collector, MultiAgentMLP. Its policy is
-an unsquashed Gaussian, like the benchmark's behaviour policies, so recorded actions go beyond [-1, 1]; where actions
-are discrete it is a categorical over the available ones.
+MAPPO (Yu et al. 2022) uses TorchRL's own parts: MAPPOLoss, MultiAgentGAE, Collector, MultiAgentMLP. Its policy is an
+unsquashed Gaussian, as in the benchmark. So recorded actions go beyond [-1, 1]. Where actions are discrete, the policy
+is a categorical distribution over the available ones.
 
-The protocol, fixed before any offline training looks at the data. A checkpoint's return is that of the stochastic
-policy, the mean of the last 100 training episodes. Robots:
+This protocol was fixed before any offline training looked at the data. The return of a checkpoint is the mean of the
+last 100 training episodes, played by the stochastic policy. Robots:
 
     expert          the checkpoint with the highest return
     medium          the first checkpoint whose return is at least a third of expert's
@@ -17,19 +17,19 @@ policy, the mean of the last 100 training episodes. Robots:
 
 Battles (the paper's SMACv2 data are 1,000 trajectories of MAPPO's policy after 10 million steps):
 
-    medium          the first checkpoint that wins 40% of its battles, the one that wins most where none does
+    medium          the first checkpoint that wins 40% of its battles; if none does, the one that wins most
     medium-replay   training's battles up to that checkpoint, evenly thinned to about --replay-trajectories
-    poor, good      SMACv1's tasks only, where medium too is cut from training by return, as the public datasets are: up
-                    to half of the return of a battle won without a scratch, up to three quarters, and more
+    poor, good      SMACv1's tasks only. There all three are cut from training by return, as in the public datasets:
+                    poor up to half of the return of a perfect victory, medium up to three quarters, good above
 
-Expert and medium of robots are `--samples` transitions each, a battle's medium is `--trajectories` battles, of whole
-episodes, by the stochastic policy. demo (only with --demo-samples: about so many transitions) is every K-th episode of
-medium-replay. Everything lies under OUT/ENV/TASK: the datasets, and behaviour/ with checkpoints, the learning curve
-(curve.csv, curve.png) and the episodes of training in one dataset a checkpoint. A run that was stopped goes on with the
-same command.
+All are whole episodes of the stochastic policy. Expert and medium of robots have `--samples` transitions each; medium
+of battles has `--trajectories` battles. demo (only with --demo-samples, about that many transitions) is every K-th
+episode of medium-replay. OUT/ENV/TASK holds the datasets, and behaviour/ with checkpoints, the learning curve
+(curve.csv, curve.png) and the training episodes, one dataset per checkpoint. A stopped run goes on with the same
+command.
 
-Nothing that is there already is lost: a dataset that this very command has made is kept, and anything else in its place
-ends the command before training starts, unless --overwrite is given (and a folder that is no dataset even then).
+Existing files are not lost. A dataset that the same command has made is kept. Anything else in its place ends the
+command before training starts, unless --overwrite is given. A folder that is no dataset is never replaced.
 """
 
 import csv
@@ -63,9 +63,9 @@ from offline_data.writer import DatasetWriter
 OBS, ACTION, MASK = ("agents", "observation"), ("agents", "action"), ("agents", "action_mask")
 
 
-# Return of a battle won without a scratch, by env; the tasks of SMACv1 are cut into qualities by it.
+# Return of a perfect victory, by env. It sets the bounds of the qualities of SMACv1's tasks.
 FULL_RETURN = {"smacv1": 20.0, "smax": 2.0}
-SHORT_BATTLE = 30  # steps; with it as many battles are kept as --replay-trajectories asks for, or more
+SHORT_BATTLE = 30  # steps; with battles this short at least --replay-trajectories of them are kept
 MEDIUM_WINRATE = 0.4
 BATTLES = ("smacv1", "smacv2", "smax")
 
@@ -89,7 +89,7 @@ def fill_in(args: Args) -> Args:
 
 
 def make_actor(env, hidden: int) -> ProbabilisticActor:
-    """pi_i(a_i | o_i), one network for all agents; a Gaussian's standard deviation does not depend on the
+    """pi_i(a_i | o_i), one network for all agents. A Gaussian's standard deviation does not depend on the
     observation."""
     n, O = env.observation_spec[OBS].shape[-2:]
     if MASK in env.observation_spec.keys(True, True):
@@ -130,9 +130,9 @@ def make_critic(env, hidden: int) -> TensorDictModule:
 
 
 class EpisodeSplitter:
-    """Cuts batches of steps [B, T], which run on from one call to the next, into whole episodes.
+    """Cuts batches of steps [B, T] into whole episodes. Each batch goes on where the last one ended.
 
-    An episode in which a game died is left out, and counted in `died`.
+    Episodes in which a game died are left out, and counted in `died`.
     """
 
     def __init__(self):
@@ -163,14 +163,14 @@ class EpisodeSplitter:
         return rows
 
 
-# Arguments that may differ when a training run goes on: they don't shape it.
+# Arguments that may differ when a training run goes on: they don't change its result.
 FREE = ("out", "overwrite", "device", "workers", "samples", "demo_samples", "trajectories")
 
 
 def load_state(args: Args, root: Path) -> dict | None:
-    """What a stopped training run left; None if it left nothing, or if --overwrite replaces another command's run.
+    """What a stopped training run left. None if there is nothing, or if --overwrite replaces another command's run.
 
-    Raises BadInput for a file that can't be read, and for a run with other settings, which are named.
+    Raises BadInput for a file that can't be read, and for a run with other settings. The message names them.
     """
     path = root / "state.pt"
     if not path.exists():
@@ -200,9 +200,9 @@ def load_state(args: Args, root: Path) -> dict | None:
 
 
 def made_already(args: Args, path: Path, free=("device",)) -> bool:
-    """Whether this very command has made the dataset at `path`; arguments in `free` may differ.
+    """Whether the same command has made the dataset at `path`. Arguments in `free` may differ.
 
-    Raises BadInput where anything else is there.
+    Raises BadInput if anything else is there.
     """
     if not path.is_symlink() and not path.exists():
         return False
@@ -224,9 +224,9 @@ def made_already(args: Args, path: Path, free=("device",)) -> bool:
 
 
 def in_the_way(args: Args, root: Path) -> set[str]:
-    """Looks at everything that the command is going to write, before hours of work: the qualities that are finished.
+    """The qualities that are finished. Checks every path that the command is going to write, before hours of work.
 
-    Raises BadInput where something is there that would be lost.
+    Raises BadInput if something there would be lost.
     """
     state, finished = load_state(args, root), set()
     for quality in qualities(args):
@@ -235,7 +235,7 @@ def in_the_way(args: Args, root: Path) -> set[str]:
             check_free(path, overwrite=True)
         elif made_already(args, path):
             finished.add(quality)
-    for shard in sorted(root.glob("episodes-*")):  # a run that was killed may have left one more than it knows of
+    for shard in sorted(root.glob("episodes-*")):  # a killed run may have left one that its checkpoint does not know
         number = shard.name.removeprefix("episodes-")
         if number.isdecimal() and int(number) >= (len(state["curve"]) if state else 0) and not args.overwrite:
             made_already(args, shard, FREE)
@@ -243,7 +243,7 @@ def in_the_way(args: Args, root: Path) -> set[str]:
 
 
 def forget(root: Path):
-    """Removes what another training run left, and nothing else; for --overwrite."""
+    """Removes the files of another training run, and nothing else. Used for --overwrite."""
     for pattern in ("state.pt", "actor-*.pt", "curve.csv", "curve.png"):
         for path in root.glob(pattern):
             path.unlink()
@@ -398,7 +398,7 @@ def update(loss: MAPPOLoss, optimizer, batch: TensorDict, args: Args):
 
 
 def keep(args: Args, path: Path) -> bool:
-    """Whether the dataset at `path` is finished and stays."""
+    """Whether the dataset at `path` is finished, and so is kept."""
     if args.overwrite or not made_already(args, path):
         return False
     print(f"{path} is there already and is kept")
@@ -447,8 +447,8 @@ def record_in(env, args: Args, root: Path, checkpoint: int, quality: str, made: 
 
 def merge(args: Args, sources: list[Path], quality: str, root: Path, made: dict,
           every: int = 1, limit: int | None = None, between=(-math.inf, math.inf)) -> bool:
-    """One dataset of the sources' episodes with low < return <= high: every `every`-th, or about `limit`, evenly
-    spread. False where there are none."""
+    """One dataset of the sources' episodes with low < return <= high: every `every`-th of them, or about `limit`,
+    evenly spread. Returns False if there are no such episodes."""
     if keep(args, root.parent / quality):
         return True
     low, high = between
@@ -469,12 +469,12 @@ def merge(args: Args, sources: list[Path], quality: str, root: Path, made: dict,
 
 
 def arguments_of(args: Args) -> dict:
-    """The arguments that make a dataset what it is. Its path is not one of them."""
+    """The arguments that a dataset depends on. Its path is not one of them."""
     return {key: value for key, value in asdict(args).items() if key not in ("out", "overwrite")}
 
 
 def qualities(args: Args) -> list[str]:
-    """The datasets that the command writes, a battle's poor and good only where training has such battles."""
+    """The datasets that the command writes. poor and good are written only if training has such battles."""
     if args.env not in BATTLES:
         names = ["medium-replay", "medium", "expert", "medium-expert"]
     else:
@@ -483,7 +483,7 @@ def qualities(args: Args) -> list[str]:
 
 
 def card(args: Args, quality: str, made: dict) -> dict:
-    """All that it takes to make the dataset again."""
+    """All that is needed to make the dataset again."""
     arguments = arguments_of(args)
     versions = {package: importlib.metadata.version(package) for package in ("torch", "torchrl", "tensordict", "numpy")}
     made = {"by": "python -m offline_data collect", "arguments": arguments, "versions": versions, **made}

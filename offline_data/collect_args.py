@@ -21,12 +21,11 @@ class Args:
     trajectories: int = 1000
     """battles: trajectories of a dataset of one quality"""
     replay_trajectories: int = 10_000
-    """battles: trajectories of medium-replay, about"""
+    """battles: about how many trajectories medium-replay has"""
     record_every: int | None = None
-    """training's every K-th episode is kept for medium-replay (default 1; for battles what --replay-trajectories
-    needs)"""
+    """every K-th training episode is kept for medium-replay (default 1; for battles as --replay-trajectories needs)"""
     demo_samples: int = 0
-    """transitions of the demo dataset; 0: none"""
+    """about how many transitions the demo dataset has; 0: no demo dataset"""
     seed: int = 0
     """seeds networks, minibatches and simulators"""
     out: str = str(DATA_ROOT)
@@ -34,7 +33,7 @@ class Args:
     overwrite: bool = False
     """replace datasets, and a behaviour policy, that another command made"""
     device: str = "cpu"
-    """where MAPPO's networks live"""
+    """where MAPPO's networks are: cpu, cuda, ..."""
 
     num_envs: int = 32
     """environments in each worker process"""

@@ -1,10 +1,10 @@
-"""Conversion of a public dataset: the command. The formats stand in formats.py.
+"""Conversion of a public dataset: the command. formats.py reads the formats.
 
     python -m offline_data convert hopper.vlt/Medium --format vault --env mamujoco --task hopper --quality medium
 
-The C libraries under the formats can crash or hang on a damaged file, so the reading is done in a process of its own
-(formats.py, run as a script). This one watches it: nothing is seen of a crash but one line. If this one is killed, the
-reader sees that its input has ended and goes too.
+The C libraries that read the formats can crash or hang on a damaged file. So a second process does the reading
+(formats.py, run as a script), and this one watches it, so a crash is one line. If this process is killed, the reader
+sees that its input has ended, and ends too.
 """
 
 import json
@@ -58,30 +58,20 @@ def convert(
         format: what it is
         env: mamujoco, smacv1, smacv2 or smax
         task: the task it was recorded in, which for minari also says the partition (ant_4x2)
-        quality: its name here
+        quality: the dataset's quality, which names its folder here
         out: directory to write, instead of data/ENV/TASK/QUALITY
         interface: what the agents see: benchmark, standard or agent_obsk=K (default: benchmark; of smacv1's pymarl and
             smax standard)
-        limit: the recording's step limit, where it is not the task's own
+        limit: the recording's step limit, if it is not the task's own
         last_row: what the row that says done holds (vault, omiga)
-        return_to_go: put the return-to-go in the reward's place, as the released code does in SMAC
+        return_to_go: replace the reward by the return-to-go, as the released code does in SMAC
         overwrite: replace a dataset that is already there
     """
     path = dataset_path(out, env, task, quality, str(DATA_ROOT))
     check_free(path, overwrite)
-    job = {
-        "source": str(source),
-        "format": format,
-        "env": env,
-        "task": task,
-        "quality": quality,
-        "out": str(path),
-        "interface": interface,
-        "limit": limit,
-        "last_row": last_row,
-        "return_to_go": return_to_go,
-        "overwrite": overwrite,
-    }
+    job = {"source": str(source), "format": format, "env": env, "task": task, "quality": quality, "out": str(path)}
+    job |= {"interface": interface, "limit": limit, "last_row": last_row}
+    job |= {"return_to_go": return_to_go, "overwrite": overwrite}
     partial = path.with_name(path.name + ".partial")
     with tempfile.TemporaryFile() as errors:
         path_of_modules = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -17,8 +17,8 @@ An episode of T transitions is T + 1 rows, one after another. Row t holds what t
     is_init [1], the episode's first row,
     episode [1] int64, the episode's number.
 
-The last row of an episode holds its last observation alone (action and reward zero, no flag set). It is never sampled
-as a transition; the row after any transition is its next observation, so nothing is stored twice.
+The last row of an episode holds only its last observation (action and reward are zero, no flag is set). It is never
+sampled as a transition. The row after a transition holds its next observation, so nothing is stored twice.
 
     python -m offline_data info data/mamujoco/hopper/medium-replay      # the dataset's row of Table 3
 """
@@ -31,7 +31,7 @@ import torch
 from tensordict import TensorDict
 
 from environments.checks import BadInput
-from offline_data.card import (  # noqa: F401 -- the other files take what they need of a card from here
+from offline_data.card import (  # noqa: F401 -- other files import these from here
     COUNTS,
     DATA_ROOT,
     RETURNS,
@@ -42,18 +42,17 @@ from offline_data.card import (  # noqa: F401 -- the other files take what they 
     verify,
 )
 
-CHUNK, CHUNK_BYTES = 65536, 2**26  # rows, and bytes of rows, looked at together in validation: this bounds its memory
-CHECKED_AT_OPENING = 2**26  # bytes of a dataset up to which its checksums are compared whenever it is opened
+CHUNK, CHUNK_BYTES = 65536, 2**26  # rows, and bytes of rows, that are read together: this bounds the memory
+CHECKED_AT_OPENING = 2**26  # bytes; the checksums of a smaller dataset are compared whenever it is opened
 
 
 def open_dataset(path: str | Path, env: str | None = None, task: str | None = None) -> tuple[TensorDict, dict]:
     """Validates a dataset and maps it read-only: (rows [N], card).
 
-    Everything is checked before anything is mapped, since TensorDict's own loader grows a file that was cut and fills
-    it with zeros; no byte of the files changes, and nothing is unpickled. Raises BadInput with one line that says what
-    is wrong: a missing or cut file, another dtype or shape, a value that is not finite, an episode that does not close,
-    an action out of the card's bounds or forbidden by its mask, statistics that differ from the card's, a dataset of
-    another task.
+    Sizes are checked before anything is mapped, since TensorDict's own loader fills a file that was cut with zeros. The
+    files are not changed, and nothing is unpickled. Raises BadInput with one line that says what is wrong: a missing or
+    cut file, another dtype or shape, a value that is not finite, an episode that does not close, an action out of the
+    card's bounds or forbidden by its mask, statistics that differ from the card's, a dataset of another task.
     """
     path = Path(path)
     if not path.is_dir():
@@ -98,7 +97,7 @@ def open_dataset(path: str | Path, env: str | None = None, task: str | None = No
                 "the dataset again"
             )
 
-    # A private mapping: opened for reading alone, so that nothing done to the tensors can reach the files.
+    # A private mapping, opened only for reading: changes of the tensors can't reach the files.
     rows = TensorDict({"agents": TensorDict({}, [N, n])}, [N])
     for key, (dtype, shape) in expected.items():
         mapped = torch.from_file(
@@ -115,7 +114,7 @@ def open_dataset(path: str | Path, env: str | None = None, task: str | None = No
         rows[tuple(key.split("/"))] = mapped.view(shape)
     _check_episodes(path, rows, card)
     _check_values(path, rows, card)
-    # Last, since what stands above says more of what is wrong.
+    # Last, since the checks above say more precisely what is wrong.
     if sum(card["bytes"].values()) <= CHECKED_AT_OPENING:
         verify(path, card, whole=False)
     return rows.lock_(), card

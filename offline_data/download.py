@@ -2,12 +2,12 @@
 
     python -m offline_data download --env mamujoco --task hopper --quality medium-replay
 
-The authors' own copies lie on a second server. Get them with a browser, then `python -m offline_data convert`:
+The authors' own copies are on another server. Get them with a browser, then use `python -m offline_data convert`:
 
     MaMuJoCo    https://cloud.tsinghua.edu.cn/d/dcf588d659214a28a777
     SMACv1      https://cloud.tsinghua.edu.cn/d/f3c509d7a9d54ccd89c4
 
-For their SMACv2 data they ask to be contacted.
+To get their SMACv2 data, contact the authors.
 """
 
 import errno
@@ -39,9 +39,9 @@ def uid(quality: str) -> str:
 
 
 def vault_url(env: str, task: str, quality: str, base_url: str = BASE_URL) -> str:
-    """Where OG-MARL's copy of a published dataset lies.
+    """The place of OG-MARL's copy of a published dataset.
 
-    Raises BadInput for one that nobody published, with how to make it.
+    Raises BadInput for a dataset that nobody published. The message says how to make it.
     """
     if (env, quality) == ("mamujoco", "replay") and task in REPLAYS:
         return f"{base_url.rstrip('/')}/core/gymnasium_mamujoco/{REPLAYS[task]}.zip"
@@ -80,7 +80,7 @@ def room(folder: Path, wanted: int):
 
 
 def fetch(url: str, path: Path):
-    """Downloads a zip to `path`, which is there only when every byte of it was checked; until then it is PATH.partial.
+    """Downloads a zip to `path`. Until all its bytes are there and checked it is called PATH.partial.
 
     A broken transfer goes on where it stopped, in this call or in the next. Raises BadInput.
     """
@@ -108,7 +108,7 @@ def fetch(url: str, path: Path):
         except urllib.error.HTTPError as error:
             if error.code != 416:
                 raise BadInput(f"{url}: the server answered {error.code} {error.reason}") from None
-            # Nothing is left to send: PATH.partial is complete, or of another file.
+            # The server has nothing left to send: PATH.partial is complete, or belongs to another file.
             total = have if error.headers.get("Content-Range") == f"bytes */{have}" else -1
             if total < 0:
                 partial.unlink()
@@ -143,8 +143,8 @@ def fetch(url: str, path: Path):
 def extract(archive_path: Path, name: str, folder: Path) -> Path:
     """Unpacks the vault called `name` from a zip into `folder` and returns the vault's path. Raises BadInput.
 
-    Nothing is written outside of `folder`: absolute paths, "..", links and special files are refused wherever they lie
-    in the zip, and so is one that would unpack to more than 100 times its size.
+    Nothing is written outside of `folder`: a zip with absolute paths, "..", links or special files is refused. So is a
+    zip that would unpack to more than 100 times its size.
     """
     with zipfile.ZipFile(archive_path) as archive:
         members = archive.infolist()
@@ -203,8 +203,7 @@ def download(
 ) -> Path:
     """Download a published dataset (OG-MARL's vaults), check it and convert it into the native format.
 
-    The zip holds all qualities of a task; it stays in --downloads, where the next quality finds it. Delete it when you
-    have them.
+    The zip holds all qualities of a task. It stays in --downloads, for the next quality. Delete it when you have all.
 
     Args:
         env: mamujoco, smacv1 or smacv2
@@ -213,7 +212,7 @@ def download(
         quality: expert, medium, medium-replay, medium-expert; good, medium, poor; replay, random. mamujoco's replay is
             recorded on this project's own engine, under interface agent_obsk=1; nobody published its statistics
         out: directory to write, instead of data/ENV/TASK/QUALITY
-        base_url: where the zips lie
+        base_url: web address of the zips
         downloads: directory of the zips
         return_to_go: put the return-to-go in the reward's place, as the released code does in SMAC
         overwrite: replace a dataset that is already there

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, after a crash, a kill or a power cut too.
+"""Writes files that are either complete or absent, even after a crash, a kill or a power cut.
 
     write_text(path, text)          # a new file, or an existing one replaced as a whole
     write_bytes(path, data)         # for example what torch.save wrote into an io.BytesIO
@@ -21,7 +21,7 @@ AGAIN = "run the command again"
 
 
 def device_of(path: str | Path) -> str:
-    """The mount point of the disk that a path lies on, whether the path exists or not."""
+    """The mount point of a path's disk. The path need not exist."""
     path = Path(path).absolute()
     return str(next(folder for folder in (path, *path.parents) if os.path.ismount(folder) or folder == folder.parent))
 

@@ -1,4 +1,4 @@
-"""Conversion of the five formats in which public datasets come into the native one.
+"""Converts the five formats of public datasets into the native one.
 
     python -m offline_data convert hopper.vlt/Medium --format vault --env mamujoco --task hopper --quality medium
     python -m offline_data convert half.hdf5 --format omiga --env mamujoco --task halfcheetah --quality expert
@@ -6,18 +6,16 @@
     python -m offline_data convert episodes/ --format pymarl --env smacv2 --task zerg_5_vs_5 --quality mixed
     python -m offline_data convert mujoco/ant/expert-v0 --format minari --env mamujoco --task ant_4x2 --quality expert
 
-What the formats leave unsaid is decided here once, and each card says under "made" what was done:
+The formats leave some things open. They are decided here, and each card says under "made" what was done:
 
-- Rewards are as recorded. Agents' rewards must agree: the team has one. --return-to-go puts the sum of the rewards that
-  are still to come in their place (what the released ComaDICE trains SMAC on) and marks the card.
-- Actions are as recorded, beyond [-1, 1] too (the card's bounds say so). They go to the actuators in the order in which
-  they lie.
-- Terminal or time limit: where a format has one flag for both (vault, omiga, npz), an episode that ends at the step
-  limit was cut by it, and any other end is final. A fall or a victory on that very step can't be told apart. pymarl and
-  minari keep them apart.
-- A last observation that was not recorded is a copy of the one before it (the card counts them). Nothing reads it where
-  the episode terminated, since there is no value beyond; where the episode was truncated, that one bootstrap is off by
-  one step.
+- Rewards are as recorded. All agents must have the same reward: the team's. --return-to-go replaces it by the sum of
+  the rewards still to come (on which the released ComaDICE trains SMAC) and marks the card.
+- Actions are as recorded, also beyond [-1, 1] (see the card's bounds). They go to the actuators in the recorded order.
+- Terminal or time limit: some formats have one flag for both (vault, omiga, npz). Then an episode that ends at the step
+  limit counts as cut, and any other end as final. A fall or a victory on exactly that step can't be recognised. pymarl
+  and minari have two flags.
+- If the last observation was not recorded, the one before it is copied (the card counts these). If the episode
+  terminated, nothing reads it, since there is no value beyond. If it was truncated, its last bootstrap is one step off.
 - Row formats (vault, omiga), --last-row: does the row that says done hold a transition, or the last observation with
   nothing behind it? The benchmark has both. Its MuJoCo episodes have 1,001 rows for 1,000 steps, and Table 3 counts
   rows less trajectories (2ant: 1,001,000 rows, 1000K samples): an observation. Its StarCraft rows are all samples in
@@ -25,14 +23,14 @@ What the formats leave unsaid is decided here once, and each card says under "ma
   transition, and less says nothing: then mamujoco is read as the benchmark's MuJoCo and the rest as its StarCraft.
 - The state: [S] a row is taken as it is. With an axis of agents it is the agents' vectors side by side in MuJoCo (Table
   3: 3 x 14 = 42) and the first agent's in StarCraft (OG-MARL's copies of the same data). In MuJoCo under the
-  benchmark's interface a state of another size, or none, gives way to the observations side by side, which is what that
-  interface has.
+  benchmark's interface the observations side by side replace a state that is missing or has another size, as that
+  interface has it.
 
-No format is ever unpickled, and no link out of a file is followed. The C libraries under h5py and tensorstore can crash
-or hang on damaged files, so the command (convert.py) runs this file as a process of its own, whose memory is limited
-and which is stopped when it writes nothing for long; all that is seen of it is one line. Memory is bounded by BLOCK
-whatever the size of a source. Formats: Flashbax' flashbax/vault/vault.py, OG-MARL's og_marl/wrapped_environments and
-dataset cards, OMIGA's datasets/offline_dataset.py, Minari's minari/dataset/_storages/hdf5_storage.py.
+Nothing is unpickled, and no link out of a file is followed. The C libraries under h5py and tensorstore can crash or
+hang on damaged files. So the command (convert.py) runs this file in a separate process with limited memory, and stops
+it if it writes nothing for long. The user sees one line of it. BLOCK bounds the memory, whatever the size of a source.
+Formats: Flashbax' flashbax/vault/vault.py, OG-MARL's og_marl/wrapped_environments and dataset cards, OMIGA's
+datasets/offline_dataset.py, Minari's minari/dataset/_storages/hdf5_storage.py.
 """
 
 import importlib
@@ -61,7 +59,7 @@ from offline_data.writer import DatasetWriter
 BLOCK = 32 * 2**20  # bytes of a source that are read together
 EPISODE = 2**28  # bytes of one episode, or of a chunk of HDF5; more is a damaged header
 DENSEST = 1100  # bytes that one byte of a compressed file can stand for, at most (deflate: 1,032)
-CHILD_MEMORY = 8 * 2**30  # bytes that a conversion may take: a damaged header may ask for terabytes
+CHILD_MEMORY = 8 * 2**30  # bytes of memory for a conversion: a damaged header may ask for terabytes
 
 # Steps after which an episode is cut. SMAC: smac_maps.py of smac and smacv2; MuJoCo: gymnasium's registration and
 # OMIGA's episode_limit.
@@ -79,9 +77,9 @@ def need(package: str):
 
 
 def per_step(x: np.ndarray, name: str) -> np.ndarray:
-    """[T, ...] with one value a step or one an agent -> [T] float32.
+    """[T, ...] with one value per step, or per step and agent -> [T] float32.
 
-    Raises BadInput where the agents' values differ.
+    Raises BadInput if the agents' values differ.
     """
     x = np.asarray(x, np.float32).reshape(len(x), -1)
     if x.shape[1] == 0 or (x != x[:, :1]).any():
@@ -90,8 +88,8 @@ def per_step(x: np.ndarray, name: str) -> np.ndarray:
 
 
 def all_agents(x: np.ndarray, name: str) -> np.ndarray:
-    """[T, ...] flags of 0 and 1 -> [T] bool, true where every agent's is: SMAC's agents are done one by one as they
-    die."""
+    """[T, ...] flags of 0 and 1 -> [T] bool, true where the flags of all agents are. (SMAC's agents are done one by
+    one, as they die.)"""
     x = np.asarray(x).reshape(len(x), -1)
     if x.shape[1] == 0 or not np.isin(x, (0, 1)).all():
         raise BadInput(f"'{name}' has values other than 0 and 1")
@@ -123,9 +121,9 @@ def team_episode(parts: dict, T: int, terminated: bool, env: str, interface: str
     """One episode of T transitions, [T + 1] rows.
 
     `parts` are arrays with time first: "observation" [T or more, n, O], "action" [T, n, A] or [T, n], "reward" [T], and
-    where there are any "state" and "mask" [T or more, n, A]. Without a row T, the observation that was not recorded,
-    row T - 1 stands in for it. Raises BadInput for shapes that do not fit, values that are not finite, actions that are
-    no numbers of actions or that the mask forbids.
+    optionally "state" and "mask" [T or more, n, A]. If row T, the last observation, was not recorded, row T - 1 is
+    copied. Raises BadInput for shapes that do not fit, values that are not finite, and actions that do not exist or
+    that the mask forbids.
     """
     observation = parts["observation"]
     if observation.ndim != 3 or 0 in observation.shape[1:]:
@@ -162,7 +160,7 @@ def team_episode(parts: dict, T: int, terminated: bool, env: str, interface: str
                 f"actions of shape {list(action.shape)} for {n} agents: they must be [time, agents, entries]"
             )
     tensor = lambda x, dtype: torch.from_numpy(np.ascontiguousarray(x, dtype))
-    # the last row's action and reward count for nothing: DatasetWriter zeroes them
+    # the last row's action and reward don't matter: DatasetWriter sets them to zero
     step = np.minimum(np.arange(T + 1), T - 1)
     agents = {
         "observation": tensor(observation[rows], np.float32),
@@ -196,8 +194,8 @@ def row_episodes(
     read: dict[str, Callable], N: int, row_bytes: int, env: str, interface: str, limit: int, last_row: str, made: dict
 ) -> Iterator[TensorDict]:
     """Episodes of N rows. `read` has a function (start, stop) -> array for "observation", "action", "reward",
-    "terminal", and where there are any "truncation", "state" and "mask". Raises BadInput where no episode closes or one
-    is longer than the limit allows.
+    "terminal", and optionally "truncation", "state" and "mask". Raises BadInput if no episode ends, or if one is longer
+    than the limit allows.
     """
     B = max(BLOCK // row_bytes, 1)
 
@@ -210,7 +208,7 @@ def row_episodes(
         )
         return terminal | truncation, terminal
 
-    # A first pass over the flags alone: how long the longest episode is decides what its last row holds.
+    # First only the flags are read: the length of the longest episode decides what last rows hold.
     end, longest, count = -1, 0, 0
     for start in range(0, N, B):
         ends = start + np.flatnonzero(flags(start)[0])
@@ -269,7 +267,7 @@ def row_episodes(
 def read_vault(
     source: Path, env: str, task: str, interface: str, limit: int, last_row: str, made: dict
 ) -> Iterator[TensorDict]:
-    """Flashbax' vault (tensorstore; no JAX): a folder NAME.vlt/UID with metadata.json and one zarr array a leaf in an
+    """Flashbax' vault (tensorstore; no JAX): a folder NAME.vlt/UID with metadata.json and one zarr array per leaf in an
     ocdbt store.
 
     Leaves as OG-MARL has them, [1, time, ...]: observations [n, O], actions [n(, A)], rewards, terminals and
@@ -336,7 +334,7 @@ def check_size(source, episode_bytes: int):
 
 
 def inside(source, group, name: str):
-    """The entry of an HDF5 group; None where it is missing. Raises BadInput for a link, which may lead to any file."""
+    """An entry of an HDF5 group, or None. Raises BadInput for a link, which may lead to any file."""
     h5py = need("h5py")
     link = group.get(name, getlink=True)
     if link is not None and not isinstance(link, h5py.HardLink):
@@ -379,7 +377,7 @@ def read_omiga(
     """OMIGA's HDF5 (h5py): o [N, n, O], s [N, n, S] or [N, S], a [N, n, A], r and d [N(, 1 or n)] over all steps; d
     ends an episode.
 
-    It has no action masks, and so no StarCraft.
+    It has no action masks, so it can't hold StarCraft.
     """
     h5py = need("h5py")
     if env != "mamujoco":
@@ -404,7 +402,7 @@ def read_omiga(
 def npy_header(file, name: str, source) -> tuple[tuple, bool, np.dtype]:
     """Reads the header of an open .npy: (shape, whether in Fortran order, dtype).
 
-    Raises BadInput for pickled objects and for no header.
+    Raises BadInput for pickled objects, and if there is no header.
     """
     try:
         version = np.lib.format.read_magic(file)
@@ -438,10 +436,9 @@ def read_npz(
     """The authors' .npz: states, obs [E, T + 1, n, ...], actions, rewards, dones [E, T, n, ...], avails [E, T + 1, n,
     A] (discrete).
 
-    An episode ends with the first step on which all agents are done; what follows is padding. Where none is, steps at
-    the end that leave the state as it was are padding (so the released loader has it), and the episode counts as
-    truncated. `actives` (who is alive) says nothing that is needed. Members are streamed from the zip, an episode at a
-    time.
+    An episode ends with the first step on which all agents are done. What follows is padding. If there is no such step,
+    the steps at the end that do not change the state are padding (as in the released loader), and the episode counts as
+    truncated. `actives` (who is alive) is not needed. The zip's members are read one episode at a time.
     """
     names = {"obs": "observation", "actions": "action", "rewards": "reward", "dones": "done", "states": "state"}
     names |= {"avails": "mask"} if env != "mamujoco" else {}
@@ -599,7 +596,7 @@ def read_minari(
     """
     h5py = need("h5py")
     if env != "mamujoco" or interface != "benchmark":
-        raise BadInput("Minari's datasets are converted for --env mamujoco and --interface benchmark alone")
+        raise BadInput("Minari's datasets are converted only for --env mamujoco and --interface benchmark")
     scenario, _, n, A = mamujoco_team(task)
     folder = source / "data" if (source / "data").is_dir() else source
     meta = read_json(folder / "metadata.json")
@@ -661,7 +658,7 @@ READERS = {"vault": read_vault, "omiga": read_omiga, "npz": read_npz, "pymarl": 
 
 
 def readable(source: Path, format: str, episodes: Iterator[TensorDict]) -> Iterator[TensorDict]:
-    """Passes episodes on. What a damaged file makes its library raise, which may be anything, becomes one line."""
+    """Passes episodes on. Whatever a library raises for a damaged file becomes one line."""
     try:
         yield from episodes
     except BadInput:
@@ -684,7 +681,7 @@ def convert_here(
     return_to_go: bool = False,
     overwrite: bool = False,
 ) -> Path:
-    """Converts in this process; convert.py does so in another. Nothing is at `out` before the last episode is written.
+    """Converts in this process (convert.py starts another one). `out` appears after the last episode is written.
 
     Raises BadInput.
     """
@@ -726,14 +723,8 @@ def convert_here(
         if shapes is None:
             raise BadInput(f"{source} holds no transition")
         made["truncated_episodes"] = truncated
-        card = {
-            "env": env,
-            "task": task,
-            "quality": quality,
-            "engine": "as the source was recorded",
-            "interface": interface,
-            "made": made,
-        }
+        card = {"env": env, "task": task, "quality": quality, "engine": "as the source was recorded"}
+        card |= {"interface": interface, "made": made}
         return writer.close(card)
     except OSError as error:
         raise BadInput(f"can't write {out}: {error.strerror or error}") from error
@@ -742,7 +733,7 @@ def convert_here(
 
 
 def end_with_the_parent(partial: Path):
-    """Ends this process as soon as the one that started it is gone: the pipe to its input is closed then."""
+    """Ends this process as soon as the one that started it has ended, which closes the pipe to its input."""
     while os.read(0, 4096):  # waits; sys.stdin itself must not be busy when Python ends
         pass
     shutil.rmtree(partial, ignore_errors=True)

@@ -1,9 +1,9 @@
-"""What datasets there are: on this disk, with the code, and to download.
+"""Lists the datasets on this disk, those that come with the code, and those to download.
 
     python -m offline_data list
     python -m offline_data list --root /mnt/data
 
-Cards alone are read: no simulator is built, no row is looked at, and torch is not loaded.
+Only cards are read: no simulator is built, no row is read, and torch is not loaded.
 """
 
 from pathlib import Path

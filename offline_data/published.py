@@ -1,5 +1,4 @@
-"""What was published of the benchmark's datasets: the numbers of Table 3 and of OG-MARL's cards, and a check of a
-dataset against them.
+"""Published statistics of the benchmark's datasets (Table 3, OG-MARL's cards), and a comparison with a dataset.
 
     python -m offline_data info data/mamujoco/hopper/medium-replay      # its row of Table 3 beside the published ones
     python -m offline_data plot data/mamujoco/hopper/medium-replay      # histogram of episode returns
@@ -71,8 +70,8 @@ REPLAYS = {"hopper": "3hopper", "ant": "2ant", "halfcheetah": "6halfcheetah", "a
 
 
 def published() -> dict[tuple[str, str, str], list[list[str]]]:
-    """(env, task, quality) -> the numbers of PUBLISHED as they are printed: [sizes, Table 3's, OG-MARL's]; a missing
-    part is empty."""
+    """(env, task, quality) -> the numbers of PUBLISHED as they are printed: [sizes, Table 3's, OG-MARL's]. A part that
+    is missing is an empty list."""
     lines = [[part.split() for part in line.split("|")] for line in PUBLISHED.strip().splitlines()]
     return {tuple(name): parts for name, *parts in lines}
 
@@ -84,8 +83,7 @@ def downloadable() -> set[tuple[str, str, str]]:
 
 
 def differences(card: dict) -> tuple[list[str], list[str]]:
-    """(the published rows of the dataset's instance, what differs from them), as lines; both empty for one that nobody
-    published."""
+    """(published rows of this dataset, differences from them), as lines. Both are empty if nothing was published."""
     found = published().get((card["env"], card["task"], card["quality"]))
     if found is None:
         return [], []
@@ -139,7 +137,7 @@ def info(path: tyro.conf.Positional[str], verify: bool = False):
 
     Args:
         path: dataset directory
-        verify: compare every file with the checksums in the card (a small dataset's are compared without it, too)
+        verify: compare every file with the checksums in the card (for a small dataset this is always done)
     """
     from offline_data.dataset import open_dataset  # here, since torch takes seconds to load
 

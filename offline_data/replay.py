@@ -1,4 +1,4 @@
-"""Replay of a dataset: which rows are drawn, and what a batch holds of them."""
+"""Replay of a dataset: draws rows, and makes batches of them."""
 
 import torch
 from tensordict import TensorDict
@@ -12,17 +12,17 @@ DRAW = 16  # batches drawn together, see minibatches
 
 
 def transition_rows(rows: TensorDict) -> torch.Tensor:
-    """[T] int64: the row of each transition, in order; the row after it is its next observation."""
+    """[T] int64: the row of each transition, in order. The row after it holds its next observation."""
     return (~last_rows(rows)).nonzero()[:, 0]
 
 
 def initial_rows(rows: TensorDict) -> torch.Tensor:
-    """[E] int64: the rows that begin an episode, samples of p_0."""
+    """[E] int64: the first row of each episode. Their states are samples of p_0."""
     return rows["is_init"][:, 0].nonzero()[:, 0]
 
 
 def best_transitions(rows: TensorDict, share: float) -> torch.Tensor:
-    """[T'] int64: the row of each transition of the best episodes by return, `share` of them and at least one."""
+    """[T'] int64: the rows of all transitions of the best episodes by return. `share` of the episodes, at least one."""
     returns = episode_returns(rows)
     best = torch.zeros_like(returns, dtype=torch.bool)
     best[returns.topk(max(round(share * len(returns)), 1)).indices] = True
@@ -31,12 +31,12 @@ def best_transitions(rows: TensorDict, share: float) -> torch.Tensor:
 
 
 class RowSampler(Sampler):
-    """Draws rows of `first` uniformly with replacement, on their device: rows t alone [B], or pairs (t, t + 1) [B, 2].
+    """Draws rows t from `first`, with replacement, on their device: [B], or as pairs (t, t + 1) [B, 2].
 
-    TorchRL's SliceSampler draws trajectories uniformly, so it would draw short episodes too often.
+    It draws uniformly, or in proportion to `weights` [T]. TorchRL's SliceSampler draws trajectories uniformly, so it
+    would draw the steps of short episodes too often.
 
-    With `weights` [T] it draws in proportion to them. With S generators it draws for S seeds, each from its own: [S, B]
-    or [S, B, 2]. One generator, or none, has no such dimension.
+    With S > 1 generators each draws for one seed: [S, B] or [S, B, 2].
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class RowSampler(Sampler):
 
 
 class RowStorage(TensorStorage):
-    """Reads whole rows, which index_select copies several times faster than an index does."""
+    """Reads whole rows by index_select, which is several times faster than an index."""
 
     def get(self, index: torch.Tensor) -> TensorDict:
         flat = index.flatten()
@@ -77,7 +77,7 @@ class RowStorage(TensorStorage):
 
 
 def as_transition(pairs: TensorDict) -> TensorDict:
-    """[..., 2] rows -> [...] transitions in TorchRL's layout: row t, and what is seen at t + 1 under "next"."""
+    """[..., 2] rows -> [...] transitions in TorchRL's layout: row t, and under "next" what is seen at t + 1."""
     batch, after = pairs.unbind(-1)
     batch["next"] = after.select("state", ("agents", "observation"), ("agents", "action_mask"), strict=False)
     return batch
@@ -92,11 +92,10 @@ def make_replay(
     first: torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
 ) -> TensorDictReplayBuffer:
-    """TorchRL replay of a dataset's transitions, or of the rows `first`, drawn as RowSampler does and moved to
-    `device`.
+    """TorchRL replay of a dataset's transitions, or of the rows `first`. RowSampler draws them.
 
-    Rows are read where they lie, on the CPU from the memory map or in a GPU's memory. With `keys`, only those entries
-    (where there are any) are read; without `pairs`, nothing of the next row is.
+    Rows are read from the CPU's memory map or from the GPU's memory, and then moved to `device`. With `keys` only those
+    entries are read (if they exist). With pairs=False nothing of the next row is read.
     """
     storage = RowStorage(rows if keys is None else rows.select(*keys, strict=False), device=rows["is_init"].device)
     sampler = RowSampler(transition_rows(rows) if first is None else first, pairs, generators, weights)
@@ -110,12 +109,11 @@ def make_replay(
 
 
 def minibatches(start: int, stops: set[int], *sources: tuple[TensorDictReplayBuffer, int]):
-    """Yields (step, a batch of each source) for the steps from start + 1 to the last of `stops`; a source is (replay,
-    batch size).
+    """Yields (step, a batch of each source) for the steps from start + 1 to the last of `stops`.
 
-    Batches are drawn DRAW at a time, which spreads the cost of a draw, and never across a stop: a run that goes on from
-    one draws what it would have drawn. For the same reason they end early, between two draws, where a stop of the
-    script is asked for: the caller sees that by the step it has reached.
+    A source is (replay, batch size). DRAW batches are drawn at once, which is cheaper, but never across a step in
+    `stops`, where checkpoints are. So a run that is resumed there draws the same batches. If a stop of the script is
+    asked for, the steps end early, between two draws. The caller sees it from the step that was reached.
     """
     step = start
     for stop in sorted(s for s in stops if s > start):

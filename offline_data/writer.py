@@ -1,4 +1,4 @@
-"""Writes a new dataset, episode by episode. The format stands in dataset.py."""
+"""Writes a new dataset, episode by episode. dataset.py describes the format."""
 
 import errno
 import json
@@ -17,14 +17,14 @@ from offline_data.durable import disk_errors, fsync_folder, replace
 
 
 class DatasetWriter:
-    """Appends whole episodes to a new dataset; memory stays bounded, and nothing is at `path` before close().
+    """Appends whole episodes to a new dataset. Memory stays bounded. Before close() nothing is at `path`.
 
         writer = DatasetWriter(path)
         writer.append(episode)    # TensorDict [T + 1], see dataset.py's docstring; flags and "episode" are added
         writer.close(card)        # completes the card and moves the dataset into place
 
-    Whatever is at `path` already stays: that is BadInput. With `overwrite` close() puts the new dataset in the place of
-    an old one, and of nothing else.
+    If something is already at `path`, it stays and BadInput is raised. With `overwrite` close() replaces an old
+    dataset, but nothing else.
     """
 
     def __init__(self, path: str | Path, overwrite: bool = False):
@@ -42,12 +42,12 @@ class DatasetWriter:
 
     @contextmanager
     def _writing(self):
-        """A full disk ends in one line, and gets back what was written so far."""
+        """On a full disk: raises BadInput with one line, and deletes what was written so far."""
         try:
             with disk_errors(self.path):
                 try:
                     yield
-                except RuntimeError as error:  # PyTorch's word for it
+                except RuntimeError as error:  # so PyTorch calls it
                     if os.strerror(errno.ENOSPC) in str(error):
                         raise OSError(errno.ENOSPC, "") from None
                     raise
@@ -83,11 +83,11 @@ class DatasetWriter:
         )
 
     def close(self, card: dict) -> Path:
-        """`card` says env, task, quality, engine, interface and made (how); the rest is filled in here."""
+        """`card` has env, task, quality, engine, interface and made (how). The rest is filled in here."""
         with self._writing():
             for file in self.files.values():
                 file.close()
-            # TensorDict writes its own meta.json and arrays of one row; the recorded ones take their place.
+            # TensorDict writes its meta.json and arrays of one row. The recorded arrays replace these.
             self.template.memmap_like(str(self.partial))
             for folder in (self.partial, self.partial / "agents"):
                 meta = read_json(folder / "meta.json")
@@ -122,8 +122,8 @@ class DatasetWriter:
         return self.path
 
     def _move(self):
-        """The new dataset takes its name; an old one is moved aside for that moment, so that one of them is whole."""
-        check_free(self.path, self.overwrite)  # something may have come here meanwhile
+        """Gives the new dataset its name. An old one is moved aside first, so one of them is complete at any moment."""
+        check_free(self.path, self.overwrite)  # something may have appeared meanwhile
         aside = self.path.with_name(self.path.name + ".replaced")
         with disk_errors(self.path):
             if self.path.exists():

@@ -1,4 +1,4 @@
-"""How far a training is: a bar in a terminal, a line each ten seconds elsewhere, nothing with --quiet."""
+"""Shows the progress of training: a bar in a terminal, a line every ten seconds elsewhere, nothing with --quiet."""
 
 import sys
 import time
@@ -6,13 +6,13 @@ import time
 from tqdm import tqdm
 
 SECONDS = 10  # between two lines
-# what of a row of metrics.csv is shown, and under which name
-SHOWN = {"nu_loss": "loss", "policy_loss": "loss", "mean_nu": "nu_tot", "ess": "ess", "return": "return",
-         "winrate": "winrate"}  # fmt: skip
+# columns of metrics.csv that are shown, and their names there
+SHOWN = {"nu_loss": "loss", "policy_loss": "loss", "mean_nu": "nu_tot", "ess": "ess"}
+SHOWN |= {"return": "return", "winrate": "winrate"}
 
 
 class Bar:
-    """for step, *batch in bar(batches): ..., with bar.say(rows) at evaluations: nothing is read from a GPU between."""
+    """Used as `for step, *batch in bar(batches)`. Only bar.say(rows) gives it values, so it never waits for a GPU."""
 
     def __init__(self, label: str, total: int, start: int = 0, quiet: bool = False):
         self.label, self.total, self.start, self.quiet, self.values = label, total, start, quiet, {}
@@ -33,7 +33,7 @@ class Bar:
                     last = time.monotonic()
                     speed = (step - self.start) / (last - begin)
                     values = "".join(f", {name} {value}" for name, value in self.values.items())
-                    line = f"{self.label}: step {step} of {self.total}, {speed:.0f} a second{values}"
+                    line = f"{self.label}: step {step} of {self.total}, {speed:.0f} per second{values}"
                     print(line, file=sys.stderr, flush=True)
 
     def say(self, rows: list[dict]):

@@ -13,15 +13,15 @@ from environments.checks import BadInput
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "torchrl", "tensordict", "numpy", "mujoco", "gymnasium-robotics", "jaxmarl")
-# What config.json says beside the flags; free to differ when a run goes on.
+# What config.json says beside the flags. It may differ when a run goes on.
 ABOUT = ("versions", "commit", "dataset")
-NOT_AGAIN = ("seed", "algo", "resume", "overwrite", *ABOUT)  # in config.json, but nothing to run again
+NOT_AGAIN = ("seed", "algo", "resume", "overwrite", *ABOUT)  # in config.json, but not used by --config
 
 
 def parse(Args, default=None):
-    """The Args of the command line; `default` stands for what is not given. A bad flag ends the script with code 2.
+    """The Args of the command line. `default` has the values of flags that are not given. Exits with 2 for a bad flag.
 
-    Scripts call it before they import what takes seconds, so that --help and a typo answer at once.
+    Scripts call it before they import slow modules, so --help and a mistyped flag answer at once.
     """
     import tyro
 
@@ -36,14 +36,14 @@ def parse(Args, default=None):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     help = inspect.cleandoc(Args.__doc__) + (
-        "\n\nTwo words more: --config FILE runs again what a run's config.json says, as far as other flags say nothing "
-        "else; --version prints the commit and the versions of packages."
+        "\n\nTwo more flags: --config FILE takes the flags of a run's config.json, which other flags override. "
+        "--version prints the commit and the versions of packages."
     )
     return tyro.cli(Args, default=default, args=words, description=help)
 
 
 def take_config(words: list[str], Args, default):
-    """The words without --config FILE, and the Args that it names."""
+    """The words without --config FILE, and the Args that FILE holds."""
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" not in words:
         return words, default
@@ -61,7 +61,7 @@ def take_config(words: list[str], Args, default):
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that a result depends on, as far as they are installed."""
+    """Versions of the packages that a result depends on, if they are installed."""
     found = {}
     for name in PACKAGES:
         try:
@@ -72,7 +72,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of this code, "-dirty" where files differ from it; None where there is no git."""
+    """The commit of this code, with "-dirty" if files differ from it. None without git."""
     if not (ROOT / ".git").exists():
         return None
     command = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]

@@ -1,7 +1,7 @@
 """One process at a time in a run directory.
 
-The lock is the operating system's, on the file LOCK, so it is gone with the process however that ends, and it holds
-between the machines of a shared file system. What stands in the file only names the holder.
+It is a lock of the operating system on the file LOCK. So it ends with the process, however that ends, and it also works
+between machines that share a file system. The text in the file only names the holder.
 """
 
 import atexit
@@ -35,25 +35,25 @@ def lock(folder: Path):
             holder = file.read(300).strip() or "another process"
             file.close()
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                print(f"{folder} can't be locked ({error.strerror}): see to it that only one process trains there")
+                print(f"{folder} can't be locked ({error.strerror}): make sure that only one process trains there")
                 return
             raise BadInput(
                 f"{folder} is in use by {holder}: wait for it or stop it, or choose another --out"
             ) from None
         if _is_at(file, folder):
             break
-        file.close()  # the holder before removed the file between the two calls
+        file.close()  # the last holder removed the file between the two calls
     try:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-    except OSError:  # a full disk: the lock holds without a name
+    except OSError:  # a full disk: the lock works without a name
         pass
     HELD[folder] = file
 
 
 def unlock(folder: Path):
-    """Removes LOCK, while it is held, and a folder with nothing else in it."""
+    """Removes LOCK, while it is held, and the folder if nothing else is in it."""
     folder = folder.absolute()
     file = HELD.pop(folder, None)
     if file is not None:
@@ -61,7 +61,7 @@ def unlock(folder: Path):
             if _is_at(file, folder):
                 (folder / "LOCK").unlink()
             folder.rmdir()  # fails where there is a run
-        with suppress(OSError):  # what could not be written on a full disk is tried again here
+        with suppress(OSError):  # closing tries again what could not be written to a full disk
             file.close()
 
 
@@ -75,6 +75,6 @@ def _is_at(file, folder: Path) -> bool:
 
 @atexit.register
 def _unlock_all():
-    """A script that ends leaves no LOCK behind; one that is killed does, and it locks nothing."""
+    """A script that ends leaves no LOCK behind. A killed one does, but that file locks nothing."""
     for folder in list(HELD):
         unlock(folder)

@@ -1,11 +1,11 @@
-"""From run directories to the paper's tables, learning curves and ablation charts; and what a script says as it ends.
+"""Makes the paper's tables, learning curves and ablation charts from run directories, and a script's last printout.
 
     python comadice_eval.py report runs/        # -> runs/report/report.md, report.csv and PNGs
 
-Every folder below RUNS that holds a finished run is a seed of a cell: an instance (simulator, task, quality, data), a
-method, and the arguments with which it ran. Runs of other arguments are never averaged: where a method ran with
-several, as in an ablation (--out runs/alpha0.1 and so on), each has a column, named by what differs. What is left out
-is listed with its reason.
+Every finished run below RUNS is one seed of a cell. A cell is an instance (simulator, task, quality, data), a method
+and its arguments. Runs with different arguments are never averaged. If a method ran with several settings, as in an
+ablation (--out runs/alpha0.1 and so on), each setting has a column, named by what differs. The report lists what it
+leaves out, and why.
 """
 
 import csv
@@ -42,33 +42,33 @@ class Args:
     out: str | None = None
     """folder for the report (default RUNS/report)"""
     last: float | None = None
-    """a seed's score is its mean over this share of its evaluations, the last ones, and at least one (default: what
-    summary.json has, the last half and at most ten): single checkpoints swing"""
+    """a seed's score is its mean over this share of its evaluations, the last ones (default: as in summary.json, the
+    last half and at most ten). A single evaluation would be noisy"""
 
 
 class Run(NamedTuple):
-    """One finished seed; return and winrate (percent) at each evaluation."""
+    """One finished seed, with return and winrate (percent) at each evaluation."""
 
     path: Path
     instance: tuple  # env, task, quality, engine, the dataset's mean return
     method: str
-    config: tuple  # the arguments that make a difference, as sorted (name, text)
+    config: tuple  # the arguments that change the result, as sorted (name, text)
     seed: int
     steps: list[int]
-    curves: dict[str, list[float]]  # metric -> a value an evaluation
+    curves: dict[str, list[float]]  # metric -> one value per evaluation
 
 
 class Cell(NamedTuple):
-    """What one instance's runs of one method and one setting give."""
+    """The runs of one instance, method and setting."""
 
     instance: tuple
     method: str
-    setting: tuple  # (name, text) of each argument that varies among this method's runs of some instance
+    setting: tuple  # (name, text) of each argument that varies between this method's runs
     runs: list[Run]
 
     @property
     def label(self) -> str:
-        """The setting as text, which is how paper_tables.csv names an ablation's."""
+        """The setting as text, as paper_tables.csv names ablations."""
         return " ".join(f"{k}={v}" for k, v in self.setting)
 
     @property
@@ -77,14 +77,14 @@ class Cell(NamedTuple):
 
 
 def show(value) -> str:
-    """An argument as text: different values differ, and 10.0 is 10."""
+    """An argument as text. Equal values have equal texts: 10.0 is 10."""
     if isinstance(value, float):
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def numeric(text: str) -> tuple:
-    """Sorts numbers by value, before other text."""
+    """Sort key: numbers by value, then other text."""
     try:
         return (0, float(text), "")
     except ValueError:
@@ -101,7 +101,7 @@ def mean_std(values: list[float]) -> tuple[float, float]:
 
 
 def read_run(path: Path) -> Run:
-    """A finished run directory. Raises BadInput with the reason for which a directory is none."""
+    """Reads a finished run directory. Raises BadInput, with the reason, for any other directory."""
     if not (path / "config.json").is_file():
         raise BadInput("no config.json: not a run directory of this project")
     config = read_json(path / "config.json")
@@ -110,7 +110,7 @@ def read_run(path: Path) -> Run:
         raise BadInput("config.json is not that of a run of this project")
     for key in ("algo", "env", "task", "quality"):
         if not re.fullmatch(r"[\w-][\w.-]*", config[key]):  # bc-best2.5 has a dot
-            raise BadInput(f"config.json: {key} is {config[key]!r}, which is no name")
+            raise BadInput(f"config.json: {key} is {config[key]!r}, which is not a name")
     if min(config["steps"], config["evals"]) < 1:
         raise BadInput("config.json: steps and evals must be positive")
     if not (path / "metrics.csv").is_file():
@@ -133,13 +133,8 @@ def read_run(path: Path) -> Run:
         curves = {"return": [float(row["return"]) for row in rows]}
         if summary["winrate"] is not None:
             curves["winrate"] = [100 * float(row["winrate"]) for row in rows]
-        instance = (
-            config["env"],
-            config["task"],
-            config["quality"],
-            str(summary["engine"]),
-            float(summary["dataset_return"]),
-        )
+        instance = tuple(config[key] for key in ("env", "task", "quality"))
+        instance += (str(summary["engine"]), float(summary["dataset_return"]))
     except BadInput:
         raise
     except (KeyError, ValueError, TypeError, OverflowError, OSError, csv.Error) as error:
@@ -147,15 +142,15 @@ def read_run(path: Path) -> Run:
     if not all(abs(v) < 1e12 for v in (*instance[4:], *curves["return"])) or not all(
         0 <= v <= 100 for v in curves.get("winrate", [])
     ):
-        raise BadInput("metrics.csv or summary.json holds a number that is no return or winrate")
+        raise BadInput("metrics.csv or summary.json holds a number that can't be a return or winrate")
     settings = {k: show(v) for k, v in config.items() if k in ("steps", "evals") or k not in (*FREE, *kinds)}
-    if "checkpoint" in settings:  # weighted BC: each seed has the ratio of a run of its own
+    if "checkpoint" in settings:  # weighted BC: each seed has the ratio of another run
         settings["checkpoint"] = re.sub(r"seed\d+$", "seed*", settings["checkpoint"])
     return Run(path, instance, config["algo"], tuple(sorted(settings.items())), config["seed"], steps, curves)
 
 
 def find_runs(root: Path, out: Path) -> tuple[list[Run], list[tuple[Path, str]]]:
-    """(finished runs below root, what was left out and why)."""
+    """(finished runs below root, the folders that are left out, with the reason)."""
     left_out, holds = [], {}
     for folder, folders, files in os.walk(
         root, onerror=lambda error: left_out.append((Path(error.filename), f"can't be read: {error.strerror}"))
@@ -170,7 +165,7 @@ def find_runs(root: Path, out: Path) -> tuple[list[Run], list[tuple[Path, str]]]
     runs, seen = [], {}
     for folder in holds:
         if not holds[folder] & RUN_FILES:
-            if folder not in above:  # learning curves lie above runs
+            if folder not in above:  # folders above runs hold learning curves
                 left_out.append((folder, "not a run directory of this project"))
             continue
         try:
@@ -190,8 +185,8 @@ def find_runs(root: Path, out: Path) -> tuple[list[Run], list[tuple[Path, str]]]
 
 
 def make_cells(runs: list[Run]) -> list[Cell]:
-    """Groups seeds; a setting names the arguments that vary within some instance, so that columns mean the same in
-    every row."""
+    """Groups seeds into cells. A setting names all arguments that vary within any instance, so a column means the same
+    in every row."""
     by_method = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for run in runs:
         by_method[run.method][run.instance][run.config].append(run)
@@ -210,7 +205,7 @@ def make_cells(runs: list[Run]) -> list[Cell]:
 
 
 def missing_seeds(cells: list[Cell]) -> list[str]:
-    """A line for each cell that lacks seeds that another cell of its instance has."""
+    """A line for each cell without some of the seeds that the instance's other cells have."""
     seeds = defaultdict(set)
     for cell in cells:
         seeds[cell.instance] |= {run.seed for run in cell.runs}
@@ -226,7 +221,7 @@ def missing_seeds(cells: list[Cell]) -> list[str]:
 
 
 def score(cell: Cell, metric: str, last: float | None) -> tuple[float, float]:
-    """Mean and standard deviation over seeds; a seed's score is its mean over the last evaluations."""
+    """Mean and standard deviation over seeds of their scores. A score is a mean over the last evaluations."""
     evaluations = len(cell.runs[0].steps)
     count = judged(evaluations) if last is None else max(round(last * evaluations), 1)
     return mean_std([sum(run.curves[metric][-count:]) / count for run in cell.runs])
@@ -242,8 +237,8 @@ def paper_numbers() -> dict[tuple, tuple[str, str]]:
 
 
 def of_paper(paper: dict, cell: Cell, metric: str) -> tuple[str, str] | None:
-    """The paper's number of a cell: the main tables' where nothing varies, the ablation's where one of its arguments
-    does, else none."""
+    """The paper's number for a cell: from the main tables if nothing varies, from an ablation's table if one argument
+    does, else None."""
     return paper.get((*cell.instance[:3], metric, cell.method, cell.label))
 
 
@@ -251,8 +246,8 @@ def of_paper(paper: dict, cell: Cell, metric: str) -> tuple[str, str] | None:
 
 
 def table(cells: list[Cell], metric: str, last: float | None, paper: dict) -> list[str]:
-    """Lines of Markdown: a row an instance, a column a method and setting, the best mean in bold, the paper's numbers
-    below ours."""
+    """Lines of Markdown: one row per instance, one column per method and setting. The best mean is bold, and the
+    paper's numbers are below ours."""
     columns = list(dict.fromkeys(cell.column for cell in cells))
     instances = sorted({cell.instance for cell in cells})
     most = max(abs(score(cell, metric, last)[0]) for cell in cells)
@@ -287,7 +282,7 @@ def table(cells: list[Cell], metric: str, last: float | None, paper: dict) -> li
 
 
 def title(instance: tuple, instances: list[tuple]) -> str:
-    """An instance's name, with engine and data where the name alone is not enough."""
+    """An instance's name, with engine and data if the name is not unique."""
     name = f"{instance[1]} {instance[2]}"
     alike = [other for other in instances if other[:3] == instance[:3]]
     return name if len(alike) == 1 else f"{name} ({instance[3]}, data {instance[4]:g})"
@@ -296,23 +291,8 @@ def title(instance: tuple, instances: list[tuple]) -> str:
 def write_csv(cells: list[Cell], last: float | None, paper: dict, path: Path):
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(
-            [
-                "env",
-                "task",
-                "quality",
-                "engine",
-                "data_return",
-                "metric",
-                "method",
-                "setting",
-                "mean",
-                "std",
-                "seeds",
-                "paper_mean",
-                "paper_std",
-            ]
-        )
+        instance, ours = ["env", "task", "quality", "engine", "data_return"], ["mean", "std", "seeds"]
+        writer.writerow([*instance, "metric", "method", "setting", *ours, "paper_mean", "paper_std"])
         for cell in sorted(cells, key=lambda c: c.instance):
             for metric in cell.runs[0].curves:
                 seeds = " ".join(str(run.seed) for run in cell.runs)
@@ -334,7 +314,7 @@ def panels(count: int, width: float = 4.2, height: float = 3.1):
 
 
 def draw_curves(cells: list[Cell], metric: str, path: Path):
-    """Figures 1 and 4 to 8: mean and standard deviation over seeds at every evaluation, a panel an instance."""
+    """Figures 1 and 4 to 8: mean and standard deviation over seeds at every evaluation, one panel per instance."""
     instances = sorted({cell.instance for cell in cells})
     figure, axes = panels(len(instances))
     color = {column: f"C{i % 10}" for i, column in enumerate(dict.fromkeys(cell.column for cell in cells))}
@@ -347,7 +327,7 @@ def draw_curves(cells: list[Cell], metric: str, path: Path):
         if metric == "return":
             axis.axhline(instance[4], color="grey", linestyle="--", linewidth=1, label="behaviour data")
         axis.set(title=title(instance, instances), xlabel="gradient steps of the policy", ylabel=AXIS[metric])
-    # one legend, below: in a panel it would hide curves
+    # one legend below all panels, since in a panel it would hide curves
     lines = {line.get_label(): line for axis in figure.axes for line in axis.get_lines()}
     figure.tight_layout()
     figure.legend(lines.values(), lines.keys(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, fontsize=8)
@@ -355,7 +335,7 @@ def draw_curves(cells: list[Cell], metric: str, path: Path):
 
 
 def series(cells: list[Cell], key: str) -> list[list[Cell]]:
-    """ComaDICE's cells of one instance that differ in `key` alone, two or more together."""
+    """Groups of two or more of ComaDICE's cells of one instance that differ only in `key`."""
     groups = defaultdict(list)
     for cell in cells:
         if cell.method == "comadice" and key in dict(cell.setting):
@@ -364,7 +344,7 @@ def series(cells: list[Cell], key: str) -> list[list[Cell]]:
 
 
 def draw_ablation(cells: list[Cell], key: str, metric: str, last: float | None, paper: dict, path: Path) -> bool:
-    """Figures 2, 9 and 10: the score at each value of `key`, a panel an instance; False where nothing was ablated."""
+    """Figures 2, 9 and 10: the score at each value of `key`, one panel per instance. False if `key` never varies."""
     instances = sorted({cell.instance for cell in cells})
     charts = [(instance, group) for instance in instances
               for group in series([cell for cell in cells if cell.instance == instance], key)]
@@ -400,13 +380,13 @@ def main(args: Args):
     if root.resolve().is_relative_to(out.resolve()):
         raise BadInput(f"--out {out} holds the runs: give another folder")
     if out.exists() and not (out / "report.md").is_file():
-        raise BadInput(f"{out} is there and is no report: give another --out")
+        raise BadInput(f"{out} exists and is not a report: give another --out")
     runs, left_out = find_runs(root, out)
     if not runs:
         reasons = "".join(f"; {path}: {why}" for path, why in left_out[:3])
         raise BadInput(f"no finished run below {root}{reasons}")
     partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # what a report that was killed left
+    shutil.rmtree(partial, ignore_errors=True)  # from a report that was killed
     try:
         partial.mkdir(parents=True)
         names = write_report(make_cells(runs), left_out, args.last, partial)
@@ -456,7 +436,7 @@ def write_report(cells: list[Cell], left_out: list[tuple[Path, str]], last: floa
 
 
 def plot_curves(curves: dict[str, list[list[dict]]], dataset_return: float, title: str, path: Path):
-    """Learning curves: per method the mean over seeds of the evaluated return, and its standard error as a band."""
+    """Learning curves: for each method the mean return over seeds, with its standard error as a band."""
     import matplotlib
 
     matplotlib.use("Agg")

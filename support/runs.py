@@ -1,16 +1,16 @@
-"""Run directories: what the flags of a training script name, and what a run leaves on disk.
+"""Run directories: finding a script's dataset and its runs, and the files that a run writes.
 
     OUT/ENV/TASK/QUALITY/ALGO/seedN/
         config.json      every argument
-        metrics.csv      a row an evaluation
+        metrics.csv      one row per evaluation
         summary.json     the result, written once the run is finished
         checkpoint.pt    parameters, optimisers, random state; loads with weights_only=True
         LOCK             while a process trains there
 
-Everything is in the checkpoint: the other files can be written again from it. A run that was stopped goes on with
---resume to the bits of one that was not. With more --steps, --resume extends a run: its critics and then its policies
-go on where they were, the ratio w* is computed again between the two, and a learning rate that falls to 0 falls to 0 at
-the new end, so it jumps up first.
+The checkpoint holds everything: the other files can be written again from it. A stopped run that goes on with --resume
+ends with the same bits as one that was not stopped. With more --steps, --resume extends a run. Its critics go on where
+they were, w* is computed again, and then its policies go on. A learning rate that falls to 0 now does so at the new
+end, so it jumps up first.
 """
 
 import csv
@@ -38,15 +38,15 @@ from support.lock import lock, unlock
 
 # Flags of a run that its summary.json repeats.
 METHOD_FLAGS = ("preset", "objective", "advantage", "alpha", "episode_alpha", "tau", "lr")
-FITS = 0.7  # of a GPU's free memory may be the dataset's, the rest is for the work on it
-# arguments that may differ when a run is resumed
+FITS = 0.7  # share of a GPU's free memory that a dataset may take; training needs the rest
+# Arguments that may differ when a run is resumed.
 FREE = ("seeds", "data", "out", "resume", "overwrite", "device", "data_device", "workers", "graph", "quiet", *ABOUT)
-GROWS = ("steps", "evals")  # may differ where a run is extended
+GROWS = ("steps", "evals")  # may differ when a run is extended
 AGAIN = "run the same command again with --resume"
-SMALL_BATCH = 1024  # is never too large for a dataset
+SMALL_BATCH = 1024  # a batch of this size is accepted for any dataset
 MARK = b"SHA-256 of the bytes before: "  # at the end of a checkpoint
-LIMIT = 1e4  # a parameter that is larger has diverged: Adam moves it by about --lr a step, so at most some hundreds
-LOOK = 2000  # steps after which parameters are looked at, where no evaluation does
+LIMIT = 1e4  # a larger parameter has diverged: Adam moves it by about --lr per step, so by some hundreds at most
+LOOK = 2000  # parameters are checked after so many steps, and at evaluations
 
 
 def check_args(args):
@@ -79,8 +79,11 @@ def eval_steps(args) -> set[int]:
 
 
 def load_dataset(args, device: torch.device, algo: str) -> tuple[TensorDict, dict]:
-    """The dataset that the flags name, its rows where --data-device says; fills in args.env, task and quality from the
-    card, and args.data_device. Random numbers depend on the last, so a run of `algo` that goes on keeps its own."""
+    """The dataset that the flags name: its rows, on the device of --data-device, and its card.
+
+    Fills in args.env, task and quality from the card, and args.data_device. Random numbers depend on data_device, so a
+    resumed run of `algo` keeps its own.
+    """
     if args.data is None:
         args.env = args.env or "mamujoco"
         args.task = args.task or ("hopper" if args.env == "mamujoco" else "zerg_5_vs_5")
@@ -106,7 +109,7 @@ def load_dataset(args, device: torch.device, algo: str) -> tuple[TensorDict, dic
     rows, card = open_dataset(path, args.env, args.task)
     args.env, args.task, args.quality = card["env"], card["task"], args.quality or card["quality"]
     for name in ("batch_size", "init_batch_size"):
-        # Rows are drawn with replacement: a batch far above the data would repeat them, and can take all memory.
+        # Rows are drawn with replacement. A batch much larger than the dataset would repeat them, and may not fit.
         if getattr(args, name, 0) > max(card["samples"], SMALL_BATCH):
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
             raise BadInput(f"{flag} is more than the {card['samples']} transitions of {path}: give a smaller one")
@@ -118,7 +121,7 @@ def load_dataset(args, device: torch.device, algo: str) -> tuple[TensorDict, dic
 
 
 def recorded_place(args, algo: str) -> str | None:
-    """--data-device of the run that goes on."""
+    """--data-device of the run that is resumed, if there is one."""
     for path in run_paths(args, algo).values():
         if (path / "config.json").exists():
             config = read_json(path / "config.json")
@@ -128,7 +131,7 @@ def recorded_place(args, algo: str) -> str | None:
 
 
 def free_place(card: dict, device: torch.device) -> str:
-    """On the GPU where the dataset fits into its free memory."""
+    """Where --data-device auto keeps the dataset: on the GPU if it fits into the free memory there."""
     size, free = sum(card["bytes"].values()), torch.cuda.mem_get_info(device)[0]
     if size <= FITS * free:
         return "device"
@@ -144,7 +147,7 @@ def free_place(card: dict, device: torch.device) -> str:
 
 @dataclass
 class Run:
-    """A seed's run directory on its way."""
+    """One seed's run, while it is trained."""
 
     seed: int
     path: Path
@@ -156,11 +159,11 @@ class Run:
     begun: bool = False
     """whether it has a checkpoint"""
     lost: str = ""
-    """why nothing more can come of it"""
+    """why it can't go on, if it diverged"""
 
 
 class Diverged(BadInput):
-    """Some seeds' parameters are beyond use. The others of their group are well."""
+    """The parameters of these seeds diverged. Other seeds that are trained with them did not."""
 
     def __init__(self, seeds: list[int], what: str):
         super().__init__(f"seed{'s' * (len(seeds) > 1)} {' '.join(map(str, seeds))}: {what}")
@@ -168,9 +171,9 @@ class Diverged(BadInput):
 
 
 def check_parameters(module: nn.Module, seeds: list[int], where: str):
-    """Raises Diverged for seeds with a parameter that is huge or not finite; `module` is as stack() makes it of them.
+    """Raises Diverged for seeds with a parameter that is huge or not finite. `module` is stacked, see support/seeds.py.
 
-    It waits for the GPU, so it is called before a checkpoint and every LOOK steps. That is often enough: with Adam a
+    It waits for the GPU, so it is called only before checkpoints and every LOOK steps. That is enough: with Adam a
     parameter that is not finite stays so.
     """
     largest = torch.stack([p.detach().reshape(len(seeds), -1).abs().amax(1) for p in module.parameters()]).amax(0)
@@ -180,7 +183,7 @@ def check_parameters(module: nn.Module, seeds: list[int], where: str):
 
 
 def give_up(runs: dict[int, Run], diverged: Diverged):
-    """The diverged seeds end where their last checkpoint is. The others of the group go on from theirs."""
+    """Ends the diverged seeds. Their last checkpoints stay, and the group's other seeds go on from theirs."""
     for seed in diverged.seeds:
         run = runs[seed]
         run.lost = diverged.what
@@ -193,7 +196,7 @@ def run_paths(args, algo: str) -> dict[int, Path]:
 
 
 def begin(args, algo: str, card: dict, where: str, seed: int, path: Path, first: dict) -> Run:
-    """The run of one seed as its directory holds it, or from its start. Raises BadInput where that is in the way."""
+    """The run of one seed, from its directory or new. Raises BadInput if a run is there that can't go on."""
     config = asdict(args) | {"algo": algo}
     state = {"algo": algo, "card": card, "where": where, "policy": {}, "step": 0, "seconds": 0.0, "wall": 0.0} | first
     run = Run(seed, path, state | {"config": asdict(args)}, [], False)
@@ -229,7 +232,7 @@ def begin(args, algo: str, card: dict, where: str, seed: int, path: Path, first:
 
 
 def has_summary(path: Path) -> bool:
-    """Whether a run's summary.json is there and whole: an empty one is not that of a finished run."""
+    """Whether a run has a complete summary.json. An empty file does not count."""
     try:
         return {"return", "steps", "seed"} <= dict(read_json(path / "summary.json")).keys()
     except (BadInput, TypeError, ValueError):
@@ -237,12 +240,11 @@ def has_summary(path: Path) -> bool:
 
 
 def start_runs(args, algo: str, card: dict, rows: TensorDict, first: dict) -> dict[int, Run]:
-    """Makes or finds the run directory of every seed; `first` is what a method's checkpoint holds before the first
-    step.
+    """Makes or finds the run directory of every seed. `first` is a method's state before the first step.
 
-    Raises BadInput, before anything is written, where a run is in the way (without --resume or --overwrite), is being
-    trained by another process, or was made with other arguments or on another device, whose random numbers are others;
-    and where OUT can't be written. From here on a stop of the script waits until a training loop looks.
+    Raises BadInput, before anything is written, if a run is there (without --resume or --overwrite), if another process
+    trains it, if it was made with other arguments or on another device (random numbers differ there), or if OUT can't
+    be written. From here on a stop of the script waits until a training loop can save.
     """
     where = f"{pick_device(args.device).type} with the data on {rows['is_init'].device.type}"
     paths = run_paths(args, algo)
@@ -263,7 +265,7 @@ def start_runs(args, algo: str, card: dict, rows: TensorDict, first: dict) -> di
                     for name in ("summary.json", "checkpoint.pt", "metrics.csv"):
                         (run.path / name).unlink(missing_ok=True)
             elif not run.finished:
-                (run.path / "summary.json").unlink(missing_ok=True)  # of the run before it is extended
+                (run.path / "summary.json").unlink(missing_ok=True)  # it belongs to the run before it is extended
             old = read_json(run.path / "config.json") if run.begun else {}
             say_changes(run.path, old, about)
             if not run.begun or old["steps"] != args.steps:
@@ -279,7 +281,7 @@ def start_runs(args, algo: str, card: dict, rows: TensorDict, first: dict) -> di
 
 
 def say_changes(path: Path, old: dict, about: dict):
-    """One line where a run goes on with other packages, another commit or another card than it began with."""
+    """Prints a line if a run goes on with other packages, another commit or another card than it began with."""
     flat = lambda facts: {k: v for k, v in (facts | (facts.get("versions") or {})).items() if k != "versions"}
     before, now = flat({key: old[key] for key in ABOUT if key in old}), flat(about)
     changed = [f"{key} {before[key]}, now {now.get(key)}" for key in before if before[key] != now.get(key)]
@@ -288,7 +290,7 @@ def say_changes(path: Path, old: dict, about: dict):
 
 
 def end_runs(runs: dict[int, Run]) -> list[list[dict]]:
-    """Lets other processes into the run directories; returns the rows of metrics.csv of the seeds that are well."""
+    """Unlocks the run directories. Returns the rows of metrics.csv for the seeds that did not diverge."""
     for run in runs.values():
         unlock(run.path)
     if all(run.lost for run in runs.values()):
@@ -297,14 +299,14 @@ def end_runs(runs: dict[int, Run]) -> list[list[dict]]:
 
 
 def next_group(runs: dict[int, Run]) -> list[Run]:
-    """A run that is not finished and all others at the same step, which can be trained together. Empty at the end."""
+    """An unfinished run and all others at the same step: they can be trained together. Empty when all are finished."""
     left = [run for run in runs.values() if not run.finished and not run.lost]
     step = lambda run: (run.state.get("critic_step"), run.state["step"], len(run.state.get("unplayed", [])))
     return [run for run in left if step(run) == step(left[0])]
 
 
 def table(metrics: list[dict]) -> str:
-    """metrics.csv"""
+    """The text of metrics.csv."""
     file = io.StringIO(newline="")
     writer = csv.DictWriter(file, list(dict.fromkeys(key for row in metrics for key in row)))
     writer.writeheader()
@@ -317,11 +319,10 @@ def same_text(path: Path, text: str) -> bool:
 
 
 def save_checkpoint(run: Run, progress: dict, row: dict | None):
-    """Adds `progress` to the run's state and `row`, if there is one, to its table, and writes metrics.csv and
-    checkpoint.pt, each replaced as a whole.
+    """Adds `progress` to the run's state and `row` to its table, and writes metrics.csv and checkpoint.pt.
 
-    The table's rows are in the checkpoint too, and the table comes first, so a run that is killed between the two
-    writes its row again when it is resumed.
+    Each file is replaced as a whole, metrics.csv first. The checkpoint holds the table's rows too. So a run that is
+    killed between the two files writes the row again when it is resumed.
     """
     run.state |= progress
     if row is not None:
@@ -339,9 +340,9 @@ def save_checkpoints(runs: list[Run], progress: list[dict], rows: list[dict | No
 
 
 def sealed(archive: bytes) -> bytes:
-    """A zip file, which is what torch.save writes, with a checksum of all its bytes as its comment.
+    """The zip file that torch.save wrote, with a checksum of all its bytes as the zip's comment.
 
-    The CRCs of a zip file cover what is in it, but not its directory, whose damage can exchange tensors.
+    The zip's CRCs cover its members, but not its directory. Damage there could swap tensors.
     """
     seal = len(MARK) + 2 * hashlib.sha256().digest_size
     archive = archive[:-2] + seal.to_bytes(2, "little")  # a zip file ends with the length of its comment, 0 so far
@@ -349,7 +350,7 @@ def sealed(archive: bytes) -> bytes:
 
 
 def load_checkpoint(run: str | Path) -> dict:
-    """A run's checkpoint on the CPU. Raises BadInput for a missing, damaged or foreign one, before PyTorch reads it."""
+    """A run's checkpoint, on the CPU. Raises BadInput if it is missing, damaged or not of this project."""
     path = Path(run, "checkpoint.pt")
     if not path.is_file():
         raise BadInput(f"no checkpoint at {path}")
@@ -359,7 +360,7 @@ def load_checkpoint(run: str | Path) -> dict:
         body, mark, digest = data.rpartition(MARK)
         if mark and hashlib.sha256(body).hexdigest().encode() != digest:
             raise BadInput(damaged)
-        # A checkpoint that something else wrote has no checksum: then the CRCs must do.
+        # A checkpoint that another program wrote has no checksum. Then the CRCs must be right.
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             if not mark and archive.testzip() is not None:
                 raise BadInput(damaged)
@@ -372,19 +373,10 @@ def load_checkpoint(run: str | Path) -> dict:
         raise BadInput(f"{path} is not a checkpoint that can be read: {error.strerror or error}") from None
     except BadInput:
         raise
-    except Exception:  # zipfile and torch.load have no one type for a file that is cut or foreign
+    except Exception:  # zipfile and torch.load raise many types for a file that is cut or foreign
         raise BadInput(damaged) from None
-    wanted = {
-        "algo": str,
-        "card": dict,
-        "config": dict,
-        "where": str,
-        "policy": dict,
-        "step": int,
-        "seconds": float,
-        "wall": float,
-        "metrics": list,
-    }
+    wanted = {"algo": str, "card": dict, "config": dict, "where": str, "policy": dict}
+    wanted |= {"step": int, "seconds": float, "wall": float, "metrics": list}
     if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in wanted.items()):
         raise BadInput(f"{path} is not a checkpoint of this project")
     for part, keys in (("card", CARD_KEYS), ("config", CONFIG_KEYS)):
@@ -396,37 +388,26 @@ def load_checkpoint(run: str | Path) -> dict:
     return state
 
 
-CARD_KEYS = (
-    "env",
-    "task",
-    "quality",
-    "interface",
-    "n_agents",
-    "state_dim",
-    "obs_dim",
-    "action_dim",
-    "discrete",
-    "samples",
-    "return_mean",
-)
+CARD_KEYS = ("env", "task", "quality", "interface", "n_agents", "state_dim", "obs_dim", "action_dim", "discrete")
+CARD_KEYS += ("samples", "return_mean")
 CONFIG_KEYS = ("hidden", "steps", "evals", "seeds")
 
 
 def check_checkpoint(state: dict, card: dict, run: str | Path):
-    """Raises BadInput where a checkpoint was made from another dataset than the card's."""
+    """Raises BadInput if a checkpoint was made from another dataset than the card's."""
     for key in CARD_KEYS:
         if state["card"].get(key) != card.get(key):
             raise BadInput(f"{run}: the checkpoint's {key} is {state['card'].get(key)!r}, here it is {card.get(key)!r}")
 
 
 def last_evaluations(metrics: list[dict]) -> list[dict]:
-    """The evaluations that a run is judged by: the last half of them, at most ten. Empty where rollouts were off."""
+    """The evaluations that make a run's score: the last half of them, at most ten. Empty if rollouts were off."""
     evaluated = [row for row in metrics if row["stage"] == "policy" and row.get("return") is not None]
     return evaluated[-judged(len(evaluated)) :] if evaluated else []
 
 
 def judged(evaluations: int) -> int:
-    """How many of a run's evaluations it is judged by."""
+    """How many of a run's evaluations make its score."""
     return min(10, (evaluations + 1) // 2)
 
 
@@ -441,7 +422,7 @@ def set_random_state(state: dict):
 
 
 def finish_run(run: Run, args, card: dict, together: int):
-    """Writes summary.json: the mean return of the last evaluations (null where rollouts were off), and the speed.
+    """Writes summary.json: the mean return of the last evaluations (null if rollouts were off), and the speed.
 
     `together` is the number of seeds that were trained at once.
     """

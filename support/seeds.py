@@ -1,8 +1,8 @@
-"""Several seeds trained as one computation, and an update as one CUDA graph. The equations know of neither.
+"""Trains several seeds as one computation, and an update as one CUDA graph. The losses need to know of neither.
 
-    critics = stack([make_critics(card, args) for seed in seeds])  # parameters [S, ...]; a lone seed's module as it is
-    losses = per_seed(losses, [critics], len(seeds))               # of batches [S, B]; a lone seed's function of [B]
-    update = Graph(update)                                         # on a GPU captured once, then replayed
+    critics, target = make_stacked(make_critics, seeds)   # parameters [S, ...]; for one seed the module as it is
+    losses = per_seed(losses, [critics], len(seeds))      # takes batches [S, B]; for one seed [B]
+    update = Graph(update)                                # on a GPU it is captured once, then replayed
 """
 
 import copy
@@ -18,8 +18,7 @@ EAGER_CALLS = 3  # before a graph is captured, as torch.cuda.graph asks for
 
 
 def stack(modules: list[nn.Module]) -> nn.Module:
-    """A module whose parameters and buffers are those of the S given ones side by side, [S, ...]: per_seed calls it, no
-    one else can."""
+    """A module with the parameters and buffers of the S modules side by side, [S, ...]. Only per_seed can call it."""
     if len(modules) == 1:
         return modules[0]
     stacked = copy.deepcopy(modules[0])
@@ -30,7 +29,7 @@ def stack(modules: list[nn.Module]) -> nn.Module:
 
 
 def make_stacked(make, seeds: list[int]) -> tuple[nn.Module, nn.Module]:
-    """make() for each seed, with the first weights that the seed alone would draw; stacked, and a copy of it."""
+    """make() for each seed, stacked, and a copy. Each seed has the same first weights as when it is trained alone."""
     each = []
     for seed in seeds:
         torch.manual_seed(seed)
@@ -39,7 +38,7 @@ def make_stacked(make, seeds: list[int]) -> tuple[nn.Module, nn.Module]:
 
 
 class Call(nn.Module):
-    """function(*modules, *batches) as the forward pass of one module, whose parameters functional_call can exchange."""
+    """function(*modules, *batches) as the forward pass of one module, so that functional_call can swap parameters."""
 
     def __init__(self, function, modules: list[nn.Module]):
         super().__init__()
@@ -50,14 +49,15 @@ class Call(nn.Module):
 
 
 def per_seed(function, modules: list[nn.Module], seeds: int, compiled: bool = False):
-    """function(*modules, *batches) of each seed, as a function of the batches: modules as stack() makes them of S
-    seeds, batches [S, B], results, which are a tuple, [S, ...]. For one seed it is the function of batches [B] as it
-    is.
+    """function(*modules, *batches) for each seed, as a function of the batches.
 
-    A GPU does all seeds in one vmapped call. A CPU does one after another, since its batched products are slower than
-    single ones (benchmarks/speed.py). `compiled` by torch.compile it is one graph, or an error.
+    The modules are stacked, batches are [S, B], and the results, a tuple, are [S, ...]. For one seed the batches are
+    [B], and the function is called as it is.
+
+    A GPU computes all seeds in one vmapped call. A CPU computes one after another, since its batched products are
+    slower than single ones (benchmarks/speed.py). With `compiled`, torch.compile makes one graph, or raises.
     """
-    # Not TensorDict.from_modules with to_module: inside vmap that left requires_grad off on the module (0.14.3).
+    # Why not TensorDict.from_modules and to_module? Inside vmap they left the module without requires_grad (0.14.3).
     call = Call(function, modules)
     state = dict([*call.named_parameters(), *call.named_buffers()])
 
@@ -80,13 +80,13 @@ def per_seed(function, modules: list[nn.Module], seeds: int, compiled: bool = Fa
 
 
 def split_seeds(results: tuple, seeds: list[int]) -> list[tuple]:
-    """What per_seed gave, apart for each seed."""
+    """The results of per_seed, as one tuple per seed."""
     return [results] if len(seeds) == 1 else list(zip(*results))
 
 
 def make_generators(seeds: list[int], stage: int, rows: TensorDict) -> list[torch.Generator]:
-    """A generator a seed, where the rows lie: what each seed draws in this stage (1, 2) does not depend on the
-    others."""
+    """One random generator per seed, on the rows' device. So a seed draws the same batches alone and with others. The
+    stages (1, 2) draw different ones."""
     return [torch.Generator(rows["is_init"].device).manual_seed(2 * seed + stage) for seed in seeds]
 
 
@@ -95,8 +95,11 @@ def name_seeds(seeds: list[int]) -> str:
 
 
 def seed_states(parts: dict, generators: list[torch.Generator]) -> list[dict]:
-    """A copy of the state of `parts` (stacked modules and their optimisers) for each seed as it alone would have it,
-    and its generator's."""
+    """For each seed a copy of the states of `parts` (stacked modules, optimisers) and of its generator.
+
+    It has the same layout as when the seed is trained alone.
+    """
+
     def pick(value, s: int, name: str = ""):
         if isinstance(value, dict):
             return {k: copy.deepcopy(v) if k == "param_groups" else pick(v, s, k) for k, v in value.items()}
@@ -107,11 +110,12 @@ def seed_states(parts: dict, generators: list[torch.Generator]) -> list[dict]:
 
 
 def load_seeds(parts: dict, generators: list[torch.Generator], states: list[dict]):
-    """The inverse of seed_states, for seeds that are equally far."""
+    """The inverse of seed_states, for seeds at the same step."""
+
     def join(values: list, name: str = ""):
         if isinstance(values[0], dict):
             return {k: values[0][k] if k == "param_groups" else join([v[k] for v in values], k) for k in values[0]}
-        # A copy, since an optimiser takes tensors over as they are, and `states` must stay what they were.
+        # A copy: an optimiser would use the tensors of `states` as its own, and change them.
         return torch.stack(values) if len(values) > 1 and name != "step" else values[0].clone()
 
     for name, part in parts.items():
@@ -121,16 +125,16 @@ def load_seeds(parts: dict, generators: list[torch.Generator], states: list[dict
 
 
 def adam(groups: list, lr: float, device: torch.device) -> torch.optim.Adam:
-    """Adam in one fused kernel, which a CUDA graph can hold. Its learning rate is a tensor: a graph sees it change."""
-    # Graph's first calls are eager on purpose
+    """Adam as one fused kernel, which works in a CUDA graph. The learning rate is a tensor, so a graph sees changes."""
+    # The first calls of Graph are not captured, on purpose.
     warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
     return torch.optim.Adam(groups, torch.tensor(lr, device=device), fused=True, capturable=device.type == "cuda")
 
 
 def load_part(part, state: dict):
-    """part.load_state_dict(state), with an optimiser's learning rates where its parameters are.
+    """part.load_state_dict(state). An optimiser's learning rates are moved to its parameters' device.
 
-    A checkpoint is read on the CPU, and a rate that lies there would be a constant of the CUDA graph.
+    A checkpoint is read on the CPU. A learning rate on the CPU would be a constant in a CUDA graph.
     """
     part.load_state_dict(state)
     for group in getattr(part, "param_groups", []):
@@ -138,32 +142,34 @@ def load_part(part, state: dict):
             group["lr"] = group["lr"].to(group["params"][0].device)
 
 
-@torch.no_grad()
-def update_target(target: nn.Module, networks: nn.Module, tau: float | torch.Tensor):
-    """target <- target + tau (networks - target), in every parameter."""
-    # named_parameters has a parameter that two modules share once, TensorDict.from_module has it twice
+def target_update(target: nn.Module, networks: nn.Module, tau: float | torch.Tensor):
+    """The step target <- target + tau (networks - target) of every parameter, as a function without arguments.
+
+    It keeps the parameters' memory, so they must stay where they are, as a CUDA graph asks too: optimisers and
+    load_state_dict work in place.
+    """
+    # named_parameters has a parameter that two modules share once, TensorDict.from_module has it twice.
     mine, theirs = (TensorDict(dict(module.named_parameters())).data for module in (target, networks))
-    if isinstance(tau, torch.Tensor):  # one beside every parameter; alone it would be read on the host
+    if isinstance(tau, torch.Tensor):  # repeated for every parameter, since lerp_ would read a single one on the host
         tau = theirs.apply(lambda _: tau)
-    mine.lerp_(theirs, tau)
+    return lambda: mine.lerp_(theirs, tau)
 
 
 def set_gradients(loss: torch.Tensor, parameters: list[torch.Tensor]):
-    """Gives the parameters this loss's gradients; raises where the loss does not depend on one of them."""
+    """Sets the parameters' gradients to those of this loss. Raises if the loss does not depend on all of them."""
     for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
-        # On a CPU fused Adam takes memory as it lies: a gradient with other strides than its parameter's trains it
-        # wrongly (PyTorch 2.13).
+        # On a CPU fused Adam ignores strides: a gradient with other strides than its parameter would be misread
+        # (PyTorch 2.13).
         parameter.grad = gradient.contiguous()
 
 
 class Graph:
-    """function(*batches) as a CUDA graph where the batches lie on a GPU; elsewhere, and with `enabled` off, the
-    function itself.
+    """function(*batches) as a CUDA graph if the batches are on a GPU. Otherwise, and without `enabled`, the function.
 
-    The function must do its work in place, on tensors that stay where they are, and wait for nothing on the host. What
-    it returns is overwritten by the next call. The first calls are eager, on the graph's inputs: what they leave behind
-    (buffers of libraries, torch.compile's code, which depends on strides) is the graph's. A capture that fails raises.
-    TensorDict's CudaGraphModule does the same, but waits for the GPU at every replay.
+    The function must work in place, on tensors that keep their memory, and must not wait on the host. The next call
+    overwrites the results of the last. The first calls are not captured, but use the graph's inputs: they allocate what
+    libraries need, and let torch.compile compile for these strides. If the capture fails, it raises. TensorDict's
+    CudaGraphModule does the same, but waits for the GPU at every replay.
     """
 
     def __init__(self, function, enabled: bool = True):

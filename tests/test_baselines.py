@@ -24,7 +24,7 @@ from environments.checks import BadInput
 from offline_data.dataset import open_dataset
 from offline_data.replay import as_transition
 from offline_data.writer import DatasetWriter
-from support.seeds import Graph, adam
+from support.seeds import Graph, adam, target_update
 
 METHODS = {"bcq": bcq, "cql": cql, "icq": icq, "omar": omar, "omiga": omiga}
 B, n, O, S, A = 7, 2, 3, 5, 4
@@ -267,6 +267,7 @@ def updated(name: str, discrete: bool, batch: TensorDict, change=None, lr: float
     torch.manual_seed(0)
     optimizer = torch.optim.SGD(net.parameters(), lr)
     metrics = module.update(net, target, optimizer, batch, args)
+    target_update(target, net, args.tau)()
     return {k: v.item() for k, v in metrics.items()}, before, (net, target), calls, args
 
 
@@ -411,7 +412,9 @@ def train(name: str, discrete: bool, device: str, enabled: bool) -> tuple[list[t
     args = resolved(module, discrete)
     net, target = (make_networks(module, discrete, args, seed).to(device) for seed in (1, 2))
     optimizer = adam(list(net.parameters()), 1e-3, torch.device(device))
-    graph, batch, places = Graph(lambda batch: module.update(net, target, optimizer, batch, args), enabled), make_batch(discrete).to(device), []
+    update_target = target_update(target, net, args.tau)
+    graph = Graph(lambda batch: (module.update(net, target, optimizer, batch, args), update_target()), enabled)
+    batch, places = make_batch(discrete).to(device), []
     torch.manual_seed(0)
     for step in range(8):
         batch["reward"].fill_(step)

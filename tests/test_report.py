@@ -148,7 +148,7 @@ def damage(run: Path, how: str):
     [
         ("no summary", "not finished: 100 of 100 steps"), ("only config", "not finished: no metrics.csv"), ("no rollouts", "not rolled out"),
         ("not json", "config.json"), ("foreign config", "not that of a run of this project"), ("no config", "not a run directory"),
-        ("cut", "has 1 evaluations up to step 50"), ("nan", "no return or winrate"), ("text", "damaged"), ("other table", "damaged"),
+        ("cut", "has 1 evaluations up to step 50"), ("nan", "can.t be a return or winrate"), ("text", "damaged"), ("other table", "damaged"),
     ],
 )
 def test_a_run_that_is_left_out_is_named(how, why, tmp_path, capsys):
@@ -207,7 +207,7 @@ def test_the_report_replaces_only_a_report(tmp_path):
     old = tmp_path / "notes"
     old.mkdir()
     (old / "mine.txt").write_text("x")
-    for out, match in ((old, "is no report"), (tmp_path, "holds the runs"), (tmp_path / "runs", "holds the runs")):
+    for out, match in ((old, "is not a report"), (tmp_path, "holds the runs"), (tmp_path / "runs", "holds the runs")):
         with pytest.raises(BadInput, match=match):
             support.report.main(support.report.Args(runs=str(tmp_path / "runs"), out=str(out)))
     assert [p.name for p in old.iterdir()] == ["mine.txt"]

@@ -546,7 +546,7 @@ def test_lines_where_there_is_no_terminal(capsys, monkeypatch):
         assert batch == "batch"
         bar.say([{"nu_loss": step, "ess": 0.5}, {"nu_loss": step + 1.0, "return": None}])
     lines = capsys.readouterr().err.splitlines()
-    assert 1 < len(lines) < 8 and all(re.fullmatch(r"critics seed 0: step \d+ of 20, \d+ a second, loss [\d.]+, ess 0.5", line) for line in lines)
+    assert 1 < len(lines) < 8 and all(re.fullmatch(r"critics seed 0: step \d+ of 20, \d+ per second, loss [\d.]+, ess 0.5", line) for line in lines)
     quiet = Bar("critics seed 0", 20, quiet=True)
     assert list(quiet([(1, "batch")])) == [(1, "batch")]
     quiet.say([{"nu_loss": 1.0}])

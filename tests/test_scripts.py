@@ -218,7 +218,7 @@ def test_several_seeds_differ_and_each_is_the_run_alone(hopper_data, run, tmp_pa
 
 @pytest.mark.parametrize("call", [1, 3, 6])
 def test_seeds_that_were_stopped_between_their_checkpoints(call, hopper_data, run, tmp_path, monkeypatch):
-    """Seed 0 has its checkpoint and seed 1 has not: they are no longer equally far, and both finish as they would have."""
+    """Seed 0 has its checkpoint and seed 1 has not: they are no longer at the same step, and both finish as they would have."""
     with monkeypatch.context() as patch:
         stop_at(patch, support.runs, "save_checkpoint", call, True)
         with pytest.raises(Stop):
