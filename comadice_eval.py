@@ -8,26 +8,12 @@ and standard deviation of the return over episodes, and the share of battles won
 also prints those over runs.
 """
 
-import json
-import math
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import numpy as np
-import torch
 import tyro
-from torchrl.envs import EnvBase
-from torchrl.envs.utils import step_mdp
-from tqdm import tqdm
 
-from comadice_mixer import make_policy
 from environments import stops
-from environments.checks import BadInput, NoSimulator, pick_device, run_script
-from environments.simulators import check_sizes, make_env
-from support.runs import FREE, load_checkpoint
-
-MAX_WIDTH = 50  # environments that one process steps together
 
 
 @dataclass
@@ -44,6 +30,34 @@ class Args:
     """auto, cpu, cuda, ...: where the policy runs"""
     out: str | None = None
     """also write the results to this JSON file"""
+
+
+if __name__ == "__main__":  # before what takes seconds to import: --help and a typo answer at once
+    stops.catch(begun=False)
+    if REPORT := sys.argv[1:2] == ["report"]:
+        from support.report_args import Args as ReportArgs
+
+        ARGS = tyro.cli(ReportArgs, args=sys.argv[2:], prog="comadice_eval.py report")
+    else:
+        ARGS = tyro.cli(Args)
+
+# isort: split
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchrl.envs import EnvBase
+from torchrl.envs.utils import step_mdp
+from tqdm import tqdm
+
+from comadice_mixer import make_policy
+from environments.checks import BadInput, NoSimulator, pick_device, run_script
+from environments.simulators import check_sizes, make_env
+from support.runs import FREE, load_checkpoint
+
+MAX_WIDTH = 50  # environments that one process steps together
 
 
 def eval_env(card: dict, episodes: int, workers: int = 1) -> EnvBase:
@@ -206,9 +220,9 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["report"]:
+    if REPORT:
         from support import report
 
-        run_script(report.main, tyro.cli(report.Args, args=sys.argv[2:], prog="comadice_eval.py report"))
+        run_script(report.main, ARGS)
     else:
-        run_script(main, tyro.cli(Args))
+        run_script(main, ARGS)

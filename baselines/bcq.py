@@ -21,23 +21,14 @@ from dataclasses import dataclass
 import environments.threads  # noqa: F401 -- before torch
 
 # isort: split
-import torch
-from tensordict import TensorDict
-from torch import Tensor, nn
-from torch.nn.functional import smooth_l1_loss
-
-from baselines.common import RunArgs, check, train
-from comadice_mixer import LinearMixer, LocalMLP, Q, make_policy
-from environments.checks import BadInput, run_script
+from baselines.run_args import RunArgs
 from support.flags import parse
-from support.seeds import set_gradients
-
-KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
-BOX = 1.0  # the simulator clips continuous actions to [-1, 1], so recorded actions are clipped too
 
 
 @dataclass
 class Args(RunArgs):
+    """Train BCQ."""
+
     phi: float = 0.05
     """continuous actions: bound of the perturbation (Fujimoto et al. 2019a)"""
     candidates: int = 100
@@ -52,6 +43,24 @@ class Args(RunArgs):
     """discrete actions: least likelihood, relative to the likeliest action's (Fujimoto et al. 2019b)"""
     mixer_hidden: int = 64
     """hidden units of the mixer's hyper-networks"""
+
+
+if __name__ == "__main__":  # before what takes seconds to import: --help and a typo answer at once
+    ARGS = parse(Args)
+
+# isort: split
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torch.nn.functional import smooth_l1_loss
+
+from baselines.common import check, train
+from comadice_mixer import LinearMixer, LocalMLP, Q, make_policy
+from environments.checks import BadInput, run_script
+from support.seeds import set_gradients
+
+KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
+BOX = 1.0  # the simulator clips continuous actions to [-1, 1], so recorded actions are clipped too
 
 
 # ---------------------------------------------------------------- the losses; reward, terminated and *_tot are [B]
@@ -215,4 +224,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    run_script(main, parse(Args))
+    run_script(main, ARGS)

@@ -15,29 +15,19 @@ continuous actions: the log-sum-exp is estimated by importance sampling (Kumar e
     in SAC, on which CQL is built.
 """
 
-import math
 from dataclasses import dataclass
 
 import environments.threads  # noqa: F401 -- before torch
 
 # isort: split
-import torch
-from tensordict import TensorDict
-from torch import Tensor, nn
-from torch.distributions import Normal
-
-from baselines.common import RunArgs, check, train
-from comadice_mixer import LinearMixer, Q, make_policy
-from environments.checks import run_script
+from baselines.run_args import RunArgs
 from support.flags import parse
-from support.seeds import set_gradients
-
-KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
-BOX = 1.0  # the simulator clips continuous actions to [-1, 1], so recorded actions are clipped too
 
 
 @dataclass
 class Args(RunArgs):
+    """Train CQL."""
+
     cql_alpha: float = 1.0
     """weight of the conservative term beside the squared Bellman error (OMIGA's experiments); Eq. 4 has half of that
     error, so 1 is its alpha = 0.5"""
@@ -45,6 +35,26 @@ class Args(RunArgs):
     """continuous actions: samples of each kind in the log-sum-exp (Kumar et al., Appendix F)"""
     mixer_hidden: int = 64
     """hidden units of the mixer's hyper-networks"""
+
+
+if __name__ == "__main__":  # before what takes seconds to import: --help and a typo answer at once
+    ARGS = parse(Args)
+
+# isort: split
+import math
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torch.distributions import Normal
+
+from baselines.common import check, train
+from comadice_mixer import LinearMixer, Q, make_policy
+from environments.checks import run_script
+from support.seeds import set_gradients
+
+KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
+BOX = 1.0  # the simulator clips continuous actions to [-1, 1], so recorded actions are clipped too
 
 
 # ------------------------------------------- the losses; w, q and log_prob are [B, n], reward, terminated and *_tot [B]
@@ -175,4 +185,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    run_script(main, parse(Args))
+    run_script(main, ARGS)

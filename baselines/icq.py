@@ -23,14 +23,34 @@ from dataclasses import dataclass
 import environments.threads  # noqa: F401 -- before torch
 
 # isort: split
+from baselines.run_args import RunArgs
+from support.flags import parse
+
+
+@dataclass
+class Args(RunArgs):
+    """Train ICQ-MA."""
+
+    alpha: float | None = None
+    """temperature of the policies' weights, in units of the reward (default: 0.4 mean absolute rewards for discrete
+    actions, 50 for continuous ones)"""
+    alpha_q: float | None = None
+    """temperature of the weights in q's target, in units of the reward (default: 4000 mean absolute rewards)"""
+    mixer_hidden: int = 64
+    """hidden units of the mixer's hyper-networks"""
+
+
+if __name__ == "__main__":  # before what takes seconds to import: --help and a typo answer at once
+    ARGS = parse(Args)
+
+# isort: split
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from baselines.common import RunArgs, check, train
+from baselines.common import check, train
 from comadice_mixer import LinearMixer, Q, make_policy
 from environments.checks import run_script
-from support.flags import parse
 from support.seeds import set_gradients
 
 KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
@@ -44,17 +64,6 @@ def defaults(card: dict, unit: float) -> dict[str, float]:
     SMACv2). OMIGA's experiments with ICQ on MaMuJoCo have alpha 100. A step's reward is about 2 there (Table 3).
     """
     return {"alpha": (0.1 / 0.25 if card["discrete"] else 100 / 2) * unit, "alpha_q": 1000 / 0.25 * unit}
-
-
-@dataclass
-class Args(RunArgs):
-    alpha: float | None = None
-    """temperature of the policies' weights, in units of the reward (default: 0.4 mean absolute rewards for discrete
-    actions, 50 for continuous ones)"""
-    alpha_q: float | None = None
-    """temperature of the weights in q's target, in units of the reward (default: 4000 mean absolute rewards)"""
-    mixer_hidden: int = 64
-    """hidden units of the mixer's hyper-networks"""
 
 
 def with_next_action(rows: TensorDict) -> TensorDict:
@@ -156,4 +165,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    run_script(main, parse(Args))
+    run_script(main, ARGS)

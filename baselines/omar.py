@@ -18,33 +18,19 @@ discrete actions (published for continuous ones): with A actions the search is e
     action.
 """
 
-import math
 from dataclasses import dataclass
 
 import environments.threads  # noqa: F401 -- before torch
 
 # isort: split
-import torch
-from tensordict import TensorDict
-from torch import Tensor, nn
-
-from baselines.common import RunArgs, check, train
-from comadice_mixer import Q, make_policy
-from environments.checks import BadInput, run_script
+from baselines.run_args import RunArgs
 from support.flags import parse
-from support.seeds import set_gradients
-
-KEYS = [("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
-BOX = 1.0  # the simulator clips continuous actions to [-1, 1], so recorded actions are clipped too
-
-
-# Pan et al.'s tau by quality of the data, as in the paper, and 0.5 for other qualities. Their code has the opposite
-# order on halfcheetah: 0.9 on medium-replay, 0.7 on medium, 0.5 on expert.
-RECTIFICATION = {"medium-replay": 0.5, "medium": 0.7, "expert": 0.9}
 
 
 @dataclass
 class Args(RunArgs):
+    """Train OMAR."""
+
     rectification: float | None = None
     """weight c of the distance to the search's action; q has 1 - c (default by quality, see RECTIFICATION)"""
     search_steps: int = 3
@@ -59,6 +45,30 @@ class Args(RunArgs):
     """continuous actions: samples of each kind in the log-sum-exp"""
     cql_std: float = 0.2
     """continuous actions: deviation of the samples around the policy's action"""
+
+
+if __name__ == "__main__":  # before what takes seconds to import: --help and a typo answer at once
+    ARGS = parse(Args)
+
+# isort: split
+import math
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from baselines.common import check, train
+from comadice_mixer import Q, make_policy
+from environments.checks import BadInput, run_script
+from support.seeds import set_gradients
+
+KEYS = [("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
+BOX = 1.0  # the simulator clips continuous actions to [-1, 1], so recorded actions are clipped too
+
+
+# Pan et al.'s tau by quality of the data, as in the paper, and 0.5 for other qualities. Their code has the opposite
+# order on halfcheetah: 0.9 on medium-replay, 0.7 on medium, 0.5 on expert.
+RECTIFICATION = {"medium-replay": 0.5, "medium": 0.7, "expert": 0.9}
 
 
 # --------------------------------------------- the losses; q_j and log_sum_exp are [2, B, n], reward and terminated [B]
@@ -198,4 +208,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    run_script(main, parse(Args))
+    run_script(main, ARGS)

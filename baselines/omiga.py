@@ -16,14 +16,31 @@ from dataclasses import dataclass
 import environments.threads  # noqa: F401 -- before torch
 
 # isort: split
+from baselines.run_args import RunArgs
+from support.flags import parse
+
+
+@dataclass
+class Args(RunArgs):
+    """Train OMIGA."""
+
+    alpha: float | None = None
+    """weight of the KL divergence from the data, in units of the reward (default: 5 mean absolute rewards)"""
+    mixer_hidden: int = 64
+    """hidden units of the mixer's hyper-networks"""
+
+
+if __name__ == "__main__":  # before what takes seconds to import: --help and a typo answer at once
+    ARGS = parse(Args)
+
+# isort: split
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from baselines.common import RunArgs, check, train
+from baselines.common import check, train
 from comadice_mixer import LinearMixer, Nu, Q, make_policy
 from environments.checks import run_script
-from support.flags import parse
 from support.seeds import set_gradients
 
 KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
@@ -37,14 +54,6 @@ def defaults(card: dict, unit: float) -> dict[str, float]:
     SMAX it is about 0.02, so 10 would be 500 of them, and the method plain BC.
     """
     return {"alpha": 5 * unit}
-
-
-@dataclass
-class Args(RunArgs):
-    alpha: float | None = None
-    """weight of the KL divergence from the data, in units of the reward (default: 5 mean absolute rewards)"""
-    mixer_hidden: int = 64
-    """hidden units of the mixer's hyper-networks"""
 
 
 # ------------------------------------------------------------ the losses; w, q, v and log_prob are [B, n], the rest [B]
@@ -121,4 +130,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    run_script(main, parse(Args))
+    run_script(main, ARGS)

@@ -6,16 +6,11 @@ Steps are counted over all battles. On a machine that does other work too, look 
 second.
 """
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 import tyro
 
-from comadice_mixer import CategoricalPolicy
-from environments.checks import BadInput, run_script
-from environments.smax import SMAXEnv, check_task, engine
+from environments import stops
 
 
 @dataclass
@@ -28,6 +23,21 @@ class Args:
     """timed steps of all battles"""
     threads: int = 1
     """CPU threads of PyTorch; JAX uses what it finds"""
+
+
+if __name__ == "__main__":  # before what takes seconds to import: --help and a typo answer at once
+    stops.catch(begun=False)
+    ARGS = tyro.cli(Args)
+
+# isort: split
+import time
+from collections.abc import Callable
+
+import torch
+
+from comadice_mixer import CategoricalPolicy
+from environments.checks import BadInput, run_script
+from environments.smax import SMAXEnv, check_task, engine
 
 
 def measure(name: str, play: Callable[[int], None], args: Args, base: float | None = None) -> float:
@@ -102,4 +112,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    run_script(main, tyro.cli(Args))
+    run_script(main, ARGS)

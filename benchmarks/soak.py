@@ -15,42 +15,17 @@ Each command runs in a fork of this process, which has imported everything. So n
 it is what the command line does. Linux only.
 """
 
-import functools
-import hashlib
-import http.server
-import json
-import multiprocessing
-import os
-import random
-import runpy
-import shutil
-import signal
-import sys
-import tempfile
-import time
-import warnings
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import environments.threads  # noqa: F401 -- before torch
 
 # isort: split
-import torch
 import tyro
 
-import baselines.icq  # noqa: F401 -- imported once for all commands
-import comadice_train  # noqa: F401
-import offline_data.collect
-import offline_data.download  # noqa: F401
-from benchmarks.convert import write_source
-from environments.checks import BadInput, run_script
-from offline_data.dataset import open_dataset
-from support.report import RUN_FILES
-from support.runs import has_summary, load_checkpoint
+from environments import stops
 
 ROOT = Path(__file__).parent.parent
-FORK = multiprocessing.get_context("fork")
 DEMO = ROOT / "data" / "mamujoco" / "hopper" / "demo"
 SMALL = ["--data", str(DEMO), "--evals", "4", "--eval-episodes", "2", "--hidden", "16", "--device", "cpu"]
 HOPPER = ["--env", "mamujoco", "--task", "hopper"]
@@ -78,6 +53,42 @@ class Args:
     """seed of the moments"""
     folder: str | None = None
     """folder for all files, deleted at the end (default: the system's temporary directory)"""
+
+
+if __name__ == "__main__":  # before what takes seconds to import: --help and a typo answer at once
+    stops.catch(begun=False)
+    ARGS = tyro.cli(Args)
+
+# isort: split
+import functools
+import hashlib
+import http.server
+import json
+import multiprocessing
+import os
+import random
+import runpy
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import warnings
+import zipfile
+
+import torch
+
+import baselines.icq  # noqa: F401 -- what the commands import, once for all
+import comadice_train  # noqa: F401
+import offline_data.collect
+import offline_data.download  # noqa: F401
+from benchmarks.convert import write_source
+from environments.checks import BadInput, run_script
+from offline_data.dataset import open_dataset
+from support.report import RUN_FILES
+from support.runs import has_summary, load_checkpoint
+
+FORK = multiprocessing.get_context("fork")
 
 
 class Hurt(Exception):
@@ -341,4 +352,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    run_script(main, tyro.cli(Args))
+    run_script(main, ARGS)

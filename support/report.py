@@ -15,17 +15,16 @@ import os
 import re
 import shutil
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-import tyro
 
 from environments.checks import BadInput
 from offline_data.dataset import read_json
 from offline_data.published import published
+from support.report_args import Args
 from support.runs import FREE, eval_steps, judged, last_evaluations
 
 METHODS = ["bc", "bc-best10", "bcq", "cql", "icq", "omar", "omiga", "comadice"]  # the paper's order, with bc-best10
@@ -33,17 +32,6 @@ ABLATIONS = {"alpha": "alpha", "f": "f-divergence", "mixer_layers": "layers of t
 AXIS = {"return": "return", "winrate": "winrate (%)"}
 RUN_FILES = {"config.json", "metrics.csv", "summary.json", "checkpoint.pt"}
 PAPER = Path(__file__).parent / "paper_tables.csv"
-
-
-@dataclass
-class Args:
-    runs: tyro.conf.Positional[str]
-    """folder that holds run directories, at any depth"""
-    out: str | None = None
-    """folder for the report (default RUNS/report)"""
-    last: float | None = None
-    """a seed's score is its mean over this share of its evaluations, the last ones (default: as in summary.json, the
-    last half and at most ten). A single evaluation would be noisy"""
 
 
 class Run(NamedTuple):

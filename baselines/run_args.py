@@ -1,0 +1,63 @@
+"""The flags that all baselines have, apart from common.py so that --help need not load torch."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class RunArgs:
+    """The flags that all baselines have."""
+
+    env: str | None = None
+    """simulator: mamujoco, smacv2, smacv1, smax (default: mamujoco, or that of --data)"""
+    task: str | None = None
+    """task of that simulator (default: hopper or zerg_5_vs_5, or that of --data)"""
+    quality: str | None = None
+    """quality of the dataset (default: medium-replay, in battles medium, or that of --data)"""
+    data: str | None = None
+    """a dataset directory, instead of data/ENV/TASK/QUALITY"""
+    out: str = "runs"
+    """run directories go to OUT/ENV/TASK/QUALITY/ALGO/seedN"""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """one run for each seed, one after another"""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
+    data_device: Literal["auto", "cpu", "device"] = "auto"
+    """where the dataset is kept: cpu, --device, or auto: there if it fits. A resumed run keeps its place"""
+    tf32: bool = False
+    """on a GPU: matrix products in TF32, faster and less exact"""
+    graph: bool = True
+    """on a GPU: replay the update as a CUDA graph"""
+    quiet: bool = False
+    """no progress bars"""
+    resume: bool = False
+    """go on with runs that were stopped, leave finished ones as they are, extend them with more --steps"""
+    overwrite: bool = False
+    """replace runs that are already there"""
+
+    steps: int = 200_000
+    """gradient steps (of each stage, where there are two)"""
+    lr: float = 1e-3
+    """Adam's learning rate"""
+    lr_decay: bool = True
+    """let the learning rate fall linearly to 0, as in comadice_bc.py"""
+    ema: float = 0.999
+    """decay of the average of the policy's weights, which is what is played, as in comadice_bc.py; 0: no average"""
+    gamma: float = 0.99
+    """discount (Table 4)"""
+    tau: float = 0.05
+    """step of the target networks towards the networks, ComaDICE's default (the authors of all five: 0.005)"""
+    reward_scale: float | None = None
+    """rewards are multiplied by it (default: 0.2 / mean absolute reward, as in comadice_train.py)"""
+    layer_norm: bool = True
+    """LayerNorm in q and v, as in comadice_train.py"""
+    batch_size: int = 128
+    """transitions in a batch (Table 4)"""
+    hidden: int = 256
+    """hidden units of the local networks (Table 4)"""
+    evals: int = 100
+    """evaluations over the training of the policy (Table 4)"""
+    eval_episodes: int = 32
+    """episodes per evaluation (Table 4)"""
+    workers: int = 1
+    """processes that simulate evaluation episodes"""

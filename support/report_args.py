@@ -1,0 +1,16 @@
+"""The flags of `python comadice_eval.py report`, apart from report.py so that --help need not load torch."""
+
+from dataclasses import dataclass
+
+import tyro
+
+
+@dataclass
+class Args:
+    runs: tyro.conf.Positional[str]
+    """folder that holds run directories, at any depth"""
+    out: str | None = None
+    """folder for the report (default RUNS/report)"""
+    last: float | None = None
+    """a seed's score is its mean over this share of its evaluations, the last ones (default: as in summary.json, the
+    last half and at most ten). A single evaluation would be noisy"""
