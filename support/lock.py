@@ -9,6 +9,7 @@ import errno
 import fcntl
 import os
 import socket
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def lock(folder: Path):
     if folder in HELD and _is_at(HELD[folder], folder):
         return
     folder.mkdir(parents=True, exist_ok=True)
+    again = True
     while True:
         file = open(folder / "LOCK", "a+")
         try:
@@ -34,6 +36,10 @@ def lock(folder: Path):
             file.seek(0)
             holder = file.read(300).strip() or "another process"
             file.close()
+            if again and error.errno in (errno.EACCES, errno.EAGAIN):  # it may be holder_of, which looks for a moment
+                again = False
+                time.sleep(0.05)
+                continue
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 print(f"{folder} can't be locked ({error.strerror}): make sure that only one process trains there")
                 return
@@ -50,6 +56,23 @@ def lock(folder: Path):
     except OSError:  # a full disk: the lock works without a name
         pass
     HELD[folder] = file
+
+
+def holder_of(folder: Path) -> str | None:
+    """Who trains in the folder, as its LOCK says, or None. What a process that was killed left counts as nobody."""
+    if folder.absolute() in HELD:  # a process that closes its own lock file loses the lock
+        return "this process"
+    try:
+        with open(folder / "LOCK") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise
+                return file.read(300).strip() or "another process"
+    except FileNotFoundError:
+        pass
+    return None
 
 
 def unlock(folder: Path):

@@ -1,6 +1,6 @@
 """Makes the paper's tables, learning curves and ablation charts from run directories, and a script's last printout.
 
-    python comadice_eval.py report runs/        # -> runs/report/report.md, report.csv and PNGs
+    python comadice_eval.py report runs/        # -> runs/report/report.md, report.csv, seeds.csv and PNGs
 
 Every finished run below RUNS is one seed of a cell. A cell is an instance (simulator, task, quality, data), a method
 and its arguments. Runs with different arguments are never averaged. If a method ran with several settings, as in an
@@ -24,6 +24,7 @@ import torch
 from environments.checks import BadInput
 from offline_data.dataset import read_json
 from offline_data.published import published
+from support import scores
 from support.report_args import Args
 from support.runs import FREE, eval_steps, judged, last_evaluations
 
@@ -137,8 +138,8 @@ def read_run(path: Path) -> Run:
     return Run(path, instance, config["algo"], tuple(sorted(settings.items())), config["seed"], steps, curves)
 
 
-def find_runs(root: Path, out: Path) -> tuple[list[Run], list[tuple[Path, str]]]:
-    """(finished runs below root, the folders that are left out, with the reason)."""
+def find_runs(root: Path, skip: list[Path]) -> tuple[list[Run], list[tuple[Path, str]]]:
+    """(finished runs below root, the folders that are left out, with the reason). `skip` is not looked at."""
     left_out, holds = [], {}
     for folder, folders, files in os.walk(
         root, onerror=lambda error: left_out.append((Path(error.filename), f"can't be read: {error.strerror}"))
@@ -146,9 +147,9 @@ def find_runs(root: Path, out: Path) -> tuple[list[Run], list[tuple[Path, str]]]
         left_out += [
             (Path(folder, name), "a link, which is not followed") for name in folders if Path(folder, name).is_symlink()
         ]
-        if files and Path(folder) != out:
+        if files:
             holds[Path(folder)] = set(files)
-        folders.sort()
+        folders[:] = sorted(name for name in folders if Path(folder, name) not in skip)
     above = {parent for folder in holds if holds[folder] & RUN_FILES for parent in folder.parents}
     runs, seen = [], {}
     for folder in holds:
@@ -208,11 +209,29 @@ def missing_seeds(cells: list[Cell]) -> list[str]:
     return lines
 
 
-def score(cell: Cell, metric: str, last: float | None) -> tuple[float, float]:
-    """Mean and standard deviation over seeds of their scores. A score is a mean over the last evaluations."""
+def seed_scores(cell: Cell, metric: str, last: float | None) -> list[float]:
+    """Each seed's score: its mean over the last evaluations."""
     evaluations = len(cell.runs[0].steps)
     count = judged(evaluations) if last is None else max(round(last * evaluations), 1)
-    return mean_std([sum(run.curves[metric][-count:]) / count for run in cell.runs])
+    return [sum(run.curves[metric][-count:]) / count for run in cell.runs]
+
+
+def score(cell: Cell, metric: str, last: float | None) -> tuple[float, float]:
+    """Mean and standard deviation over seeds."""
+    return mean_std(seed_scores(cell, metric, last))
+
+
+def all_scores(cells: list[Cell], last: float | None) -> list[scores.Score]:
+    """Every seed's score in every metric."""
+    found = []
+    for cell in cells:
+        config = dict(cell.runs[0].config)
+        budget = int(config["steps"]), int(config["evals"]), config.get("eval_episodes", "?")
+        for metric in cell.runs[0].curves:
+            for run, value in zip(cell.runs, seed_scores(cell, metric, last)):
+                about = cell.instance, metric, cell.column, run.seed, value, budget
+                found.append(scores.Score(*about, run.steps, run.curves[metric]))
+    return found
 
 
 def paper_numbers() -> dict[tuple, tuple[str, str]]:
@@ -367,17 +386,22 @@ def main(args: Args):
     out = Path(args.out) if args.out else root / "report"
     if root.resolve().is_relative_to(out.resolve()):
         raise BadInput(f"--out {out} holds the runs: give another folder")
-    if out.exists() and not (out / "report.md").is_file():
-        raise BadInput(f"{out} exists and is not a report: give another --out")
-    runs, left_out = find_runs(root, out)
+    runs, left_out = find_runs(root, [out])
     if not runs:
         reasons = "".join(f"; {path}: {why}" for path, why in left_out[:3])
         raise BadInput(f"no finished run below {root}{reasons}")
+    publish(make_cells(runs), left_out, args.last, out)
+
+
+def publish(cells: list[Cell], left_out: list[tuple[Path, str]], last: float | None, out: Path):
+    """Writes and prints a report. It is in `out` as a whole, in the place of an older report, or not at all."""
+    if out.exists() and not (out / "report.md").is_file():
+        raise BadInput(f"{out} exists and is not a report: give another --out")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # from a report that was killed
     try:
         partial.mkdir(parents=True)
-        names = write_report(make_cells(runs), left_out, args.last, partial)
+        names = write_report(cells, left_out, last, partial)
         if out.exists():
             shutil.rmtree(out)
         partial.rename(out)
@@ -413,6 +437,15 @@ def write_report(cells: list[Cell], left_out: list[tuple[Path, str]], last: floa
                 name = f"ablation_{key}_{env}_{metric}.png"
                 if draw_ablation(measured, key, metric, last, paper, out / name):
                     names.append(name)
+    every = all_scores(cells, last)
+    scores.write_seeds(every, out / "seeds.csv")
+    names += ["seeds.csv", *scores.write_exchange(every, out)]
+    together = scores.groups(every)
+    if together:
+        lines += scores.section(together)
+        names += ["intervals.png", "profiles.png"]
+        scores.draw_intervals(together, out / "intervals.png")
+        scores.draw_profiles(together, out / "profiles.png")
     notes = missing_seeds(cells) + [f"left out {path}: {why}" for path, why in left_out]
     lines += ["## Missing and left out", "", *(f"- {note}" for note in notes or ["nothing"])]
     (out / "report.md").write_text("\n".join(lines) + "\n")

@@ -277,6 +277,25 @@ def test_lock_of_a_removed_file(tmp_path):
     assert not tmp_path.exists()
 
 
+def test_who_holds_a_run_directory(tmp_path, other):
+    """Another process is named while it lives; what it leaves when it is killed counts as nobody. Looking takes nothing away."""
+    assert lock.holder_of(tmp_path / "run") is None  # there is nothing
+    process = other(tmp_path / "run")
+    for _ in range(3):
+        assert lock.holder_of(tmp_path / "run").startswith(f"process {process.pid} on ")
+    with pytest.raises(BadInput, match=f"in use by process {process.pid} on "):
+        lock.lock(tmp_path / "run")
+    process.kill()
+    process.wait()
+    assert (tmp_path / "run/LOCK").exists() and lock.holder_of(tmp_path / "run") is None
+    lock.lock(tmp_path / "run")
+    assert lock.holder_of(tmp_path / "run") == "this process"
+    code = f"from pathlib import Path; from support.lock import holder_of; print(holder_of(Path({str(tmp_path / 'run')!r})))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)  # after that look it is still held
+    assert done.stdout.startswith(f"process {os.getpid()} on "), done.stderr
+    lock.unlock(tmp_path / "run")
+
+
 # ---------------------------------------------------------------- damaged and unwritable files
 
 
