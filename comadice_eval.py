@@ -2,6 +2,7 @@
 
     python comadice_eval.py --run runs/mamujoco/hopper/medium-replay/comadice/seed0 --episodes 100
     python comadice_eval.py report runs/                                                  # see support/report.py
+    python comadice_eval.py ratio runs/mamujoco/hopper/medium-replay/comadice/seed0       # see support/ratio_picture.py
 
 The first plays the mean action (continuous), or the most likely available one (discrete). It prints the return's mean
 and standard deviation over episodes, and the share of battles won; for several runs also those over runs.
@@ -217,5 +218,9 @@ if __name__ == "__main__":
         from support import report
 
         run_script(report.main, tyro.cli(report.Args, args=sys.argv[2:], prog="comadice_eval.py report"))
+    elif sys.argv[1:2] == ["ratio"]:
+        from support import ratio_picture
+
+        run_script(ratio_picture.main, tyro.cli(ratio_picture.Args, args=sys.argv[2:], prog="comadice_eval.py ratio"))
     else:
         run_script(main, tyro.cli(Args))

@@ -144,6 +144,7 @@ from environments import stops
 from environments.checks import BadInput, check_positive, pick_device, run_script
 from offline_data.dataset import CHUNK, last_rows
 from offline_data.replay import as_transition, initial_rows, make_replay, minibatches, transition_rows
+from support import ratio_picture
 from support.bars import Bar
 from support.report import report
 from support.runs import (
@@ -179,6 +180,7 @@ from support.seeds import (
 # What Eq. 9 and Eq. 10 need of a transition, and of an initial state.
 CRITIC_KEYS = ["state", ("agents", "observation"), ("agents", "action"), "reward", "terminated"]
 INIT_KEYS = ["state", ("agents", "observation")]
+STARTS = 1024  # of the initial states, the first, are those at which metrics.csv has the mean of nu_tot
 
 # What a flag is where it is not given: first the preset's value, then the objective's, then COMMON's. OBJECTIVES has
 # alpha in units of the data's mean absolute reward, and episode_alpha in standard deviations of the episodes' returns,
@@ -429,6 +431,9 @@ def train_critics(rows: TensorDict, card: dict, args: Args, seeds: list[int], st
     weights = comadice_bc.episode_weights(rows, args.episode_alpha, args.f)
     transitions = make_replay(rows, CRITIC_KEYS, True, generators, device, weights=weights)
     initial_states = make_replay(rows, INIT_KEYS, False, generators, device, initial_rows(rows))
+    starts = rows[initial_rows(rows)[:STARTS]].select(*INIT_KEYS).to(device)
+    starts = starts.expand(len(seeds), *starts.shape) if len(seeds) > 1 else starts
+    nu_at_starts = per_seed(lambda critics, states: (nu_tot(critics, states).mean(),), [target], len(seeds))
     update = Graph(make_critic_update(critics, target, optimizer, args, data_facts(rows, args)), args.graph)
     at = eval_steps(args)
     batches = minibatches(start, at, (transitions, args.batch_size), (initial_states, args.init_batch_size))
@@ -443,7 +448,9 @@ def train_critics(rows: TensorDict, card: dict, args: Args, seeds: list[int], st
         results = update(batch, init)  # lines 5 to 7
         if step in at:
             metrics = [critic_metrics(*result, args) for result in split_seeds(results, seeds)]
-            table = [{"stage": "critics", "step": step} | row for row in metrics]
+            with torch.no_grad():
+                nu_init = [nu.item() / args.reward_scale for (nu,) in split_seeds(nu_at_starts(starts), seeds)]
+            table = [{"stage": "critics", "step": step} | row | {"nu_init": nu} for row, nu in zip(metrics, nu_init)]
             bar.say(table)
             seconds += time.perf_counter() - clock
             yield list(zip(progress(), table))
@@ -510,6 +517,7 @@ def train_group(seeds: list[int], runs: dict[int, Run], args: Args, rows: Tensor
         state = runs[seed].state
         seconds, wall = state["critic_seconds"] + state["seconds"], state["critic_seconds"] + state["wall"]
         finish_run(runs[seed], args, card, len(seeds), 2 * args.steps, seconds, wall)
+        ratio_picture.draw(state, rows, runs[seed].metrics, runs[seed].path / "ratio.png")
 
 
 def demonstrate(args: Args, rows: TensorDict, card: dict, env):
@@ -519,6 +527,9 @@ def demonstrate(args: Args, rows: TensorDict, card: dict, env):
     for name, best in (("BC", 1.0), ("BC on the best 10%", 0.1)):
         curves[name] = comadice_bc.train_seeds(comadice_bc.Args(**shared | {"best": best}), rows, card, None, env)
     report(curves, card, args, "demonstration.png")
+    folder = Path(args.out, args.env, args.task, args.quality)
+    first = folder / "comadice" / f"seed{args.seeds[0]}"
+    ratio_picture.main(ratio_picture.Args(str(first), args.data, str(folder / "ratio.png")))
 
 
 def main(args: Args):

@@ -5,6 +5,7 @@
         metrics.csv      a row an evaluation
         summary.json     the result, written once the run is finished
         checkpoint.pt    parameters, optimisers, random state; loads with weights_only=True
+        ratio.png        of ComaDICE, see ratio_picture.py
         LOCK             while a process trains there
 
 Everything is in the checkpoint: the other files can be written again from it. A run that was stopped goes on with
