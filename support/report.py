@@ -26,6 +26,7 @@ import tyro
 from environments.checks import BadInput
 from offline_data.dataset import read_json
 from offline_data.published import published
+from support import loggers
 from support.runs import FREE, eval_steps, judged, last_evaluations
 
 METHODS = ["bc", "bc-best10", "bcq", "cql", "icq", "omar", "omiga", "comadice"]  # the paper's order, with bc-best10
@@ -165,7 +166,8 @@ def find_runs(root: Path, out: Path) -> tuple[list[Run], list[tuple[Path, str]]]
         ]
         if files and Path(folder) != out:
             holds[Path(folder)] = set(files)
-        folders.sort()
+        # a logger's folders in a run are no runs
+        folders[:] = sorted(set(folders) - (set(loggers.FOLDERS) if RUN_FILES & set(files) else set()))
     above = {parent for folder in holds if holds[folder] & RUN_FILES for parent in folder.parents}
     runs, seen = [], {}
     for folder in holds:

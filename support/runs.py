@@ -6,6 +6,7 @@
         summary.json     the result, written once the run is finished
         checkpoint.pt    parameters, optimisers, random state; loads with weights_only=True
         ratio.png        of ComaDICE, see ratio_picture.py
+        csv, tensorboard, wandb    with --logger, see loggers.py
         LOCK             while a process trains there
 
 Everything is in the checkpoint: the other files can be written again from it. A run that was stopped goes on with
@@ -20,6 +21,7 @@ import io
 import json
 import pickle
 import resource
+import shutil
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +36,7 @@ from environments.simulators import check_task
 from offline_data.dataset import DATA_ROOT, dataset_path, open_dataset, read_json
 from offline_data.durable import disk_errors, write_bytes, write_text
 from offline_data.published import downloadable
+from support import loggers
 from support.flags import ABOUT, commit, versions
 from support.lock import lock, unlock
 
@@ -41,7 +44,8 @@ from support.lock import lock, unlock
 METHOD_FLAGS = ("preset", "objective", "advantage", "alpha", "episode_alpha", "tau", "lr")
 FITS = 0.7  # of a GPU's free memory may be the dataset's, the rest is for the work on it
 # arguments that may differ when a run is resumed
-FREE = ("seeds", "data", "out", "resume", "overwrite", "device", "data_device", "workers", "graph", "quiet", *ABOUT)
+FREE = ("seeds", "data", "out", "resume", "overwrite", "device", "data_device", "workers", "graph", "quiet", "logger",
+        *ABOUT)  # fmt: skip
 GROWS = ("steps", "evals")  # may differ where a run is extended
 AGAIN = "run the same command again with --resume"
 SMALL_BATCH = 1024  # is never too large for a dataset
@@ -59,6 +63,7 @@ def check_args(args):
         raise BadInput(f"--seeds {args.seeds}: give different numbers from 0 to {2**31 - 1}, at least one")
     if args.resume and args.overwrite:
         raise BadInput("--resume and --overwrite contradict each other: give one of them")
+    loggers.check(args.logger)
 
 
 def check_discount(args):
@@ -151,6 +156,8 @@ class Run:
     """whether it has a checkpoint"""
     lost: str = ""
     """why nothing more can come of it"""
+    logger: object = None
+    """of TorchRL, None with --logger none"""
 
 
 class Diverged(BadInput):
@@ -256,6 +263,9 @@ def start_runs(args, algo: str, card: dict, rows: TensorDict, first: dict) -> di
                 with disk_errors(run.path, AGAIN):
                     for name in ("summary.json", "checkpoint.pt", "metrics.csv"):
                         (run.path / name).unlink(missing_ok=True)
+                    for folder in (run.path / name for name in loggers.FOLDERS):
+                        if folder.is_dir():
+                            shutil.rmtree(folder)
             elif not run.finished:
                 (run.path / "summary.json").unlink(missing_ok=True)  # of the run before it is extended
             old = read_json(run.path / "config.json") if run.begun else {}
@@ -265,6 +275,8 @@ def start_runs(args, algo: str, card: dict, rows: TensorDict, first: dict) -> di
                 write_text(run.path / "config.json", json.dumps(config, indent=2) + "\n", AGAIN)
             if run.metrics and not same_text(run.path / "metrics.csv", table(run.metrics)):
                 write_text(run.path / "metrics.csv", table(run.metrics), AGAIN)
+            if not run.finished:
+                run.logger = loggers.open_logger(args.logger, run.path, run.metrics)
     except BaseException:
         for path in paths.values():
             unlock(path)
@@ -285,6 +297,8 @@ def end_runs(runs: dict[int, Run]) -> list[list[dict]]:
     """Lets other processes into the run directories; returns the rows of metrics.csv of the seeds that are well."""
     for run in runs.values():
         unlock(run.path)
+        if run.logger is not None:
+            run.logger.close()
     if all(run.lost for run in runs.values()):
         raise BadInput("every seed diverged, there is nothing to report")
     return [run.metrics for run in runs.values() if not run.lost]
@@ -315,10 +329,10 @@ def same_text(path: Path, text: str) -> bool:
 
 def save_checkpoint(run: Run, progress: dict, row: dict | None):
     """Adds `progress` to the run's state and `row`, if there is one, to its table, and writes metrics.csv and
-    checkpoint.pt, each replaced as a whole.
+    checkpoint.pt, each replaced as a whole, and then the logger's record.
 
     The table's rows are in the checkpoint too, and the table comes first, so a run that is killed between the two
-    writes its row again when it is resumed.
+    writes its row again when it is resumed. The record comes last, so it never has a row that the checkpoint lacks.
     """
     run.state |= progress
     if row is not None:
@@ -328,6 +342,8 @@ def save_checkpoint(run: Run, progress: dict, row: dict | None):
     torch.save(run.state | {"metrics": run.metrics}, file)
     write_bytes(run.path / "checkpoint.pt", sealed(file.getvalue()), AGAIN)
     run.begun = True
+    if row is not None:
+        loggers.log_row(run.logger, row)
 
 
 def save_checkpoints(runs: dict[int, Run], seeds: list[int], progress: list[tuple[dict, dict | None]]):
