@@ -1,6 +1,7 @@
 """Rolls out saved policies in the real simulator, or collects finished runs into tables and figures.
 
     python comadice_eval.py --run runs/mamujoco/hopper/medium-replay/comadice/seed0 --episodes 100
+    python comadice_eval.py --run RUN_A RUN_B data/mamujoco/hopper/few-good --video hopper.gif   # see support/video.py
     python comadice_eval.py report runs/                                                  # see support/report.py
     python comadice_eval.py ratio runs/mamujoco/hopper/medium-replay/comadice/seed0       # see support/ratio_picture.py
 
@@ -25,6 +26,8 @@ from comadice_mixer import make_policy
 from environments import stops
 from environments.checks import BadInput, NoSimulator, pick_device, run_script
 from environments.simulators import make_env
+from offline_data.dataset import open_dataset
+from support import video
 from support.runs import FREE, load_checkpoint
 
 MAX_WIDTH = 50  # environments that one process steps together
@@ -44,6 +47,9 @@ class Args:
     """auto, cpu, cuda, ...: where the policy runs"""
     out: str | None = None
     """also write the results to this JSON file"""
+    video: str | None = None
+    """instead, film one episode of each run, side by side, into this .gif or .mp4 (which is longer); a dataset directory
+    among the runs shows its recorded episode of the median return"""
 
 
 def eval_env(card: dict, episodes: int, workers: int = 1) -> EnvBase:
@@ -176,6 +182,24 @@ def check(args: Args):
     if args.out and (Path(args.out).is_dir() or not Path(args.out).absolute().parent.is_dir()):
         raise BadInput(f"can't write --out {args.out}: give a file in a folder that exists")
 
+    if args.video:
+        video.check_file(args.video)
+        if args.out:
+            raise BadInput("--out is for the results of rollouts, and --video films one episode: give one of them")
+
+
+def film(args: Args):
+    """One episode of each run into the file --video."""
+    device, shown = pick_device(args.device), []
+    for run in args.run:
+        if Path(run, "card.json").is_file():
+            rows, card = open_dataset(run)
+            shown.append((f"data {card['quality']}, median episode", card, rows))
+        else:
+            policy, state = load_policy(run, device)
+            shown.append((f"{state['algo']} {Path(run).resolve().name}", state["card"], policy))
+    video.film(args.video, shown, lambda card: eval_env(card, 1), lambda policy, env: evaluate(policy, env, 1, args.seed))
+
 
 def print_results(rows: list[dict], one_cell: bool):
     """A line per run; with `one_cell`, where all runs are seeds of one setting, their mean too."""
@@ -196,6 +220,9 @@ def print_results(rows: list[dict], one_cell: bool):
 
 def main(args: Args):
     check(args)
+    if args.video:
+        film(args)
+        return
     device = pick_device(args.device)
     loaded = [load_policy(run, device) for run in args.run]  # before the first rollout, so that a bad one costs nothing
     rows, env, last = [], None, None
