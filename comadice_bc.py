@@ -79,6 +79,8 @@ class Args:
     """torch.compile the loss: for a GPU, on a CPU it is slower"""
     quiet: bool = False
     """no progress bars"""
+    logger: Literal["none", "csv", "tensorboard", "wandb"] = "none"
+    """also keep the rows of metrics.csv for csv, tensorboard or wandb, offline (support/loggers.py)"""
     resume: bool = False
     """go on with runs that were stopped, leave finished ones as they are, extend them with more --steps"""
     overwrite: bool = False

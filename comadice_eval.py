@@ -1,7 +1,9 @@
 """Plays saved policies in the real simulator, or makes tables and figures of finished runs.
 
     python comadice_eval.py --run runs/mamujoco/hopper/medium-replay/comadice/seed0 --episodes 100
+    python comadice_eval.py --run RUN_A RUN_B data/mamujoco/hopper/few-good --video hopper.gif   # see support/video.py
     python comadice_eval.py report runs/                                                  # see support/report.py
+    python comadice_eval.py ratio runs/mamujoco/hopper/medium-replay/comadice/seed0       # see support/ratio_picture.py
 
 The first command plays the mean action (continuous), or the most likely available one (discrete). It prints the mean
 and standard deviation of the return over episodes, and the share of battles won. For several runs of one setting it
@@ -30,6 +32,9 @@ class Args:
     """auto, cpu, cuda, ...: where the policy runs"""
     out: str | None = None
     """also write the results to this JSON file"""
+    video: str | None = None
+    """film one episode of each run instead, side by side, into this .gif or .mp4 (which is longer). A dataset directory
+    among the runs shows its recorded episode with the median return"""
 
 
 if __name__ == "__main__":  # before what takes seconds to import: --help and a typo answer at once
@@ -38,6 +43,10 @@ if __name__ == "__main__":  # before what takes seconds to import: --help and a 
         from support.report_args import Args as ReportArgs
 
         ARGS = tyro.cli(ReportArgs, args=sys.argv[2:], prog="comadice_eval.py report")
+    elif RATIO := sys.argv[1:2] == ["ratio"]:
+        from support.ratio_args import Args as RatioArgs
+
+        ARGS = tyro.cli(RatioArgs, args=sys.argv[2:], prog="comadice_eval.py ratio")
     else:
         ARGS = tyro.cli(Args)
 
@@ -55,6 +64,8 @@ from tqdm import tqdm
 from comadice_mixer import make_policy
 from environments.checks import BadInput, NoSimulator, pick_device, run_script
 from environments.simulators import check_sizes, make_env
+from offline_data.dataset import open_dataset
+from support import video
 from support.runs import FREE, load_checkpoint
 
 MAX_WIDTH = 50  # environments that one process steps together
@@ -182,6 +193,25 @@ def check(args: Args):
     if args.out and (Path(args.out).is_dir() or not Path(args.out).absolute().parent.is_dir()):
         raise BadInput(f"can't write --out {args.out}: give a file in a folder that exists")
 
+    if args.video:
+        video.check_file(args.video)
+        if args.out:
+            raise BadInput("--out is for the results of rollouts, and --video films one episode: give one of them")
+
+
+def film(args: Args):
+    """One episode of each run into the file --video."""
+    device, shown = pick_device(args.device), []
+    for run in args.run:
+        if Path(run, "card.json").is_file():
+            rows, card = open_dataset(run)
+            shown.append((f"data {card['quality']}, median episode", card, rows))
+        else:
+            policy, state = load_policy(run, device)
+            shown.append((f"{state['algo']} {Path(run).resolve().name}", state["card"], policy))
+    play = lambda policy, env: evaluate(policy, env, 1, args.seed)
+    video.film(args.video, shown, lambda card: eval_env(card, 1), play)
+
 
 def print_results(rows: list[dict], one_cell: bool):
     """Prints a line per run. With `one_cell`, when all runs are seeds of one setting, also their mean."""
@@ -202,6 +232,9 @@ def print_results(rows: list[dict], one_cell: bool):
 
 def main(args: Args):
     check(args)
+    if args.video:
+        film(args)
+        return
     device = pick_device(args.device)
     loaded = [load_policy(run, device) for run in args.run]  # before the first rollout, so that a bad one costs nothing
     rows, env, last = [], None, None
@@ -224,5 +257,9 @@ if __name__ == "__main__":
         from support import report
 
         run_script(report.main, ARGS)
+    elif RATIO:
+        from support import ratio_picture
+
+        run_script(ratio_picture.main, ARGS)
     else:
         run_script(main, ARGS)

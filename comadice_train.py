@@ -109,6 +109,8 @@ class Args:
     """torch.compile the losses: for a GPU, on a CPU it is slower"""
     quiet: bool = False
     """no progress bars"""
+    logger: Literal["none", "csv", "tensorboard", "wandb"] = "none"
+    """also keep the rows of metrics.csv for csv, tensorboard or wandb, offline (support/loggers.py)"""
     resume: bool = False
     """go on with runs that were stopped, leave finished ones as they are, extend them with more --steps"""
     overwrite: bool = False
@@ -141,6 +143,7 @@ from environments.checks import pick_device, run_script
 from offline_data.dataset import CHUNK
 from offline_data.facts import DataFacts, data_facts, mean_abs_reward, return_deviation
 from offline_data.replay import as_transition, initial_rows, make_replay, transition_rows
+from support import ratio_picture
 from support.presets import resolve
 from support.report import report
 from support.runs import Diverged, Run, check_args, end_runs, finish_run, give_up, load_dataset, next_group, start_runs
@@ -159,6 +162,7 @@ from support.stages import Stage
 # The entries of a transition, and of an initial state, that Eq. 9 and Eq. 10 need.
 CRITIC_KEYS = ["state", ("agents", "observation"), ("agents", "action"), "reward", "terminated"]
 INIT_KEYS = ["state", ("agents", "observation")]
+STARTS = 1024  # metrics.csv has the mean of nu_tot over so many initial states, always the same ones
 
 # ---------------------------------------------------------------- A_tot and the losses on one batch of transitions [B]
 
@@ -326,14 +330,20 @@ def train_critics(rows: TensorDict, card: dict, args: Args, runs: list[Run], dat
     stage = Stage("critics", "critics", args, runs, parts, generators, "critic_")
     transitions = make_replay(rows, CRITIC_KEYS, True, generators, device, weights=weights)
     initial_states = make_replay(rows, INIT_KEYS, False, generators, device, initial_rows(rows))
+    # nu_tot(s0) of always the same initial states, for metrics.csv alone
+    starts = rows[initial_rows(rows)[:STARTS]].select(*INIT_KEYS).to(device)
+    starts = starts.expand(len(seeds), *starts.shape) if len(seeds) > 1 else starts
+    nu_at_starts = per_seed(lambda critics, states: (nu_tot(critics, states).mean(),), [target], len(seeds))
     update = Graph(make_critic_update(critics, target, optimizer, args, data), args.graph)
     sources = (transitions, args.batch_size), (initial_states, args.init_batch_size)
     # line 3: training the occupancy ratio
     for step, batch, init in stage.steps(*sources):  # line 4
         results = update(batch, init)  # lines 5 to 7
         if step in stage.at:  # --evals times
-            row = {"stage": "critics", "step": step}
-            stage.save([row | critic_metrics(*result, args) for result in split_seeds(results, seeds)])
+            metrics = [critic_metrics(*result, args) for result in split_seeds(results, seeds)]
+            with torch.no_grad():
+                nu_init = [nu.item() / args.reward_scale for (nu,) in split_seeds(nu_at_starts(starts), seeds)]
+            stage.save([{"stage": "critics", "step": step} | m | {"nu_init": nu} for m, nu in zip(metrics, nu_init)])
     stage.end()  # line 8
 
 
@@ -369,6 +379,7 @@ def algorithm_1(
     comadice_bc.train_policies(rows, card, args, runs, env, "policy", weights=weights)  # lines 9 to 12, with Eq. 11
     for run in runs:
         finish_run(run, args, card, len(runs))  # lines 2 and 13: the policies pi_i are in the run's checkpoint
+        ratio_picture.draw(run.state, rows, run.metrics, run.path / "ratio.png")
 
 
 def train_seeds(args: Args, rows: TensorDict, card: dict, env) -> list[list[dict]]:
@@ -393,6 +404,9 @@ def demonstrate(args: Args, rows: TensorDict, card: dict, env):
     for name, best in (("BC", 1.0), ("BC on the best 10%", 0.1)):
         curves[name] = comadice_bc.train_seeds(comadice_bc.Args(**shared | {"best": best}), rows, card, None, env)
     report(curves, card, args, "demonstration.png")
+    folder = Path(args.out, args.env, args.task, args.quality)
+    first = folder / "comadice" / f"seed{args.seeds[0]}"
+    ratio_picture.main(ratio_picture.Args(str(first), args.data, str(folder / "ratio.png")))
 
 
 def main(args: Args):

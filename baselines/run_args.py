@@ -30,6 +30,8 @@ class RunArgs:
     """on a GPU: replay the update as a CUDA graph"""
     quiet: bool = False
     """no progress bars"""
+    logger: Literal["none", "csv", "tensorboard", "wandb"] = "none"
+    """also keep the rows of metrics.csv for csv, tensorboard or wandb, offline (support/loggers.py)"""
     resume: bool = False
     """go on with runs that were stopped, leave finished ones as they are, extend them with more --steps"""
     overwrite: bool = False

@@ -60,6 +60,7 @@ SMACV1_TASKS = {
     "6h_vs_8z": ({"hydralisk": 6}, {"zealot": 8}),
     "corridor": ({"zealot": 6}, {"zergling": 24}),
 }
+UNITS = ("marine", "marauder", "stalker", "zealot", "zergling", "hydralisk")  # JaxMARL's order
 TASKS = [f"{race}_{size}" for race in RACES for size in SIZES] + list(SMACV1_TASKS)
 
 
@@ -91,6 +92,15 @@ def check_task(task: str):
             "(its protobuf and smacv2's exclude each other)"
         )
         raise NoSimulator(f"smax needs jaxmarl ({error}): {remedy}") from None
+
+
+def team_units(task: str) -> tuple[int, int, tuple[str, ...]]:
+    """(allies, enemies, the unit types in the order of their bits in the state) of a task."""
+    if task in SMACV1_TASKS:
+        n, m = (sum(team.values()) for team in SMACV1_TASKS[task])
+        return n, m, UNITS
+    race, size = task.split("_", 1)
+    return *SIZES[size], RACES[race]
 
 
 def engine() -> str:

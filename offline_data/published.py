@@ -158,12 +158,12 @@ def info(path: tyro.conf.Positional[str], verify: bool = False):
         print(f"checksums: all {len(card['sha256'])} files are as they were written")
 
 
-def plot(path: tyro.conf.Positional[str], out: str = "returns.png"):
+def plot(path: tyro.conf.Positional[str], out: str | None = None):
     """Draw the histogram of a dataset's episode returns.
 
     Args:
         path: dataset directory
-        out: the image to write
+        out: the image to write (default returns.png beside the data, in that directory)
     """
     import matplotlib
 
@@ -173,6 +173,7 @@ def plot(path: tyro.conf.Positional[str], out: str = "returns.png"):
     from offline_data.dataset import episode_returns, open_dataset
 
     rows, card = open_dataset(path)
+    out = Path(path, "returns.png") if out is None else Path(out)
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     axes.hist(episode_returns(rows).numpy(), bins=50)
     returns = f"{card['return_mean']:.1f} ± {card['return_std']:.1f}"
@@ -181,6 +182,6 @@ def plot(path: tyro.conf.Positional[str], out: str = "returns.png"):
     try:
         figure.savefig(out, dpi=150)
     except (OSError, ValueError) as error:
-        raise BadInput(f"can't write {out}: {error}") from None
+        raise BadInput(f"can't write {out} ({error}): give another --out") from None
     plt.close(figure)
     print(f"wrote {out}")

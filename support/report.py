@@ -24,13 +24,15 @@ import torch
 from environments.checks import BadInput
 from offline_data.dataset import read_json
 from offline_data.published import published
-from support import scores
+from support import loggers, scores
 from support.report_args import Args
 from support.runs import FREE, eval_steps, judged, last_evaluations
 
 METHODS = ["bc", "bc-best10", "bcq", "cql", "icq", "omar", "omiga", "comadice"]  # the paper's order, with bc-best10
 ABLATIONS = {"alpha": "alpha", "f": "f-divergence", "mixer_layers": "layers of the mixer"}  # Sections B.4, B.5, B.6
 AXIS = {"return": "return", "winrate": "winrate (%)"}
+COLOURED = 4  # curves of one figure in colour, where there are more than one more
+DASHES = ["--", "-.", ":", (0, (9, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (2, 4))]  # of the grey ones
 RUN_FILES = {"config.json", "metrics.csv", "summary.json", "checkpoint.pt"}
 PAPER = Path(__file__).parent / "paper_tables.csv"
 
@@ -149,7 +151,9 @@ def find_runs(root: Path, skip: list[Path]) -> tuple[list[Run], list[tuple[Path,
         ]
         if files:
             holds[Path(folder)] = set(files)
-        folders[:] = sorted(name for name in folders if Path(folder, name) not in skip)
+        # Folders that a logger made within a run hold no runs.
+        logged = set(loggers.FOLDERS) if RUN_FILES & set(files) else set()
+        folders[:] = sorted(name for name in folders if Path(folder, name) not in skip and name not in logged)
     above = {parent for folder in holds if holds[folder] & RUN_FILES for parent in folder.parents}
     runs, seen = [], {}
     for folder in holds:
@@ -320,24 +324,58 @@ def panels(count: int, width: float = 4.2, height: float = 3.1):
     return figure, axes.flat
 
 
+def in_colour(cells: list[Cell], metric: str) -> list[str]:
+    """The columns to draw in colour: all where they are few, else ComaDICE and the best others, by their mean rank."""
+    columns = list(dict.fromkeys(cell.column for cell in cells))
+    if len(columns) <= COLOURED + 1:
+        return columns
+    ranks = defaultdict(list)
+    for instance in {cell.instance for cell in cells}:
+        here = sorted((cell for cell in cells if cell.instance == instance), key=lambda c: -score(c, metric, None)[0])
+        for place, cell in enumerate(here):
+            ranks[cell.column].append(place / len(here))
+    order = sorted(columns, key=lambda column: (column != "comadice", sum(ranks[column]) / len(ranks[column])))
+    return [column for column in columns if column in order[:COLOURED]]
+
+
 def draw_curves(cells: list[Cell], metric: str, path: Path):
-    """Figures 1 and 4 to 8: mean and standard deviation over seeds at every evaluation, one panel per instance."""
+    """Figures 1 and 4 to 8: mean over seeds and its standard error at every evaluation, one panel per instance.
+
+    With many methods a few are in colour (in_colour). The others are grey dashes without a band.
+    """
+    from matplotlib.ticker import EngFormatter
+
     instances = sorted({cell.instance for cell in cells})
     figure, axes = panels(len(instances))
-    color = {column: f"C{i % 10}" for i, column in enumerate(dict.fromkeys(cell.column for cell in cells))}
+    columns, coloured = list(dict.fromkeys(cell.column for cell in cells)), in_colour(cells, metric)
+    color = {column: f"C{i % 10}" for i, column in enumerate(coloured)}
+    dashes = {column: DASHES[i % len(DASHES)] for i, column in enumerate(c for c in columns if c not in color)}
     for axis, instance in zip(axes, instances):
         for cell in (cell for cell in cells if cell.instance == instance):
+            steps, label = cell.runs[0].steps, cell.column.replace("$", r"\$")
             points = [mean_std(list(values)) for values in zip(*(run.curves[metric] for run in cell.runs))]
-            mean, low, high = zip(*((m, m - s, m + s) for m, s in points))
-            axis.plot(cell.runs[0].steps, mean, label=cell.column.replace("$", r"\$"), color=color[cell.column])
-            axis.fill_between(cell.runs[0].steps, low, high, alpha=0.15, color=color[cell.column], linewidth=0)
+            mean, error = zip(*((m, s / math.sqrt(len(cell.runs))) for m, s in points))
+            if cell.column not in color:
+                axis.plot(steps, mean, label=label, color="0.6", linestyle=dashes[cell.column], linewidth=1, zorder=1)
+                continue
+            axis.plot(steps, mean, label=label, color=color[cell.column])
+            low, high = zip(*((m - e, m + e) for m, e in zip(mean, error)))
+            axis.fill_between(steps, low, high, alpha=0.2, color=color[cell.column], linewidth=0)
         if metric == "return":
-            axis.axhline(instance[4], color="grey", linestyle="--", linewidth=1, label="behaviour data")
+            axis.axhline(instance[4], color="black", linestyle=":", linewidth=1, label="behaviour data")
+        else:
+            axis.set_ylim(0, 100)
         axis.set(title=title(instance, instances), xlabel="gradient steps of the policy", ylabel=AXIS[metric])
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     # one legend below all panels, since in a panel it would hide curves
     lines = {line.get_label(): line for axis in figure.axes for line in axis.get_lines()}
     figure.tight_layout()
-    figure.legend(lines.values(), lines.keys(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, fontsize=8)
+    several = max(len(cell.runs) for cell in cells) > 1
+    said = "mean over seeds; bands: ± standard error of the mean" if several else "one seed"
+    figure.legend(
+        lines.values(), lines.keys(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=min(4, 2 * len(instances)),
+        fontsize=8, title=said, title_fontsize=8,
+    )  # fmt: skip
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
@@ -361,16 +399,18 @@ def draw_ablation(cells: list[Cell], key: str, metric: str, last: float | None, 
     for axis, (instance, group) in zip(axes, charts):
         names = [dict(cell.setting)[key] for cell in group]
         mean, std = zip(*(score(cell, metric, last) for cell in group))
-        axis.bar(names, mean, yerr=std, color="C0", capsize=3, label="here")
+        axis.bar(names, mean, yerr=std, color="C0", capsize=3, label="here, ± standard deviation over seeds")
         numbers = [
             (name, *map(float, number)) for name, cell in zip(names, group) if (number := of_paper(paper, cell, metric))
         ]
         if numbers:
             x, m, s = zip(*numbers)
-            axis.errorbar(x, m, yerr=s, fmt="o", color="C1", capsize=3, label="the paper, on its data")
+            axis.errorbar(x, m, yerr=s, fmt="o", color="C1", capsize=3, label="the paper, on its data, ± the same")
         others = " ".join(f"{k}={v}" for k, v in group[0].setting if k != key)
         name = f"{title(instance, instances)} {others}".strip().replace("$", r"\$")
         axis.set(title=name, xlabel=ABLATIONS[key], ylabel=AXIS[metric])
+        if metric == "winrate":
+            axis.set_ylim(0, 100)
         axis.legend(fontsize=6)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
@@ -474,7 +514,9 @@ def plot_curves(curves: dict[str, list[list[dict]]], dataset_return: float, titl
             error = returns.std(0) / math.sqrt(len(seeds))
             axis.fill_between(steps, mean - error, mean + error, alpha=0.2)
     axis.axhline(dataset_return, color="grey", linestyle="--", label="behaviour data")
-    axis.set(xlabel="gradient steps of the policy", ylabel="return (mean and standard error over seeds)", title=title)
+    several = max(len(seeds) for seeds in curves.values()) > 1
+    said = "return: mean over seeds, bands: ± standard error" if several else "return"
+    axis.set(xlabel="gradient steps of the policy", ylabel=said, title=title)
     axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=150)

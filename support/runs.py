@@ -5,6 +5,8 @@
         metrics.csv      one row per evaluation
         summary.json     the result, written once the run is finished
         checkpoint.pt    parameters, optimisers, random state; loads with weights_only=True
+        ratio.png        of ComaDICE, see ratio_picture.py
+        csv, tensorboard, wandb    with --logger, see loggers.py
         LOCK             while a process trains there
 
 The checkpoint holds everything: the other files can be written again from it. A stopped run that goes on with --resume
@@ -19,6 +21,7 @@ import io
 import json
 import pickle
 import resource
+import shutil
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +36,7 @@ from environments.simulators import check_task
 from offline_data.dataset import DATA_ROOT, dataset_path, open_dataset, read_json
 from offline_data.durable import disk_errors, write_bytes, write_text
 from offline_data.published import downloadable
+from support import loggers
 from support.flags import ABOUT, commit, versions
 from support.lock import lock, unlock
 
@@ -40,7 +44,8 @@ from support.lock import lock, unlock
 METHOD_FLAGS = ("preset", "objective", "advantage", "alpha", "episode_alpha", "tau", "lr")
 FITS = 0.7  # share of a GPU's free memory that a dataset may take; training needs the rest
 # Arguments that may differ when a run is resumed.
-FREE = ("seeds", "data", "out", "resume", "overwrite", "device", "data_device", "workers", "graph", "quiet", *ABOUT)
+FREE = ("seeds", "data", "out", "resume", "overwrite", "device", "data_device", "workers", "graph", "quiet", "logger",
+        *ABOUT)  # fmt: skip
 GROWS = ("steps", "evals")  # may differ when a run is extended
 AGAIN = "run the same command again with --resume"
 SMALL_BATCH = 1024  # a batch of this size is accepted for any dataset
@@ -58,6 +63,7 @@ def check_args(args):
         raise BadInput(f"--seeds {args.seeds}: give different numbers from 0 to {2**31 - 1}, at least one")
     if args.resume and args.overwrite:
         raise BadInput("--resume and --overwrite contradict each other: give one of them")
+    loggers.check(args.logger)
 
 
 def check_discount(args):
@@ -160,6 +166,8 @@ class Run:
     """whether it has a checkpoint"""
     lost: str = ""
     """why it can't go on, if it diverged"""
+    logger: object = None
+    """TorchRL's logger; None with --logger none"""
 
 
 class Diverged(BadInput):
@@ -264,6 +272,9 @@ def start_runs(args, algo: str, card: dict, rows: TensorDict, first: dict) -> di
                 with disk_errors(run.path, AGAIN):
                     for name in ("summary.json", "checkpoint.pt", "metrics.csv"):
                         (run.path / name).unlink(missing_ok=True)
+                    for folder in (run.path / name for name in loggers.FOLDERS):
+                        if folder.is_dir():
+                            shutil.rmtree(folder)
             elif not run.finished:
                 (run.path / "summary.json").unlink(missing_ok=True)  # it belongs to the run before it is extended
             old = read_json(run.path / "config.json") if run.begun else {}
@@ -273,6 +284,8 @@ def start_runs(args, algo: str, card: dict, rows: TensorDict, first: dict) -> di
                 write_text(run.path / "config.json", json.dumps(config, indent=2) + "\n", AGAIN)
             if run.metrics and not same_text(run.path / "metrics.csv", table(run.metrics)):
                 write_text(run.path / "metrics.csv", table(run.metrics), AGAIN)
+            if not run.finished:
+                run.logger = loggers.open_logger(args.logger, run.path, run.metrics)
     except BaseException:
         for path in paths.values():
             unlock(path)
@@ -293,6 +306,8 @@ def end_runs(runs: dict[int, Run]) -> list[list[dict]]:
     """Unlocks the run directories. Returns the rows of metrics.csv for the seeds that did not diverge."""
     for run in runs.values():
         unlock(run.path)
+        if run.logger is not None:
+            run.logger.close()
     if all(run.lost for run in runs.values()):
         raise BadInput("every seed diverged, there is nothing to report")
     return [run.metrics for run in runs.values() if not run.lost]
@@ -319,10 +334,11 @@ def same_text(path: Path, text: str) -> bool:
 
 
 def save_checkpoint(run: Run, progress: dict, row: dict | None):
-    """Adds `progress` to the run's state and `row` to its table, and writes metrics.csv and checkpoint.pt.
+    """Adds `progress` to the run's state and `row` to its table. Writes metrics.csv, checkpoint.pt and the record.
 
     Each file is replaced as a whole, metrics.csv first. The checkpoint holds the table's rows too. So a run that is
-    killed between the two files writes the row again when it is resumed.
+    killed between the two files writes the row again when it is resumed. The logger's record comes last, so it never
+    has a row that the checkpoint lacks.
     """
     run.state |= progress
     if row is not None:
@@ -332,6 +348,8 @@ def save_checkpoint(run: Run, progress: dict, row: dict | None):
     torch.save(run.state | {"metrics": run.metrics}, file)
     write_bytes(run.path / "checkpoint.pt", sealed(file.getvalue()), AGAIN)
     run.begun = True
+    if row is not None:
+        loggers.log_row(run.logger, row)
 
 
 def save_checkpoints(runs: list[Run], progress: list[dict], rows: list[dict | None]):

@@ -662,8 +662,11 @@ def test_command_line(tmp_path):
 
 def test_plot(tmp_path, capsys):
     path = convert(write_omiga(tmp_path / "a.hdf5", robots()), "omiga", tmp_path / "out")
-    offline_data.published.plot(str(path), str(tmp_path / "returns.png"))
-    assert (tmp_path / "returns.png").read_bytes()[:4] == b"\x89PNG"
+    offline_data.published.plot(str(path))
+    assert (path / "returns.png").read_bytes()[:4] == b"\x89PNG" and str(path / "returns.png") in capsys.readouterr().out
+    offline_data.published.plot(str(path), str(tmp_path / "elsewhere.png"))
+    assert (tmp_path / "elsewhere.png").read_bytes() == (path / "returns.png").read_bytes()
+    read_back(path, robots(), True)
     with pytest.raises(BadInput, match="can't write"):
         offline_data.published.plot(str(path), str(tmp_path / "no" / "returns.png"))
 

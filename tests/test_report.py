@@ -6,7 +6,9 @@ import math
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 import comadice_bc
 import support.report
@@ -235,6 +237,67 @@ def test_runs_of_a_training_script(hopper_data, tmp_path):
 
 
 # ---------------------------------------------------------------- the paper's numbers
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[Figure]:
+    """The figures that are saved from now on."""
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: (figures.append(self), save(self, *args, **kwargs)))
+    return figures
+
+
+def curves_of(folder: Path, metric: str, drawn: list[Figure]):
+    """The panel and the legend that draw_curves makes of the runs below a folder."""
+    runs, left_out = support.report.find_runs(folder, folder / "report")
+    assert left_out == []
+    support.report.draw_curves(support.report.make_cells(runs), metric, folder / "curves.png")
+    return drawn[-1].axes[0], drawn[-1].legends[0]
+
+
+def test_bands_are_the_standard_error_and_say_so(tmp_path, drawn):
+    returns = np.array([[1.0, 4.0], [2.0, 8.0], [6.0, 3.0]])
+    for seed, own in enumerate(returns):
+        make_run(tmp_path, seed=seed, returns=own.tolist())
+    axis, legend = curves_of(tmp_path, "return", drawn)
+    error = returns.std(0, ddof=1) / np.sqrt(3)
+    corners = axis.collections[0].get_paths()[0].vertices
+    for step, low, high in zip((50, 100), returns.mean(0) - error, returns.mean(0) + error):
+        at = corners[corners[:, 0] == step, 1]
+        assert (at.min(), at.max()) == (pytest.approx(low), pytest.approx(high))
+    assert legend.get_title().get_text() == "mean over seeds; bands: ± standard error of the mean"
+
+
+def test_winrates_are_drawn_from_0_to_100(tmp_path, drawn):
+    make_run(tmp_path, returns=[1.0, 2.0], winrates=[0.4, 0.5], env="smax", task="zerg_5_vs_5", quality="medium", engine="SMAX")
+    axis, legend = curves_of(tmp_path, "winrate", drawn)
+    assert axis.get_ylim() == (0, 100) and legend.get_title().get_text() == "one seed"
+    assert axis.get_lines()[0].get_ydata().tolist() == [40, 50]
+
+
+@pytest.mark.parametrize("methods, coloured", [
+    ({"bc": 1, "omiga": 5, "comadice": 2, "icq": 3, "cql": 4}, {"bc", "omiga", "comadice", "icq", "cql"}),
+    ({"bc": 3, "bcq": 2, "cql": 7, "icq": 6, "omar": 5, "omiga": 4, "comadice": 1}, {"comadice", "cql", "icq", "omar"}),
+])
+def test_of_many_methods_the_best_few_are_in_colour(methods, coloured, tmp_path, drawn):
+    """ComaDICE always is, as here where it is the worst."""
+    for algo, value in methods.items():
+        make_run(tmp_path, algo, returns=[0.0, float(value)])
+    axis, _ = curves_of(tmp_path, "return", drawn)
+    lines = {line.get_label(): line for line in axis.get_lines() if line.get_label() != "behaviour data"}
+    assert lines.keys() == methods.keys()
+    assert {name for name, line in lines.items() if line.get_color() != "0.6"} == coloured
+    assert len({(line.get_color(), str(line._dash_pattern)) for line in lines.values()}) == len(methods), "no two look alike"
+
+
+def test_what_loggers_left_in_a_run_is_no_run(tmp_path):
+    run = make_run(tmp_path)
+    for folder in ("csv/scalars/policy", "tensorboard", "wandb/offline-run-1/files"):
+        (run / folder).mkdir(parents=True)
+        (run / folder / "config.json").write_text("{}")
+    runs, left_out = support.report.find_runs(tmp_path, tmp_path / "report")
+    assert [found.path for found in runs] == [run] and left_out == []
 
 
 def paper() -> dict[int, dict]:

@@ -102,7 +102,8 @@ def edit(path: Path, file: str = "card.json", **changes) -> Path:
 @pytest.mark.parametrize("algo", ["comadice", "bc"])
 def test_run_directory(run, bc_run, algo):
     path, module = (run, comadice_train) if algo == "comadice" else (bc_run, comadice_bc)
-    assert sorted(p.name for p in path.iterdir()) == ["checkpoint.pt", "config.json", "metrics.csv", "summary.json"]
+    picture = ["ratio.png"] if algo == "comadice" else []
+    assert sorted(p.name for p in path.iterdir()) == ["checkpoint.pt", "config.json", "metrics.csv", *picture, "summary.json"]
     config = json.loads((path / "config.json").read_text())
     # Every argument, less those that say where and how to put the result; "seed" is this run's of --seeds.
     wanted = {f.name for f in dataclasses.fields(module.Args)} - {"seeds", "out", "resume", "overwrite"}
@@ -256,6 +257,8 @@ def test_demonstration(hopper_data, tmp_path, monkeypatch, capsys):
         scores = np.array([json.loads((runs / f"{algo}/seed{seed}/summary.json").read_text())["return"] for seed in (0, 1)])
         assert f"{scores.mean():.2f} ± {scores.std(ddof=1):.2f}" in lines[name]
     assert "behaviour data" in lines and (runs / "demonstration.png").stat().st_size > 5000
+    assert f"{runs}/ratio.png: correlation of episode weight and episode return: " in printed.splitlines()[-1]
+    assert (runs / "ratio.png").read_bytes() == (runs / "comadice/seed0/ratio.png").read_bytes()
 
 
 @pytest.mark.parametrize("flags, demonstrated", [((), True), (("--overwrite",), True), (("--data", "DATA"), False), (("--quality", "demo"), False)])

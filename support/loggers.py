@@ -1,0 +1,99 @@
+"""--logger: the rows of metrics.csv in the tools that people have open all day, by TorchRL's own loggers.
+
+    none         metrics.csv alone
+    csv          RUN/csv/scalars/STAGE/NAME.csv, a line "step,value" for each row
+    tensorboard  RUN/tensorboard; `tensorboard --logdir runs` shows it
+    wandb        RUN/wandb, offline; `wandb sync RUN/wandb/offline-run-*` uploads it. WANDB_MODE=online uploads at once
+
+A value is called STAGE/NAME, for example policy/return. A run that goes on continues its record: what is in there is
+not written twice, and what it lacks of metrics.csv comes first. An offline record of wandb can't be read back, so it
+may lack one row where the process was killed just before it was written.
+"""
+
+import importlib.util
+import os
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from environments.checks import BadInput
+
+if TYPE_CHECKING:
+    from torchrl.record.loggers import Logger
+
+Kind = Literal["none", "csv", "tensorboard", "wandb"]
+FOLDERS = ("csv", "tensorboard", "wandb")  # of a run directory
+
+
+def check(kind: Kind):
+    """Raises BadInput for a logger whose package is not installed."""
+    if kind in ("tensorboard", "wandb") and importlib.util.find_spec(kind) is None:
+        raise BadInput(f"--logger {kind} needs a package that is not installed: pip install {kind}")
+
+
+def values_of(row: dict) -> dict[str, float]:
+    """The numbers of a row of metrics.csv by their names in the record; rollouts that were off gave none."""
+    return {f"{row['stage']}/{k}": v for k, v in row.items() if k not in ("stage", "step") and v is not None}
+
+
+def recorded(kind: Kind, run: Path) -> set[tuple[str, int]] | None:
+    """(name, step) of all that a run's record holds already; None where it can't be read back."""
+    folder = run / kind
+    if not folder.is_dir():
+        return set()
+    if kind == "csv":
+        files = folder.glob("scalars/*/*.csv")
+        lines = ((f"{f.parent.name}/{f.stem}", line) for f in files for line in f.read_text().splitlines())
+        return {(name, int(line.split(",")[0])) for name, line in lines}
+    if kind == "tensorboard":
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(folder), {"scalars": 0}).Reload()  # 0: all of them
+        return {(name, event.step) for name in events.Tags()["scalars"] for event in events.Scalars(name)}
+    return None
+
+
+def open_logger(kind: Kind, run: Path, rows: list[dict]) -> "Logger | None":
+    """A run's logger, whose record holds `rows` once this returns; None for none. Raises BadInput as check does."""
+    check(kind)
+    if kind == "none":
+        return None
+    known = recorded(kind, run)
+    if kind == "csv":
+        from torchrl.record.loggers import CSVLogger
+
+        logger = CSVLogger("csv", str(run))
+    elif kind == "tensorboard":
+        from torchrl.record.loggers import TensorboardLogger
+
+        logger = TensorboardLogger("tensorboard", str(run))
+    else:
+        logger = open_wandb(run)
+    for row in rows if known is not None else []:
+        log_row(logger, row, known)
+    return logger
+
+
+def open_wandb(run: Path) -> "Logger":
+    """Several runs at a time in one process; nothing is captured or printed, nothing leaves the machine."""
+    import wandb
+    from torchrl.record.loggers import WandbLogger
+
+    os.environ.setdefault("WANDB_MODE", "offline")
+    before = sorted(run.glob("wandb/*run-*/run-*.wandb"))
+    name = before[-1].stem.removeprefix("run-") if before else secrets.token_hex(4)
+    settings = wandb.Settings(console="off", silent=True)
+    return WandbLogger(
+        " ".join(run.parts[-5:]), log_dir=str(run), id=name, project="comadice", log_env_packages=False,
+        reinit="create_new", settings=settings,
+    )  # fmt: skip
+
+
+def log_row(logger: "Logger | None", row: dict, known: set[tuple[str, int]] = frozenset()):
+    """Adds a row of metrics.csv to the record, less the (name, step) that are `known` to be there."""
+    if logger is None:
+        return
+    new = {name: value for name, value in values_of(row).items() if (name, row["step"]) not in known}
+    if new:
+        logger.log_metrics(new, row["step"])
+        logger.flush()  # TensorBoard's writer would otherwise wait two minutes, and lose its rows in a kill

@@ -1,0 +1,15 @@
+"""The flags of `python comadice_eval.py ratio`, apart from ratio_picture.py so that --help need not load torch."""
+
+from dataclasses import dataclass
+
+import tyro
+
+
+@dataclass
+class Args:
+    run: tyro.conf.Positional[str]
+    """run directory of ComaDICE"""
+    data: str | None = None
+    """where the run's dataset is now, if it was moved"""
+    out: str | None = None
+    """the image to write (default RUN/ratio.png)"""

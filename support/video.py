@@ -1,0 +1,299 @@
+"""Videos of robots and battles on a machine without a display, as GIF or MP4: `comadice_eval.py --run A B --video FILE`.
+
+A panel is one episode: a policy in the simulator, or one that a dataset recorded. Robots are drawn by MuJoCo
+off-screen, with EGL or OSMesa, whichever is there. Battles of SMAX are drawn from the key "state" alone, so recorded
+ones need no JAX. An MP4 has the whole episode. A GIF of robots has its first seconds, so that a page can show it.
+"""
+
+import io
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from tensordict import TensorDict, TensorDictBase
+from torchrl.envs import Compose, EnvBase, RewardSum, Transform, TransformedEnv
+from tqdm import tqdm
+
+from environments import smax, stops
+from environments.checks import BadInput
+from environments.mamujoco import mamujoco_scenario
+from offline_data.dataset import episode_returns, episodes
+from offline_data.durable import write_bytes
+
+SIDE = 240  # pixels of a panel's picture, and below it CAPTION for two lines of text; MP4 wants multiples of 16
+CAPTION = 32
+FPS = {".gif": 12.5, ".mp4": 25}  # pictures a second, or fewer
+GIF_SECONDS = 6  # of robots, whose floor moves and makes each picture large
+BATTLE_STEP = 1 / 8  # seconds that a step of a battle is shown; in the game it is half a second
+COLORS = 64  # of a GIF's palette
+# Robots whose observations are their pose without the first (x) or the first two (x, y) coordinates, and velocities.
+HIDDEN = {"Hopper": 1, "HalfCheetah": 1, "Walker2d": 1, "Ant": 2}
+LETTERS = {"marine": "m", "marauder": "M", "stalker": "s", "zealot": "Z", "zergling": "z", "hydralisk": "h"}
+ALLY, ENEMY, GROUND, MARK = (38, 102, 191), (200, 60, 50), (238, 236, 228), (250, 205, 60)
+
+Frame = tuple[np.ndarray, int, float]  # picture [SIDE, SIDE, 3] uint8, step, return so far
+
+
+def check_file(file: str):
+    """Raises BadInput for a file that can't be written, or a kind of video that can't be made here."""
+    path = Path(file)
+    if path.suffix not in (".gif", ".mp4"):
+        raise BadInput(f"--video {file}: give a name that ends in .gif or .mp4")
+    if path.exists():
+        raise BadInput(f"--video {file} is already there: give another name")
+    if not path.absolute().parent.is_dir():
+        raise BadInput(f"can't write --video {file}: there is no such folder")
+    if path.suffix == ".mp4":
+        try:
+            import imageio_ffmpeg  # noqa: F401
+        except ImportError:
+            raise BadInput("MP4 needs a package: pip install imageio-ffmpeg, or give a .gif") from None
+
+
+def check_env(card: dict):
+    """Raises BadInput for an env that is not drawn here, or for robots where nothing can draw them."""
+    if card["env"] == "mamujoco":
+        choose_opengl()
+    elif card["env"] != "smax":
+        raise BadInput(f"--video draws mamujoco and smax, not {card['env']}: StarCraft II records replays itself")
+
+
+def choose_opengl():
+    """Sets MUJOCO_GL to what can draw here: what it is, else EGL, else OSMesa. Raises BadInput where nothing can.
+
+    Each is tried in a process of its own: Python's OpenGL can't change its mind, and a broken driver may crash.
+    """
+    if sys.platform != "linux":
+        return
+    code = "import mujoco; mujoco.GLContext(64, 64).make_current()"
+    for name in [os.environ["MUJOCO_GL"]] if "MUJOCO_GL" in os.environ else ["egl", "osmesa"]:
+        tried = subprocess.run([sys.executable, "-c", code], env=os.environ | {"MUJOCO_GL": name}, capture_output=True)
+        if tried.returncode == 0:
+            os.environ["MUJOCO_GL"] = name
+            return
+    raise BadInput(
+        "MuJoCo finds neither EGL nor OSMesa to draw with: install a system package, apt install libegl1 libgl1-mesa-dri "
+        "or apt install libosmesa6 (Debian, Ubuntu)"
+    )
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def robot_camera(env: EnvBase):
+    """A function that draws the first robot of a MaMuJoCoEnv as it stands now, [SIDE, SIDE, 3] uint8."""
+    from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
+    from mujoco import mjtCamera
+
+    simulator = env.simulators[0].unwrapped
+    simulator.model.vis.quality.shadowsize = 1024  # a quarter of the default: without a GPU shadows are most of the work
+    follow = {"type": mjtCamera.mjCAMERA_TRACKING, "trackbodyid": 1, "distance": 3.0, "elevation": -10.0, "azimuth": 90.0}
+    renderer = MujocoRenderer(simulator.model, simulator.data, follow, SIDE, SIDE)
+    renderer.camera_id = None  # it would name a camera of the model, whose pictures cut some robots' legs off
+    return lambda: renderer.render("rgb_array")
+
+
+def draw_battle(state: np.ndarray, task: str) -> np.ndarray:
+    """A battle of SMAX from its state [S] -> [SIDE, SIDE, 3] uint8.
+
+    Allies are blue, enemies red, with a letter for the unit's type and a bar for its health. A yellow ring: the unit
+    has just attacked.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    n, m, types = smax.team_units(task)
+    units = state[: -2 * (n + m)].reshape(n + m, -1)  # then come the teams and the types of all units, dead ones too
+    image = Image.new("RGB", (SIDE, SIDE), GROUND)
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(10)
+    for i, (health, x, y, cooldown, *bits) in enumerate(units.tolist()):
+        if health <= 0:
+            continue
+        x, y, r = SIDE * x, SIDE * (1 - y), 6
+        if cooldown > 0:
+            pen.ellipse((x - r - 2, y - r - 2, x + r + 2, y + r + 2), fill=MARK)
+        pen.ellipse((x - r, y - r, x + r, y + r), fill=ALLY if i < n else ENEMY)
+        pen.text((x, y), LETTERS[types[int(np.argmax(bits))]], "white", font, "mm")
+        pen.rectangle((x - r, y - r - 5, x + r, y - r - 4), fill="white")
+        pen.rectangle((x - r, y - r - 5, x - r + 2 * r * health, y - r - 4), fill=(60, 150, 60))
+    return np.asarray(image)
+
+
+def time_step(card: dict, env: EnvBase | None) -> float:
+    """Seconds that a step is shown: a robot's own time."""
+    return BATTLE_STEP if card["env"] == "smax" else env.simulators[0].unwrapped.dt
+
+
+def every(file: str, step: float) -> int:
+    """Steps of so many seconds from one picture to the next."""
+    return max(round(1 / (FPS[Path(file).suffix] * step)), 1)
+
+
+class Film(Transform):
+    """Keeps pictures of the first of an environment's robots or battles, with the return so far.
+
+    TorchRL's PixelRenderTransform would draw the steps that are left out too, its VideoRecorder keeps no numbers beside
+    the pictures, and its logger writes MP4 with torchcodec alone, which needs FFmpeg's libraries on the system.
+    """
+
+    def __init__(self, card: dict, env: EnvBase, every: int):
+        super().__init__()
+        self.frames, self.step, self.every = [], 0, every
+        if card["env"] == "smax":
+            self.draw = lambda td: draw_battle(td["state"][0].cpu().numpy(), card["task"])
+        else:
+            camera = robot_camera(env)
+            self.draw = lambda td: camera()
+
+    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
+        self.frames, self.step = [(self.draw(tensordict_reset), 0, 0.0)], 0
+        return tensordict_reset
+
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        self.step += 1
+        if self.step % self.every == 0 or next_tensordict["done"][0]:
+            self.frames.append((self.draw(next_tensordict), self.step, next_tensordict["episode_reward"][0].item()))
+        return next_tensordict
+
+
+def played_frames(policy, card: dict, env: EnvBase, play: Callable, every: int) -> list[Frame]:
+    """Pictures of the episode that play(policy, environment) plays in `env`; of several, the last."""
+    reel = Film(card, env, every)
+    play(policy, TransformedEnv(env, Compose(RewardSum(), reel)))
+    return reel.frames
+
+
+# ---------------------------------------------------------------- recorded episodes
+
+
+def median_episode(rows: TensorDict) -> TensorDict:
+    """The episode of the median return, [T + 1] rows."""
+    returns = episode_returns(rows)
+    number = int(returns.argsort()[(len(returns) - 1) // 2])
+    return next(episode for i, episode in enumerate(episodes(rows)) if i == number)
+
+
+def raw_observations(rows: TensorDict, card: dict) -> np.ndarray:
+    """The robot's own observations [T, D], as MuJoCo gave them, up to float32.
+
+    The benchmark's interface standardises them together with a one-hot id. That id tells how, so it can be undone.
+    """
+    state = rows["state"].double().numpy()
+    if card["interface"] != "benchmark":
+        return state
+    n, O = card["n_agents"], card["obs_dim"]
+    one, zero = state[:, O - n], state[:, O - n + 1]  # the first agent's id is 1, 0, ...
+    return (state[:, : O - n] - zero[:, None]) / (one - zero)[:, None]
+
+
+def recorded_frames(rows: TensorDict, card: dict, env: EnvBase | None, every: int) -> list[Frame]:
+    """Pictures of a recorded episode, [T + 1] rows. `env` is a MaMuJoCoEnv of its task; battles need none.
+
+    Robots are put into each recorded pose. Nothing is simulated. Their place along the track is not in the data; it is
+    the sum of the recorded velocities. Raises BadInput for a robot whose observations do not give its pose.
+    """
+    totals = np.concatenate([[0.0], rows["reward"][:-1, 0].double().cumsum(0).numpy()])
+    if card["env"] == "mamujoco":
+        robot = mamujoco_scenario(card["task"])[0]
+        if robot not in HIDDEN:
+            raise BadInput(f"recorded episodes of {card['task']} can't be drawn: of {', '.join(HIDDEN)} they can")
+        simulator, camera, k = env.simulators[0].unwrapped, robot_camera(env), HIDDEN[robot]
+        nq, nv = simulator.model.nq, simulator.model.nv
+        raw = raw_observations(rows, card)
+        pose, velocity = raw[:, : nq - k], raw[:, nq - k : nq - k + nv]
+        place = np.concatenate([np.zeros((1, k)), simulator.dt * velocity[1:, :k].cumsum(0)])
+    frames = []
+    for t in range(len(rows)):
+        stops.leave()
+        if t % every and t < len(rows) - 1:
+            continue
+        if card["env"] == "smax":
+            picture = draw_battle(rows["state"][t].numpy(), card["task"])
+        else:
+            simulator.set_state(np.concatenate([place[t], pose[t]]), velocity[t])
+            picture = camera()
+        frames.append((picture, t, float(totals[t])))
+    return frames
+
+
+# ---------------------------------------------------------------- the file
+
+
+def compose(panels: list[tuple[str, list[Frame]]]) -> list[np.ndarray]:
+    """The panels side by side, each with its name, the step and the return so far below it.
+
+    An episode that is over keeps its last picture, faded, until the longest ends.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    font, whole = ImageFont.load_default(12), []
+    for i in range(max(len(frames) for _, frames in panels)):
+        image = Image.new("RGB", (SIDE * len(panels), SIDE + CAPTION), "white")
+        pen = ImageDraw.Draw(image)
+        for j, (name, frames) in enumerate(panels):
+            picture, step, total = frames[min(i, len(frames) - 1)]
+            over = i >= len(frames)
+            image.paste(Image.fromarray(picture // 2 + 127 if over else picture), (SIDE * j, 0))
+            pen.line((SIDE * (j + 1) - 1, 0, SIDE * (j + 1) - 1, SIDE), "white", 2)
+            pen.text((SIDE * j + 6, SIDE + 2), name, "black", font)
+            pen.text((SIDE * j + 6, SIDE + 16), f"step {step}   return {total:.1f}{'   end' if over else ''}", "black", font)
+        whole.append(np.asarray(image))
+    return whole
+
+
+def write(file: str, pictures: list[np.ndarray], seconds: float):
+    """Writes a video, a picture each `seconds`; a GIF repeats for ever. Raises BadInput where the disk refuses it."""
+    if Path(file).suffix == ".gif":
+        from PIL import Image
+
+        # One palette for all, and no dithering: what does not change costs nothing then.
+        some = np.concatenate(pictures[:: max(len(pictures) // 8, 1)])
+        palette = Image.fromarray(some).quantize(COLORS, dither=Image.Dither.NONE)
+        images = [Image.fromarray(x).quantize(palette=palette, dither=Image.Dither.NONE) for x in pictures]
+        data = io.BytesIO()
+        images[0].save(data, "GIF", save_all=True, append_images=images[1:], duration=1000 * seconds, loop=0)
+        write_bytes(file, data.getvalue(), "give another --video")
+        return
+    import imageio_ffmpeg
+
+    height, width = pictures[0].shape[:2]
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder, "video.mp4")
+        writer = imageio_ffmpeg.write_frames(str(made), (width, height), fps=1 / seconds)
+        writer.send(None)
+        for picture in pictures:
+            writer.send(np.ascontiguousarray(picture))
+        writer.close()
+        write_bytes(file, made.read_bytes(), "give another --video")
+
+
+def film(file: str, shown: list[tuple], make: Callable, play: Callable):
+    """One episode of each player in `shown`, side by side, into a file; prints what each returned.
+
+    A player is (name, card, policy) or (name, card, rows of a dataset, whose episode of the median return is shown).
+    make(card) gives one simulator, play(policy, environment) plays one episode in it. Raises BadInput for players of
+    different tasks.
+    """
+    cards = [card for _, card, _ in shown]
+    if any((card["env"], card["task"]) != (cards[0]["env"], cards[0]["task"]) for card in cards):
+        raise BadInput("--video shows runs of one task side by side: give runs of one task")
+    check_env(cards[0])
+    panels = []
+    for name, card, player in tqdm(shown, desc="film", unit="run"):
+        recorded = isinstance(player, TensorDict)
+        env = None if recorded and card["env"] == "smax" else make(card)
+        step = time_step(card, env)
+        count = every(file, step)
+        if recorded:
+            panels.append((name, recorded_frames(median_episode(player), card, env, count)))
+        else:
+            panels.append((name, played_frames(player, card, env, play, count)))
+    short = Path(file).suffix == ".gif" and cards[0]["env"] == "mamujoco"
+    most = round(GIF_SECONDS / (count * step)) if short else None
+    write(file, compose([(name, frames[:most]) for name, frames in panels]), count * step)
+    for name, frames in panels:
+        print(f"{name}: return {frames[-1][2]:.2f} in {frames[-1][1]} steps")
+    print(f"video: {file}")
