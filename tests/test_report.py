@@ -150,7 +150,7 @@ def damage(run: Path, how: str):
     [
         ("no summary", "not finished: 100 of 100 steps"), ("only config", "not finished: no metrics.csv"), ("no rollouts", "not rolled out"),
         ("not json", "config.json"), ("foreign config", "not that of a run of this project"), ("no config", "not a run directory"),
-        ("cut", "has 1 evaluations up to step 50"), ("nan", "can.t be a return or winrate"), ("text", "damaged"), ("other table", "damaged"),
+        ("cut", "has 1 evaluations up to step 50"), ("nan", "can't be a return or winrate"), ("text", "damaged"), ("other table", "damaged"),
     ],
 )
 def test_a_run_that_is_left_out_is_named(how, why, tmp_path, capsys):
@@ -250,7 +250,7 @@ def drawn(monkeypatch) -> list[Figure]:
 
 def curves_of(folder: Path, metric: str, drawn: list[Figure]):
     """The panel and the legend that draw_curves makes of the runs below a folder."""
-    runs, left_out = support.report.find_runs(folder, folder / "report")
+    runs, left_out = support.report.find_runs(folder, [folder / "report"])
     assert left_out == []
     support.report.draw_curves(support.report.make_cells(runs), metric, folder / "curves.png")
     return drawn[-1].axes[0], drawn[-1].legends[0]
@@ -296,7 +296,7 @@ def test_what_loggers_left_in_a_run_is_no_run(tmp_path):
     for folder in ("csv/scalars/policy", "tensorboard", "wandb/offline-run-1/files"):
         (run / folder).mkdir(parents=True)
         (run / folder / "config.json").write_text("{}")
-    runs, left_out = support.report.find_runs(tmp_path, tmp_path / "report")
+    runs, left_out = support.report.find_runs(tmp_path, [tmp_path / "report"])
     assert [found.path for found in runs] == [run] and left_out == []
 
 
