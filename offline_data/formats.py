@@ -735,8 +735,6 @@ def convert_here(
             "made": made,
         }
         return writer.close(card)
-    except OSError as error:
-        raise BadInput(f"can't write {out}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(writer.partial, ignore_errors=True)
 

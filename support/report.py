@@ -9,6 +9,7 @@ is listed with its reason.
 """
 
 import csv
+import io
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import torch
 
 from environments.checks import BadInput
 from offline_data.dataset import read_json
+from offline_data.durable import write_bytes
 from offline_data.published import published
 from support.report_args import Args
 from support.runs import FREE, eval_steps, judged, last_evaluations
@@ -464,8 +466,10 @@ def plot_curves(curves: dict[str, list[list[dict]]], dataset_return: float, titl
     axis.set(xlabel="gradient steps of the policy", ylabel="return (mean and standard error over seeds)", title=title)
     axis.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=150, format="png")
     plt.close(figure)
+    write_bytes(path, image.getbuffer())
 
 
 def report(curves: dict[str, list[list[dict]]], card: dict, args, picture: str):

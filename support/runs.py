@@ -17,9 +17,7 @@ import csv
 import hashlib
 import io
 import json
-import pickle
 import resource
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,11 +28,12 @@ from torch import nn
 from environments import stops
 from environments.checks import BadInput, fail_at_end, pick_device
 from environments.simulators import check_task
+from offline_data import sealed
 from offline_data.dataset import DATA_ROOT, dataset_path, open_dataset, read_json
-from offline_data.durable import disk_errors, write_bytes, write_text
+from offline_data.durable import disk_errors, write_text
+from offline_data.lock import lock, unlock
 from offline_data.published import downloadable
 from support.flags import ABOUT, commit, versions
-from support.lock import lock, unlock
 
 # Flags of a run that its summary.json repeats.
 METHOD_FLAGS = ("preset", "objective", "advantage", "alpha", "episode_alpha", "tau", "lr")
@@ -42,9 +41,14 @@ FITS = 0.7  # of a GPU's free memory may be the dataset's, the rest is for the w
 # arguments that may differ when a run is resumed
 FREE = ("seeds", "data", "out", "resume", "overwrite", "device", "data_device", "workers", "graph", "quiet", *ABOUT)
 GROWS = ("steps", "evals")  # may differ where a run is extended
+# what a checkpoint's card and config must say
+CARD_KEYS = (
+    "env", "task", "quality", "interface", "n_agents", "state_dim", "obs_dim", "action_dim", "discrete", "samples",
+    "return_mean",
+)  # fmt: skip
+CONFIG_KEYS = ("hidden", "steps", "evals", "seeds")
 AGAIN = "run the same command again with --resume"
 SMALL_BATCH = 1024  # is never too large for a dataset
-MARK = b"SHA-256 of the bytes before: "  # at the end of a checkpoint
 LIMIT = 1e4  # a parameter that is larger has diverged: Adam moves it by about --lr a step, so at most some hundreds
 LOOK = 2000  # steps after which parameters are looked at, where no evaluation does
 
@@ -242,12 +246,8 @@ def start_runs(args, algo: str, card: dict, rows: TensorDict, first: dict) -> di
     digest = hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
     about = {"versions": versions(), "commit": commit(), "dataset": f"sha256 of the card {digest}"}
     try:
-        with disk_errors(args.out, AGAIN):
-            for path in paths.values():
-                try:
-                    lock(path)
-                except (NotADirectoryError, FileExistsError, PermissionError) as error:
-                    raise BadInput(f"can't write to --out {args.out}: {error.strerror}") from None
+        for path in paths.values():
+            lock(path, again=AGAIN)
         runs = {seed: begin(args, algo, card, where, seed, path, first) for seed, path in paths.items()}
         stops.hold()
         for seed, run in runs.items():
@@ -323,9 +323,7 @@ def save_checkpoint(run: Run, progress: dict, row: dict | None):
     if row is not None:
         run.metrics.append(row)
         write_text(run.path / "metrics.csv", table(run.metrics), AGAIN)
-    file = io.BytesIO()
-    torch.save(run.state | {"metrics": run.metrics}, file)
-    write_bytes(run.path / "checkpoint.pt", sealed(file.getvalue()), AGAIN)
+    sealed.save(run.path / "checkpoint.pt", run.state | {"metrics": run.metrics}, AGAIN)
     run.begun = True
 
 
@@ -334,53 +332,14 @@ def save_checkpoints(runs: dict[int, Run], seeds: list[int], progress: list[tupl
         save_checkpoint(runs[seed], state, row)
 
 
-def sealed(archive: bytes) -> bytes:
-    """A zip file, which is what torch.save writes, with a checksum of all its bytes as its comment.
-
-    The CRCs of a zip file cover what is in it, but not its directory, whose damage can exchange tensors.
-    """
-    seal = len(MARK) + 2 * hashlib.sha256().digest_size
-    archive = archive[:-2] + seal.to_bytes(2, "little")  # a zip file ends with the length of its comment, 0 so far
-    return archive + MARK + hashlib.sha256(archive).hexdigest().encode()
-
-
 def load_checkpoint(run: str | Path) -> dict:
-    """A run's checkpoint on the CPU. Raises BadInput for a missing, damaged or foreign one, before PyTorch reads it."""
+    """A run's checkpoint on the CPU. Raises BadInput for a missing, damaged or foreign one."""
     path = Path(run, "checkpoint.pt")
-    if not path.is_file():
-        raise BadInput(f"no checkpoint at {path}")
-    damaged = f"{path} is not a checkpoint that can be read: it is damaged, or no checkpoint at all"
-    try:
-        data = path.read_bytes()
-        body, mark, digest = data.rpartition(MARK)
-        if mark and hashlib.sha256(body).hexdigest().encode() != digest:
-            raise BadInput(damaged)
-        # A checkpoint that something else wrote has no checksum: then the CRCs must do.
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            if not mark and archive.testzip() is not None:
-                raise BadInput(damaged)
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise BadInput(
-            f"{path} is not a checkpoint that can be read: it holds more than tensors and plain values"
-        ) from None
-    except OSError as error:
-        raise BadInput(f"{path} is not a checkpoint that can be read: {error.strerror or error}") from None
-    except BadInput:
-        raise
-    except Exception:  # zipfile and torch.load have no one type for a file that is cut or foreign
-        raise BadInput(damaged) from None
+    state = sealed.load(path)
     wanted = {
-        "algo": str,
-        "card": dict,
-        "config": dict,
-        "where": str,
-        "policy": dict,
-        "step": int,
-        "seconds": float,
-        "wall": float,
-        "metrics": list,
-    }
+        "algo": str, "card": dict, "config": dict, "where": str, "policy": dict, "step": int, "seconds": float,
+        "wall": float, "metrics": list,
+    }  # fmt: skip
     if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in wanted.items()):
         raise BadInput(f"{path} is not a checkpoint of this project")
     for part, keys in (("card", CARD_KEYS), ("config", CONFIG_KEYS)):
@@ -390,22 +349,6 @@ def load_checkpoint(run: str | Path) -> dict:
     if not all(isinstance(row, dict) and {"stage", "step"} <= row.keys() for row in state["metrics"]):
         raise BadInput(f"{path} is not a checkpoint of this project: its metrics are no table")
     return state
-
-
-CARD_KEYS = (
-    "env",
-    "task",
-    "quality",
-    "interface",
-    "n_agents",
-    "state_dim",
-    "obs_dim",
-    "action_dim",
-    "discrete",
-    "samples",
-    "return_mean",
-)
-CONFIG_KEYS = ("hidden", "steps", "evals", "seeds")
 
 
 def check_checkpoint(state: dict, card: dict, run: str | Path):

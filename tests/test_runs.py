@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, remount, small_disk
 
 import comadice_bc
 import comadice_train
@@ -26,9 +26,9 @@ import support.runs
 from baselines import icq
 from environments import stops
 from environments.checks import BadInput
-from offline_data import replay
+from offline_data import lock, replay
 from offline_data.dataset import open_dataset
-from support import flags, lock
+from support import flags
 from support.bars import Bar
 from support.runs import load_checkpoint
 
@@ -234,7 +234,7 @@ def test_batches_end_where_a_stop_is_asked_for(hopper_data, monkeypatch):
 
 # ---------------------------------------------------------------- one process in a run directory
 
-HOLD = "import sys, time; from pathlib import Path; from support.lock import lock; lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+HOLD = "import sys, time; from pathlib import Path; from offline_data.lock import lock; lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
 
 
 @pytest.fixture
@@ -343,7 +343,42 @@ def test_disk_that_is_full_or_read_only(call, error, hopper_data, wholes, tmp_pa
 FULL = "mount -t tmpfs -o size=SIZEk tmpfs OUT || exit 77; COMMAND; code=$?; cp -r OUT KEPT; exit $code"
 
 
-@pytest.mark.parametrize("size", [4, 24, 60, 120])
+def test_full_disks_of_20_sizes(hopper_data, tmp_path, monkeypatch, capsys):
+    """From a disk that holds nothing to one that holds it all. With more space and --resume a run has the bits of one that always had it."""
+    monkeypatch.setattr(comadice_train, "try_eval_env", lambda *a: None)  # rollouts write nothing
+    whole, disk, outcomes = train("comadice", hopper_data, tmp_path / "whole"), tmp_path / "disk", []
+    needed = sum(-(-file.stat().st_size // 4096) * 4 for file in whole.iterdir()) + (whole / "checkpoint.pt").stat().st_size // 1024
+    for i in range(20):
+        with small_disk(disk, 4 + i * needed // 18):
+            try:
+                train("comadice", hopper_data, disk)
+                outcomes.append("finished")
+            except BadInput as error:
+                outcomes.append("full")
+                assert re.search(f"^no space left on {disk}; free some and run the same command again with --resume", str(error)), error
+                capsys.readouterr()
+                remount(disk, "size=9m")
+                if (folder(disk, "comadice") / "checkpoint.pt").exists():
+                    outcomes[-1] = "checkpoint"
+                    load_checkpoint(folder(disk, "comadice"))
+                for path in disk.rglob("*"):
+                    assert path.suffix != ".partial"
+                lock.unlock(folder(disk, "comadice"))  # as the end of the process does
+                train("comadice", hopper_data, disk, resume=True)
+            assert same_run(folder(disk, "comadice"), whole)
+    assert set(outcomes) == {"full", "checkpoint", "finished"} and outcomes == sorted(outcomes, key=["full", "checkpoint", "finished"].index), outcomes
+
+
+def test_a_disk_that_is_mounted_read_only(hopper_data, tmp_path, capsys):
+    with small_disk(tmp_path / "disk", 9000):
+        path = train("bc", hopper_data, tmp_path / "disk", steps=20, evals=1)
+        before = {p.name: p.read_bytes() for p in path.iterdir()}
+        remount(tmp_path / "disk", "ro")
+        ends(capsys, "bc", hopper_data, tmp_path / "disk", 2, f"^error: can't write .*: {tmp_path}/disk is mounted read-only; choose another folder$", resume=True)
+        assert {p.name: p.read_bytes() for p in path.iterdir()} == before
+
+
+@pytest.mark.parametrize("size", [60])
 def test_full_disk(size, hopper_data, wholes, tmp_path):
     """A real one, a small tmpfs in a mount namespace of its own."""
     (tmp_path / "out").mkdir()
