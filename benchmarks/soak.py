@@ -89,6 +89,7 @@ from support.report import RUN_FILES
 from support.runs import has_summary, load_checkpoint
 
 FORK = multiprocessing.get_context("fork")
+PATIENCE = 600  # seconds for one command: a machine may be busy
 
 
 class Hurt(Exception):
@@ -133,10 +134,10 @@ def start(words: list[str], log: Path) -> multiprocessing.Process:
 
 def end_of(process, log: Path, what: str) -> int:
     """Waits for a process and what it started; its exit code."""
-    process.join(120)
+    process.join(PATIENCE)
     if process.exitcode is None:
         process.kill()
-        raise Hurt(f"{what}: it was still running after two minutes")
+        raise Hurt(f"{what}: it was still running after {PATIENCE} seconds")
     deadline = time.monotonic() + 15
     while left := left_of(process.pid):
         if time.monotonic() > deadline:
@@ -191,7 +192,8 @@ def result(job: str, folder: Path) -> dict[str, str]:
     if job == "collect":  # its simulator starts anew when it goes on: all datasets must be there
         return {path.parent.name: "" for path in folder.rglob("card.json")}
     if job in ("convert", "download"):
-        files = [path for path in (folder / "data").rglob("*") if path.is_file()]
+        # A lock that a killed command left is in nobody's way.
+        files = [path for path in (folder / "data").rglob("*") if path.is_file() and path.suffix != ".LOCK"]
         return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     found = {}
     for path in sorted(folder.rglob("checkpoint.pt")):
