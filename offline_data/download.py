@@ -156,6 +156,7 @@ def extract(archive_path: Path, name: str, folder: Path) -> Path:
                 path.is_absolute()
                 or ".." in path.parts
                 or set(":\\") & set(member.filename)
+                or not member.filename.isprintable()
                 or kind not in (0, stat.S_IFREG, stat.S_IFDIR)
             ):
                 raise BadInput(

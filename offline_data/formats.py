@@ -748,7 +748,7 @@ def end_with_the_parent(partial: Path):
 
 
 if __name__ == "__main__":  # the process that convert.py starts
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or not sys.argv[1].startswith("{"):
         sys.exit("use `python -m offline_data convert --help`: this file is started by that command")
     job = json.loads(sys.argv[1])
     partial = Path(job["out"]).with_name(Path(job["out"]).name + ".partial")

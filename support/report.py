@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 
 from environments.checks import BadInput
+from offline_data.card import DEEPEST, sound
 from offline_data.dataset import read_json
 from offline_data.durable import write_bytes
 from offline_data.published import published
@@ -96,7 +97,7 @@ def read_run(path: Path) -> Run:
         raise BadInput("no config.json: not a run directory of this project")
     config = read_json(path / "config.json")
     kinds = {"algo": str, "env": str, "task": str, "quality": str, "seed": int, "steps": int, "evals": int}
-    if not isinstance(config, dict) or any(type(config.get(k)) is not kind for k, kind in kinds.items()):
+    if not sound(config, DEEPEST) or any(type(config.get(k)) is not kind for k, kind in kinds.items()):
         raise BadInput("config.json is not that of a run of this project")
     for key in ("algo", "env", "task", "quality"):
         if not re.fullmatch(r"[\w-][\w.-]*", config[key]):  # bc-best2.5 has a dot

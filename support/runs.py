@@ -29,6 +29,7 @@ from environments import stops
 from environments.checks import BadInput, fail_at_end, pick_device
 from environments.simulators import check_task
 from offline_data import sealed
+from offline_data.card import DEEPEST, check_name, short, sound
 from offline_data.dataset import DATA_ROOT, dataset_path, open_dataset, read_json
 from offline_data.durable import disk_errors, write_text
 from offline_data.lock import lock, unlock
@@ -48,6 +49,7 @@ CARD_KEYS = (
 )  # fmt: skip
 CONFIG_KEYS = ("hidden", "steps", "evals", "seeds")
 AGAIN = "run the same command again with --resume"
+LARGEST = 2**31  # of counts and seeds
 SMALL_BATCH = 1024  # is never too large for a dataset
 LIMIT = 1e4  # a parameter that is larger has diverged: Adam moves it by about --lr a step, so at most some hundreds
 LOOK = 2000  # steps after which parameters are looked at, where no evaluation does
@@ -56,10 +58,11 @@ LOOK = 2000  # steps after which parameters are looked at, where no evaluation d
 def check_args(args):
     """Raises BadInput for a flag out of its range."""
     for name in ("steps", "batch_size", "hidden", "evals", "eval_episodes", "workers"):
-        if getattr(args, name) < 1:
-            raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a positive number")
-    if not args.seeds or len(set(args.seeds)) < len(args.seeds) or not 0 <= min(args.seeds) <= max(args.seeds) < 2**31:
-        raise BadInput(f"--seeds {args.seeds}: give different numbers from 0 to {2**31 - 1}, at least one")
+        if not 1 <= getattr(args, name) < LARGEST:
+            said = f"--{name.replace('_', '-')} is {short(getattr(args, name))}"
+            raise BadInput(f"{said}: give a positive number below {LARGEST}")
+    if not args.seeds or len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0 or max(args.seeds) >= LARGEST:
+        raise BadInput(f"--seeds {args.seeds}: give different numbers from 0 to {LARGEST - 1}, at least one")
     if args.resume and args.overwrite:
         raise BadInput("--resume and --overwrite contradict each other: give one of them")
 
@@ -78,6 +81,8 @@ def eval_steps(args) -> set[int]:
 def load_dataset(args, device: torch.device, algo: str) -> tuple[TensorDict, dict]:
     """The dataset that the flags name, its rows where --data-device says; fills in args.env, task and quality from the
     card, and args.data_device. Random numbers depend on the last, so a run of `algo` that goes on keeps its own."""
+    if args.quality is not None:
+        check_name("--quality", args.quality)  # a folder of --out is called so
     if args.data is None:
         args.env = args.env or "mamujoco"
         args.task = args.task or ("hopper" if args.env == "mamujoco" else "zerg_5_vs_5")
@@ -118,8 +123,7 @@ def recorded_place(args, algo: str) -> str | None:
     """--data-device of the run that goes on."""
     for path in run_paths(args, algo).values():
         if (path / "config.json").exists():
-            config = read_json(path / "config.json")
-            place = config.get("data_device") if isinstance(config, dict) else None
+            place = read_json(path / "config.json").get("data_device")
             return place if place in ("cpu", "device") else None
     return None
 
@@ -201,7 +205,7 @@ def begin(args, algo: str, card: dict, where: str, seed: int, path: Path, first:
             f"{path} already holds a run: --resume goes on with it, --overwrite replaces it, --out goes elsewhere"
         )
     old = read_json(path / "config.json")
-    if not isinstance(old, dict):
+    if not sound(old, DEEPEST):
         raise BadInput(f"{path}/config.json is not that of a run")
     grows = isinstance(old.get("steps"), int) and args.steps > old["steps"]
     free = FREE + GROWS * grows
@@ -343,6 +347,8 @@ def load_checkpoint(run: str | Path) -> dict:
     if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in wanted.items()):
         raise BadInput(f"{path} is not a checkpoint of this project")
     for part, keys in (("card", CARD_KEYS), ("config", CONFIG_KEYS)):
+        if not sound(state[part], DEEPEST):
+            raise BadInput(f"{path} is not a checkpoint of this project: its {part} holds control characters or more")
         missing = [key for key in keys if key not in state[part]]
         if missing:
             raise BadInput(f"{path} is not a checkpoint of this project: its {part} lacks {', '.join(missing)}")

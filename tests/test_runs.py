@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -26,7 +27,7 @@ import support.runs
 from baselines import icq
 from environments import stops
 from environments.checks import BadInput
-from offline_data import lock, replay
+from offline_data import lock, replay, sealed
 from offline_data.dataset import open_dataset
 from support import flags
 from support.bars import Bar
@@ -558,6 +559,42 @@ def test_config_runs_again(run, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit, match="2"):
             flags.parse(comadice_bc.Args)
         assert re.search(said, capsys.readouterr().err)
+
+
+def test_hostile_configs(run, hopper_data, tmp_path, monkeypatch, capsys):
+    """Each field of a config.json in turn, as --config FILE, and as that of a run to go on with: one line, and nothing is written."""
+    config, tried, before = json.loads((run / "config.json").read_text()), 0, sorted(tmp_path.rglob("*"))
+    config |= {"data": str(hopper_data), "out": str(tmp_path / "runs")}
+    texts = ["a\x1b[2J", "a\nb", "a\0b", "\u202ex"]
+    wrong = {int: [1.5, "3", True, None, [], {}, 10**400, -1], float: [True, "3", [], {}, math.nan, math.inf, 10**400], bool: [1, "true", [], {}],
+             str: [*texts, 3, [], {}], list: ["0", 0, [None], ["../x"], [[0]], {}, None]}
+    names = ["../../x", "/tmp/x", "", "..", "a/b", "a\\b"]
+    tries = [(name, bad) for name, value in config.items() if name in comadice_train.Args.__dataclass_fields__ and value is not None and name not in flags.NOT_AGAIN
+             for bad in wrong[type(value)] + (names if name in ("env", "task", "quality") else [])]
+    tries += [(f"{name}\x1b[2J", 1) for name in ("x", "../x")]
+    for name, bad in tries:
+        (tmp_path / "config.json").write_text(json.dumps(config | {name: bad}))
+        monkeypatch.setattr(sys, "argv", ["comadice_train.py", "--config", str(tmp_path / "config.json")])
+        with pytest.raises(SystemExit, match="2"):
+            environments.checks.run_script(lambda: comadice_train.main(flags.parse(comadice_train.Args)))
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1 and said[:-1].isprintable(), (name, bad, said)
+        tried += 1
+        (tmp_path / "config.json").unlink()
+        assert sorted(tmp_path.rglob("*")) == before, (name, bad)
+    assert tried > 100
+    path = shutil.copytree(run, folder(tmp_path / "runs", "comadice"))
+    for name, bad in ((n, b) for n in ("steps", "lr", "versions", "seeds", "x\x1b") for b in [*texts, [texts[0]], {texts[0]: 1}]):
+        (path / "config.json").write_text(json.dumps(config | {name: bad}))
+        ends(capsys, "comadice", hopper_data, tmp_path / "runs", 2, "^error: .*config.json is not that of a run$", resume=True)
+
+
+def test_hostile_checkpoints(hopper_data, copy, tmp_path, capsys):
+    state = load_checkpoint(copy)
+    for part in ("card", "config"):
+        for bad in ("a\x1b[2J", ["a\nb"], {"a\0": 1}, 10**400, math.nan):
+            sealed.save(copy / "checkpoint.pt", state | {part: state[part] | {"task": bad}})
+            ends(capsys, "comadice", hopper_data, tmp_path, 2, "^error: .*is not a checkpoint of this project: its (card|config) holds control characters", resume=True)
 
 
 TRAINING = ["comadice_train.py", "comadice_bc.py", *(f"baselines.{name}" for name in ("bcq", "cql", "icq", "omar", "omiga"))]
