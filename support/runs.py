@@ -116,7 +116,15 @@ def load_dataset(args, device: torch.device, algo: str) -> tuple[TensorDict, dic
         args.data_device = "cpu"
     elif args.data_device == "auto":
         args.data_device = (recorded_place(args, algo) if args.resume else None) or free_place(card, device)
-    return (rows.to(device) if args.data_device == "device" else rows), card
+    if args.data_device == "device":
+        try:
+            rows = rows.to(device)
+        except torch.OutOfMemoryError:
+            raise BadInput(
+                f"the dataset ({sum(card['bytes'].values()) / 2**30:.1f} GiB) does not fit into the GPU's free memory: "
+                "free some, or begin a run with --data-device cpu"
+            ) from None
+    return rows, card
 
 
 def recorded_place(args, algo: str) -> str | None:

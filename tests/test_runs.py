@@ -519,6 +519,44 @@ def test_place_of_the_data_is_the_recorded_one(hopper_data, copy, tmp_path):
     assert support.runs.recorded_place(arguments, "bc") is None
 
 
+class Rows:
+    """Stands for a dataset's rows where there is no GPU to move them to."""
+
+    place = "cpu"
+
+    def to(self, device):
+        if self.place == "full":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.place = str(device)
+        return self
+
+
+@pytest.mark.parametrize("flag, resume, recorded, free, place", [
+    ("auto", False, None, 1.0, "device"), ("auto", False, None, 0.1, "cpu"), ("auto", True, None, 0.1, "cpu"),
+    ("auto", True, "cpu", None, "cpu"), ("auto", True, "device", None, "device"), ("auto", False, "cpu", 1.0, "device"),
+    ("cpu", True, "device", None, "cpu"), ("device", True, "cpu", None, "device"), ("device", False, None, None, "device"),
+])  # fmt: skip
+def test_where_the_data_go_on_a_gpu(flag, resume, recorded, free, place, hopper_data, copy, tmp_path, monkeypatch, capsys):
+    """The flag decides, else the run that goes on, and only for a new run the GPU's free memory, which else is not even asked for."""
+    rows, card = Rows(), open_dataset(hopper_data)[1]
+    size = sum(card["bytes"].values())
+    monkeypatch.setattr(support.runs, "open_dataset", lambda *a: (rows, card))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * 2 * size), 0))  # with None it fails
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"data_device": recorded}))
+    arguments = args(comadice_train, hopper_data, tmp_path, resume=resume, data_device=flag)
+    assert support.runs.load_dataset(arguments, torch.device("cuda"), "comadice")[0] is rows
+    assert arguments.data_device == place and rows.place == ("cuda" if place == "device" else "cpu")
+    assert ("stays in the computer's memory" in capsys.readouterr().out) == (free == 0.1)
+    rows.place = "full"
+    if place == "device":
+        with pytest.raises(BadInput, match="does not fit into the GPU's free memory: free some, or begin a run with --data-device cpu"):
+            support.runs.load_dataset(arguments, torch.device("cuda"), "comadice")
+    arguments.data_device = flag
+    support.runs.load_dataset(arguments, torch.device("cpu"), "comadice")
+    assert arguments.data_device == "cpu"
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("begun, fits", [(0.7, 0.0), (0.0, 0.7)])
 def test_place_of_the_data_does_not_follow_free_memory(begun, fits, hopper_data, tmp_path, monkeypatch):
