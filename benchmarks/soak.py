@@ -27,13 +27,13 @@ from environments import stops
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "data" / "mamujoco" / "hopper" / "demo"
-SMALL = ["--data", str(DEMO), "--evals", "4", "--eval-episodes", "2", "--hidden", "16", "--device", "cpu"]
+SMALL = ["--data", str(DEMO), "--evals", "4", "--eval-episodes", "1", "--hidden", "16", "--device", "cpu"]
 HOPPER = ["--env", "mamujoco", "--task", "hopper"]
 # What each job's command is called with, less its folder.
 JOBS = {
-    "comadice": ["comadice_train.py", *SMALL, "--steps", "320", "--seeds", "0", "1", "2"],
-    "bc": ["comadice_bc.py", *SMALL, "--steps", "640", "--seeds", "0", "1"],
-    "icq": ["baselines.icq", *SMALL, "--steps", "320", "--seeds", "0", "1"],
+    "comadice": ["comadice_train.py", *SMALL, "--steps", "160", "--seeds", "0", "1", "2"],
+    "bc": ["comadice_bc.py", *SMALL, "--steps", "320", "--seeds", "0", "1"],
+    "icq": ["baselines.icq", *SMALL, "--steps", "160", "--seeds", "0", "1"],
     "collect": ["offline_data", "collect", *HOPPER, "--steps", "2048", "--samples", "300", "--num-envs", "4",
                 "--horizon", "128", "--checkpoints", "4", "--minibatch", "128", "--epochs", "1"],
     "convert": ["offline_data", "convert", "SOURCE", "--format", "omiga", *HOPPER, "--quality", "expert"],
@@ -76,9 +76,10 @@ import time
 import warnings
 import zipfile
 
+import matplotlib.pyplot  # noqa: F401 -- what the commands import, once for all
 import torch
 
-import baselines.icq  # noqa: F401 -- what the commands import, once for all
+import baselines.icq  # noqa: F401
 import comadice_train  # noqa: F401
 import offline_data.collect
 import offline_data.download  # noqa: F401
@@ -138,7 +139,7 @@ def end_of(process, log: Path, what: str) -> int:
     if process.exitcode is None:
         process.kill()
         raise Hurt(f"{what}: it was still running after {PATIENCE} seconds")
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while left := left_of(process.pid):
         if time.monotonic() > deadline:
             raise Hurt(f"{what}: left running: {left}")
