@@ -693,6 +693,12 @@ def test_a_killed_conversion_leaves_no_reader(number, code, tmp_path):
         assert said.strip().splitlines()[-1].startswith("stopped by ") and "Traceback" not in said
 
 
+def test_a_reader_whose_command_is_gone_ends_before_its_slow_imports(tmp_path):
+    job = json.dumps({"out": str(tmp_path / "x")})
+    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "offline_data.formats", job], cwd=ROOT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and "threading" in done.stderr and " torch\n" not in done.stderr
+
+
 # ---------------------------------------------------------------- command line
 
 
