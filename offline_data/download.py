@@ -24,7 +24,7 @@ from tqdm import tqdm
 from environments.checks import BadInput
 from offline_data.card import DATA_ROOT, check_free, dataset_path
 from offline_data.convert import convert
-from offline_data.durable import disk_errors
+from offline_data.durable import disk_errors, replace
 from offline_data.lock import locked
 from offline_data.published import REPLAYS, downloadable, published
 
@@ -138,7 +138,7 @@ def fetch(url: str, path: Path):
         raise BadInput(
             f"{url} did not give a sound zip ({what}): what came was deleted, run the command again"
         ) from None
-    partial.rename(path)
+    replace(partial, path)
 
 
 def extract(archive_path: Path, name: str, folder: Path) -> Path:

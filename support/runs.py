@@ -84,33 +84,16 @@ def load_dataset(args, device: torch.device, algo: str) -> tuple[TensorDict, dic
     if args.quality is not None:
         check_name("--quality", args.quality)  # a folder of --out is called so
     if args.data is None:
-        args.env = args.env or "mamujoco"
-        args.task = args.task or ("hopper" if args.env == "mamujoco" else "zerg_5_vs_5")
-        if args.quality is None:
-            args.quality = "medium-replay" if args.env == "mamujoco" else "medium"
-            demo = dataset_path(None, args.env, args.task, "demo", DATA_ROOT)
-            if demo.is_dir() and not demo.with_name(args.quality).is_dir():
-                print(
-                    f"no {args.quality} dataset of {args.env} {args.task} here: training on the small one that comes "
-                    "with the code, quality demo"
-                )
-                args.quality = "demo"
+        default_dataset(args)
     path = dataset_path(args.data, args.env, args.task, args.quality, DATA_ROOT)
     if args.data is None and not path.is_dir():
-        check_task(args.env, args.task)
-        how = f"make it with `python -m offline_data collect --env {args.env} --task {args.task}`"
-        if args.env in ("smacv1", "smacv2"):
-            how += " (which needs StarCraft II; `--env smax` has the same tasks without it)"
-        if (args.env, args.task, args.quality) in downloadable():
-            public = f"--env {args.env} --task {args.task} --quality {args.quality}"
-            how = f"get the public one with `python -m offline_data download {public}`, or {how}"
-        raise BadInput(f"no dataset at {path}: {how}, or name a directory with --data")
+        raise no_dataset(args, path)
     rows, card = open_dataset(path, args.env, args.task)
     args.env, args.task, args.quality = card["env"], card["task"], args.quality or card["quality"]
     for name in ("batch_size", "init_batch_size"):
         # Rows are drawn with replacement: a batch far above the data would repeat them, and can take all memory.
         if getattr(args, name, 0) > max(card["samples"], SMALL_BATCH):
-            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            flag = f"--{name.replace('_', '-')} {short(getattr(args, name))}"
             raise BadInput(f"{flag} is more than the {card['samples']} transitions of {path}: give a smaller one")
     if device.type != "cuda":
         args.data_device = "cpu"
@@ -125,6 +108,33 @@ def load_dataset(args, device: torch.device, algo: str) -> tuple[TensorDict, dic
                 "free some, or begin a run with --data-device cpu"
             ) from None
     return rows, card
+
+
+def default_dataset(args):
+    """Fills in args.env, task and quality where they are not given."""
+    args.env = args.env or "mamujoco"
+    args.task = args.task or ("hopper" if args.env == "mamujoco" else "zerg_5_vs_5")
+    if args.quality is None:
+        args.quality = "medium-replay" if args.env == "mamujoco" else "medium"
+        demo = dataset_path(None, args.env, args.task, "demo", DATA_ROOT)
+        if demo.is_dir() and not demo.with_name(args.quality).is_dir():
+            print(
+                f"no {args.quality} dataset of {args.env} {args.task} here: training on the small one that comes "
+                "with the code, quality demo"
+            )
+            args.quality = "demo"
+
+
+def no_dataset(args, path: Path) -> BadInput:
+    """What to say where no dataset is at `path`: how to get one. Raises BadInput for a task that is unknown."""
+    check_task(args.env, args.task)
+    how = f"make it with `python -m offline_data collect --env {args.env} --task {args.task}`"
+    if args.env in ("smacv1", "smacv2"):
+        how += " (which needs StarCraft II; `--env smax` has the same tasks without it)"
+    if (args.env, args.task, args.quality) in downloadable():
+        public = f"--env {args.env} --task {args.task} --quality {args.quality}"
+        how = f"get the public one with `python -m offline_data download {public}`, or {how}"
+    return BadInput(f"no dataset at {path}: {how}, or name a directory with --data")
 
 
 def recorded_place(args, algo: str) -> str | None:
@@ -240,8 +250,8 @@ def begin(args, algo: str, card: dict, where: str, seed: int, path: Path, first:
 def has_summary(path: Path) -> bool:
     """Whether a run's summary.json is there and whole: an empty one is not that of a finished run."""
     try:
-        return {"return", "steps", "seed"} <= dict(read_json(path / "summary.json")).keys()
-    except (BadInput, TypeError, ValueError):
+        return {"return", "steps", "seed"} <= read_json(path / "summary.json").keys()
+    except BadInput:
         return False
 
 
@@ -285,8 +295,13 @@ def start_runs(args, algo: str, card: dict, rows: TensorDict, first: dict) -> di
 
 def say_changes(path: Path, old: dict, about: dict):
     """One line where a run goes on with other packages, another commit or another card than it began with."""
-    flat = lambda facts: {k: v for k, v in (facts | (facts.get("versions") or {})).items() if k != "versions"}
-    before, now = flat({key: old[key] for key in ABOUT if key in old}), flat(about)
+
+    def flat(facts: dict) -> dict:
+        packages = facts.get("versions")
+        others = {key: facts[key] for key in ABOUT if key in facts and key != "versions"}
+        return (packages if isinstance(packages, dict) else {}) | others
+
+    before, now = flat(old), flat(about)
     changed = [f"{key} {before[key]}, now {now.get(key)}" for key in before if before[key] != now.get(key)]
     if changed:
         print(f"{path} was begun with {'; '.join(changed)}: it may not go on to the same bits")

@@ -494,6 +494,8 @@ def test_config_says_what_a_result_depends_on(hopper_data, copy, tmp_path, capsy
     config = json.loads((copy / "config.json").read_text())
     assert config["versions"]["torch"] == torch.__version__ and {"torchrl", "tensordict", "numpy", "mujoco"} <= config["versions"].keys()
     assert re.fullmatch(r"sha256 of the card [0-9a-f]{64}", config["dataset"]) and config["commit"] == flags.commit()
+    (copy / "config.json").write_text(json.dumps(config | {"versions": "none"}))
+    train("comadice", hopper_data, tmp_path, resume=True)
     (copy / "config.json").write_text(json.dumps(config | {"versions": config["versions"] | {"numpy": "0.1"}, "commit": "abc"}))
     capsys.readouterr()
     train("comadice", hopper_data, tmp_path, resume=True)
