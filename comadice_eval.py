@@ -65,6 +65,7 @@ from comadice_mixer import make_policy
 from environments.checks import BadInput, NoSimulator, pick_device, run_script
 from environments.simulators import check_sizes, make_env
 from offline_data.dataset import open_dataset
+from offline_data.durable import write_text
 from support import video
 from support.runs import FREE, load_checkpoint
 
@@ -249,7 +250,7 @@ def main(args: Args):
     different_runs = len({Path(run).resolve() for run in args.run}) == len(rows) > 1
     print_results(rows, different_runs and all(cell == cells[0] for cell in cells))
     if args.out:
-        Path(args.out).write_text(json.dumps(rows, indent=2) + "\n")
+        write_text(args.out, json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

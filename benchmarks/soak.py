@@ -27,13 +27,13 @@ from environments import stops
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "data" / "mamujoco" / "hopper" / "demo"
-SMALL = ["--data", str(DEMO), "--evals", "4", "--eval-episodes", "2", "--hidden", "16", "--device", "cpu"]
+SMALL = ["--data", str(DEMO), "--evals", "4", "--eval-episodes", "1", "--hidden", "16", "--device", "cpu"]
 HOPPER = ["--env", "mamujoco", "--task", "hopper"]
 # The command of each job, without its folder.
 JOBS = {
-    "comadice": ["comadice_train.py", *SMALL, "--steps", "320", "--seeds", "0", "1", "2"],
-    "bc": ["comadice_bc.py", *SMALL, "--steps", "640", "--seeds", "0", "1"],
-    "icq": ["baselines.icq", *SMALL, "--steps", "320", "--seeds", "0", "1"],
+    "comadice": ["comadice_train.py", *SMALL, "--steps", "160", "--seeds", "0", "1", "2"],
+    "bc": ["comadice_bc.py", *SMALL, "--steps", "320", "--seeds", "0", "1"],
+    "icq": ["baselines.icq", *SMALL, "--steps", "160", "--seeds", "0", "1"],
     "collect": ["offline_data", "collect", *HOPPER, "--steps", "2048", "--samples", "300", "--num-envs", "4",
                 "--horizon", "128", "--checkpoints", "4", "--minibatch", "128", "--epochs", "1"],
     "convert": ["offline_data", "convert", "SOURCE", "--format", "omiga", *HOPPER, "--quality", "expert"],
@@ -76,9 +76,10 @@ import time
 import warnings
 import zipfile
 
+import matplotlib.pyplot  # noqa: F401 -- what the commands import, once for all
 import torch
 
-import baselines.icq  # noqa: F401 -- what the commands import, once for all
+import baselines.icq  # noqa: F401
 import comadice_train  # noqa: F401
 import offline_data.collect
 import offline_data.download  # noqa: F401
@@ -89,6 +90,7 @@ from support.report import RUN_FILES
 from support.runs import has_summary, load_checkpoint
 
 FORK = multiprocessing.get_context("fork")
+PATIENCE = 600  # seconds for one command: a machine may be busy
 
 
 class Hurt(Exception):
@@ -133,11 +135,11 @@ def start(words: list[str], log: Path) -> multiprocessing.Process:
 
 def end_of(process, log: Path, what: str) -> int:
     """Waits for a process and those that it started. Returns its exit code."""
-    process.join(120)
+    process.join(PATIENCE)
     if process.exitcode is None:
         process.kill()
-        raise Hurt(f"{what}: it was still running after two minutes")
-    deadline = time.monotonic() + 15
+        raise Hurt(f"{what}: it was still running after {PATIENCE} seconds")
+    deadline = time.monotonic() + 60
     while left := left_of(process.pid):
         if time.monotonic() > deadline:
             raise Hurt(f"{what}: left running: {left}")
@@ -191,7 +193,8 @@ def result(job: str, folder: Path) -> dict[str, str]:
     if job == "collect":  # its simulator starts anew when it goes on: all datasets must be there
         return {path.parent.name: "" for path in folder.rglob("card.json")}
     if job in ("convert", "download"):
-        files = [path for path in (folder / "data").rglob("*") if path.is_file()]
+        # A lock that a killed command left is in nobody's way.
+        files = [path for path in (folder / "data").rglob("*") if path.is_file() and path.suffix != ".LOCK"]
         return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     found = {}
     for path in sorted(folder.rglob("checkpoint.pt")):

@@ -3,7 +3,6 @@
 Importing this module does not load torch.
 """
 
-import math
 import sys
 from typing import TYPE_CHECKING
 
@@ -29,6 +28,11 @@ def fail_at_end(message: str):
     FAILURES.append(message)
 
 
+def plain(text: str) -> str:
+    """A message in one line: a damaged file's names may hold anything, and would be obeyed by a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def run_script(main, *args, go_on: str = ""):
     """Calls main(*args). Bad input ends in one line and exit code 2. A stop ends as stops.py says.
 
@@ -50,7 +54,7 @@ def run_script(main, *args, go_on: str = ""):
             sys.exit(stop.code)
         if isinstance(error, BadInput):
             say_failures()
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {plain(str(error))}", file=sys.stderr)
             sys.exit(2)
         raise
     finally:
@@ -62,13 +66,13 @@ def run_script(main, *args, go_on: str = ""):
 
 def say_failures():
     for message in FAILURES:
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {plain(message)}", file=sys.stderr)
 
 
 def check_positive(args, *names: str):
     """Raises BadInput for a flag that is not a positive finite number."""
     for name in names:
-        if not 0 < getattr(args, name) < math.inf:
+        if not 0 < getattr(args, name) < 1e38:
             raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a positive number")
 
 

@@ -37,7 +37,6 @@ import importlib.metadata
 import io
 import math
 import shutil
-import zipfile
 from collections import deque
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -54,10 +53,12 @@ from tqdm import tqdm
 from environments import starcraft, stops
 from environments.checks import BadInput, check_positive, pick_device
 from environments.simulators import check_interface, check_task, close_env, engine, make_env
+from offline_data import sealed
 from offline_data.card import check_free, read_json, short
 from offline_data.collect_args import Args
 from offline_data.dataset import dataset_path, episode_returns, episodes, open_dataset, table_row
 from offline_data.durable import write_bytes, write_text
+from offline_data.lock import locked
 from offline_data.writer import DatasetWriter
 
 OBS, ACTION, MASK = ("agents", "observation"), ("agents", "action"), ("agents", "action_mask")
@@ -176,16 +177,11 @@ def load_state(args: Args, root: Path) -> dict | None:
     if not path.exists():
         return None
     try:
-        data = io.BytesIO(path.read_bytes())
-        with zipfile.ZipFile(data) as archive:
-            if archive.testzip():  # torch.load does not look at the checksums
-                raise ValueError("a checksum differs")
-        data.seek(0)
-        state = torch.load(data, weights_only=True)
+        state = sealed.load(path)
         old = {key: state["args"].get(key) for key in asdict(args)}
         if not {"loss", "optimizer", "curve", "recent", "wins"} <= state.keys() or not state["curve"]:
             raise ValueError("a part is missing")
-    except Exception as error:  # torch.load has no one type for a file that is cut, foreign or unsafe
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # BadInput is a ValueError
         raise BadInput(f"{path} can't be read: delete {root} to train again") from error
     changed = [key for key, value in asdict(args).items() if key not in FREE and old[key] != value]
     if not changed:
@@ -250,13 +246,6 @@ def forget(root: Path):
     for shard in root.glob("episodes-*"):
         if (shard / "card.json").is_file():
             shutil.rmtree(shard)
-
-
-def save(path: Path, what):
-    """torch.save as a whole file."""
-    data = io.BytesIO()
-    torch.save(what, data)
-    write_bytes(path, data.getbuffer())
 
 
 def train(args: Args, root: Path) -> list[dict]:
@@ -338,14 +327,14 @@ def train_in(env, args: Args, root: Path) -> list[dict]:
                         "winrate": sum(wins) / len(wins) if args.env in BATTLES else None,
                     }
                 )
-                save(root / f"actor-{len(curve) - 1:03d}.pt", actor.state_dict())
+                sealed.save(root / f"actor-{len(curve) - 1:03d}.pt", actor.state_dict())
                 state = {
                     "args": asdict(args),
                     "loss": loss.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "curve": curve,
                 }
-                save(root / "state.pt", state | {"recent": list(recent), "wins": list(wins)})
+                sealed.save(root / "state.pt", state | {"recent": list(recent), "wins": list(wins)})
                 text = io.StringIO()
                 table = csv.DictWriter(text, list(curve[0]))
                 table.writeheader()
@@ -426,7 +415,7 @@ def record_in(env, args: Args, root: Path, checkpoint: int, quality: str, made: 
     with stops.not_for_children():
         env.set_seed(seed)
     actor = make_actor(env, args.hidden)
-    actor.load_state_dict(torch.load(root / f"actor-{checkpoint:03d}.pt", weights_only=True, map_location="cpu"))
+    actor.load_state_dict(sealed.load(root / f"actor-{checkpoint:03d}.pt"))
     writer, splitter, recorded = DatasetWriter(root.parent / quality, args.overwrite), EpisodeSplitter(), 0
     battles = args.env in BATTLES
     wanted = args.trajectories if battles else args.samples
@@ -561,26 +550,8 @@ def battles(args: Args, root: Path, curve: list[dict]) -> list[str]:
     return made
 
 
-def main(args: Args):
-    check_task(args.env, args.task)  # an unknown task ends here, before anything is written
-    args = fill_in(args)
-    check_positive(args, "steps", "samples", "trajectories", "replay_trajectories", "num_envs", "workers")
-    check_positive(args, "checkpoints", "horizon", "epochs", "minibatch", "hidden", "lr", "clip", "reward_scale")
-    check_positive(args, "record_every")
-    if args.seed < 0 or args.demo_samples < 0 or not 0 <= args.gamma <= 1 or not 0 <= args.gae_lambda <= 1:
-        raise BadInput("--seed and --demo-samples must be at least 0, --gamma and --gae-lambda in [0, 1]")
-    args.device = str(pick_device(args.device))
-    make_env(args.env, args.task, 1, 1, args.interface).close()  # and so does a missing simulator
-    root = dataset_path(None, args.env, args.task, "behaviour", args.out)
-    if in_the_way(args, root) == set(qualities(args)):
-        for quality in qualities(args):
-            print(f"{root.parent / quality} is there already and is kept")
-            print(table_row(open_dataset(root.parent / quality)[1]))
-        return
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"can't write to --out {args.out}: {error.strerror}") from error
+def make_datasets(args: Args, root: Path):
+    """Trains, or goes on with it, and writes every dataset that is not there yet."""
     curve = train(args, root)
     plot_curve(curve, root / "curve.png", f"MAPPO, {args.env} {args.task}")
     made = (battles if args.env in BATTLES else robots)(args, root, curve)
@@ -598,3 +569,23 @@ def main(args: Args):
     for quality in made:
         print(f"\n{root.parent / quality}")
         print(table_row(open_dataset(root.parent / quality)[1]))
+
+
+def main(args: Args):
+    check_task(args.env, args.task)  # an unknown task ends here, before anything is written
+    args = fill_in(args)
+    check_positive(args, "steps", "samples", "trajectories", "replay_trajectories", "num_envs", "workers")
+    check_positive(args, "checkpoints", "horizon", "epochs", "minibatch", "hidden", "lr", "clip", "reward_scale")
+    check_positive(args, "record_every")
+    if args.seed < 0 or args.demo_samples < 0 or not 0 <= args.gamma <= 1 or not 0 <= args.gae_lambda <= 1:
+        raise BadInput("--seed and --demo-samples must be at least 0, --gamma and --gae-lambda in [0, 1]")
+    args.device = str(pick_device(args.device))
+    make_env(args.env, args.task, 1, 1, args.interface).close()  # and so does a missing simulator
+    root = dataset_path(None, args.env, args.task, "behaviour", args.out)
+    if in_the_way(args, root) == set(qualities(args)):
+        for quality in qualities(args):
+            print(f"{root.parent / quality} is there already and is kept")
+            print(table_row(open_dataset(root.parent / quality)[1]))
+        return
+    with locked(root):
+        make_datasets(args, root)

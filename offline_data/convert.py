@@ -21,6 +21,7 @@ import tyro
 
 from environments.checks import BadInput
 from offline_data.card import DATA_ROOT, check_free, dataset_path
+from offline_data.lock import locked
 
 ROOT = Path(__file__).parent.parent
 CHILD_COMMAND = (sys.executable, "-m", "offline_data.formats")  # the process that `convert` starts
@@ -36,6 +37,37 @@ def written(folder: Path) -> int:
     except OSError:
         pass
     return total
+
+
+def read(source: str, format: str, job: dict, partial: Path) -> tuple[int, list[str]]:
+    """Runs the reader, and watches it write `partial`: its exit code, and the lines of its last words."""
+    with tempfile.TemporaryFile() as errors:
+        path_of_modules = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        child = subprocess.Popen(
+            [*CHILD_COMMAND, json.dumps(job)],
+            stdin=subprocess.PIPE,  # nothing is written to it; it ends with this process
+            stderr=errors,
+            env=os.environ | {"PYTHONPATH": path_of_modules},
+        )
+        try:
+            progress, since = 0, time.monotonic()
+            while child.poll() is None:
+                time.sleep(0.1)
+                before, progress = progress, written(partial)
+                since = time.monotonic() if progress != before else since
+                if time.monotonic() - since > STALL:
+                    raise BadInput(
+                        f"{source} can't be read as {format}: the reader did nothing for {STALL} seconds and was "
+                        "stopped; it is damaged"
+                    )
+        finally:
+            child.kill()
+            child.wait()
+            if child.returncode:
+                shutil.rmtree(partial, ignore_errors=True)
+        errors.seek(0)
+        said = errors.read().decode(errors="replace").strip().splitlines() or [""]
+    return child.returncode, said
 
 
 def convert(
@@ -72,38 +104,13 @@ def convert(
     job = {"source": str(source), "format": format, "env": env, "task": task, "quality": quality, "out": str(path)}
     job |= {"interface": interface, "limit": limit, "last_row": last_row}
     job |= {"return_to_go": return_to_go, "overwrite": overwrite}
-    partial = path.with_name(path.name + ".partial")
-    with tempfile.TemporaryFile() as errors:
-        path_of_modules = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        child = subprocess.Popen(
-            [*CHILD_COMMAND, json.dumps(job)],
-            stdin=subprocess.PIPE,  # nothing is written to it; it ends with this process
-            stderr=errors,
-            env=os.environ | {"PYTHONPATH": path_of_modules},
-        )
-        try:
-            progress, since = 0, time.monotonic()
-            while child.poll() is None:
-                time.sleep(0.1)
-                before, progress = progress, written(partial)
-                since = time.monotonic() if progress != before else since
-                if time.monotonic() - since > STALL:
-                    raise BadInput(
-                        f"{source} can't be read as {format}: the reader did nothing for {STALL} seconds and was "
-                        "stopped; it is damaged"
-                    )
-        finally:
-            child.kill()
-            child.wait()
-            if child.returncode:
-                shutil.rmtree(partial, ignore_errors=True)
-        errors.seek(0)
-        said = errors.read().decode(errors="replace").strip().splitlines() or [""]
-    if child.returncode == 2 and said[-1].startswith("error: "):
+    with locked(path, beside=True):
+        code, said = read(source, format, job, path.with_name(path.name + ".partial"))
+    if code == 2 and said[-1].startswith("error: "):
         raise BadInput(said[-1].removeprefix("error: "))
-    if child.returncode:
+    if code:
         raise BadInput(
-            f"{source} can't be read as {format}: the reader crashed (exit code {child.returncode}; {said[-1][:200]}); "
+            f"{source} can't be read as {format}: the reader crashed (exit code {code}; {said[-1][:200]}); "
             "the file is damaged"
         )
     from offline_data.published import info  # here, so that torch is not loaded for --help

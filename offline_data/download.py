@@ -10,7 +10,6 @@ The authors' own copies are on another server. Get them with a browser, then use
 To get their SMACv2 data, contact the authors.
 """
 
-import errno
 import http.client
 import shutil
 import stat
@@ -25,6 +24,8 @@ from tqdm import tqdm
 from environments.checks import BadInput
 from offline_data.card import DATA_ROOT, check_free, dataset_path
 from offline_data.convert import convert
+from offline_data.durable import disk_errors, replace
+from offline_data.lock import locked
 from offline_data.published import REPLAYS, downloadable, published
 
 BASE_URL = "https://huggingface.co/datasets/InstaDeepAI/og-marl/resolve/main"
@@ -115,8 +116,8 @@ def fetch(url: str, path: Path):
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
             why, total = f" ({getattr(error, 'reason', error)})", total or -1
         except OSError as error:
-            hint = "no space left, make room and run the command again" if error.errno == errno.ENOSPC else error
-            raise BadInput(f"can't download {url} to {partial}: {hint}") from error
+            with disk_errors(partial):
+                raise error
         size = partial.stat().st_size if partial.exists() else 0
         if total is None or size == total:
             break
@@ -137,7 +138,7 @@ def fetch(url: str, path: Path):
         raise BadInput(
             f"{url} did not give a sound zip ({what}): what came was deleted, run the command again"
         ) from None
-    partial.rename(path)
+    replace(partial, path)
 
 
 def extract(archive_path: Path, name: str, folder: Path) -> Path:
@@ -155,6 +156,7 @@ def extract(archive_path: Path, name: str, folder: Path) -> Path:
                 path.is_absolute()
                 or ".." in path.parts
                 or set(":\\") & set(member.filename)
+                or not member.filename.isprintable()
                 or kind not in (0, stat.S_IFREG, stat.S_IFDIR)
             ):
                 raise BadInput(
@@ -226,28 +228,29 @@ def download(
     replay = (env, quality) == ("mamujoco", "replay")
     archive = Path(downloads, "gymnasium_mamujoco" if replay else env, url.rsplit("/", 1)[1])
     if not archive.exists():
-        fetch(url, archive)
+        with locked(archive, beside=True):
+            fetch(url, archive)
     unpacked = path.with_name(path.name + ".vault.partial")
-    shutil.rmtree(unpacked, ignore_errors=True)
-    try:
-        vault = extract(archive, uid(quality), unpacked)
-        last_row = "observation" if env == "mamujoco" else "transition"  # see formats.py
-        last_row = "auto" if replay else last_row
-        return convert(
-            str(vault),
-            "vault",
-            env,
-            task,
-            quality,
-            str(path),
-            interface="agent_obsk=1" if replay else None,
-            last_row=last_row,
-            return_to_go=return_to_go,
-            overwrite=overwrite,
-        )
-    except OSError as error:
-        raise BadInput(f"can't unpack {archive} to {unpacked}: {error.strerror or error}") from error
-    except (zipfile.BadZipFile, EOFError, RuntimeError) as error:
-        raise BadInput(f"{archive} is damaged ({error}): delete it and run the command again") from error
-    finally:
+    with locked(path, beside=True):
         shutil.rmtree(unpacked, ignore_errors=True)
+        try:
+            with disk_errors(unpacked):
+                vault = extract(archive, uid(quality), unpacked)
+            last_row = "observation" if env == "mamujoco" else "transition"  # see formats.py
+            last_row = "auto" if replay else last_row
+            return convert(
+                str(vault),
+                "vault",
+                env,
+                task,
+                quality,
+                str(path),
+                interface="agent_obsk=1" if replay else None,
+                last_row=last_row,
+                return_to_go=return_to_go,
+                overwrite=overwrite,
+            )
+        except (zipfile.BadZipFile, EOFError, RuntimeError) as error:
+            raise BadInput(f"{archive} is damaged ({error}): delete it and run the command again") from error
+        finally:
+            shutil.rmtree(unpacked, ignore_errors=True)

@@ -33,18 +33,36 @@ Formats: Flashbax' flashbax/vault/vault.py, OG-MARL's og_marl/wrapped_environmen
 datasets/offline_dataset.py, Minari's minari/dataset/_storages/hdf5_storage.py.
 """
 
-import importlib
 import json
-import math
 import os
-import re
-import resource
 import shutil
 import sys
 import threading
+from pathlib import Path
+
+
+def end_with_the_parent(partial: Path):
+    """Ends this process as soon as the one that started it is gone: the pipe to its input is closed then."""
+    while os.read(0, 4096):  # waits; sys.stdin itself must not be busy when Python ends
+        pass
+    shutil.rmtree(partial, ignore_errors=True)
+    os._exit(1)
+
+
+if __name__ == "__main__":  # the process that convert.py starts; before what takes seconds to import
+    if len(sys.argv) != 2 or not sys.argv[1].startswith("{"):
+        sys.exit("use `python -m offline_data convert --help`: this file is started by that command")
+    JOB = json.loads(sys.argv[1])
+    partial = Path(JOB["out"]).with_name(Path(JOB["out"]).name + ".partial")
+    threading.Thread(target=end_with_the_parent, args=(partial,), daemon=True).start()
+
+# isort: split
+import importlib
+import math
+import re
+import resource
 import zipfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -726,26 +744,11 @@ def convert_here(
         card = {"env": env, "task": task, "quality": quality, "engine": "as the source was recorded"}
         card |= {"interface": interface, "made": made}
         return writer.close(card)
-    except OSError as error:
-        raise BadInput(f"can't write {out}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(writer.partial, ignore_errors=True)
 
 
-def end_with_the_parent(partial: Path):
-    """Ends this process as soon as the one that started it has ended, which closes the pipe to its input."""
-    while os.read(0, 4096):  # waits; sys.stdin itself must not be busy when Python ends
-        pass
-    shutil.rmtree(partial, ignore_errors=True)
-    os._exit(1)
-
-
-if __name__ == "__main__":  # the process that convert.py starts
-    if len(sys.argv) != 2:
-        sys.exit("use `python -m offline_data convert --help`: this file is started by that command")
-    job = json.loads(sys.argv[1])
-    partial = Path(job["out"]).with_name(Path(job["out"]).name + ".partial")
-    threading.Thread(target=end_with_the_parent, args=(partial,), daemon=True).start()
+if __name__ == "__main__":
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_DATA, (CHILD_MEMORY, resource.getrlimit(resource.RLIMIT_DATA)[1]))
-    run_script(lambda: convert_here(**job))
+    run_script(lambda: convert_here(**JOB))

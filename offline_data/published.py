@@ -4,6 +4,7 @@
     python -m offline_data plot data/mamujoco/hopper/medium-replay      # histogram of episode returns
 """
 
+import io
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import tyro
 from environments.checks import BadInput
 from offline_data.card import check_card, read_json, table_row
 from offline_data.card import verify as compare_sums
+from offline_data.durable import write_bytes
 
 # The paper's Table 3, beside the statistics on OG-MARL's dataset cards (docs/dataset_cards: omiga.md, og_marl.md).
 # A row is: env, task, quality | agents, state, obs, action | Table 3's thousands of trajectories and of samples, mean
@@ -179,9 +181,11 @@ def plot(path: tyro.conf.Positional[str], out: str | None = None):
     returns = f"{card['return_mean']:.1f} ± {card['return_std']:.1f}"
     title = f"{card['task']} {card['quality']}: {card['trajectories']} episodes, {returns}"
     axes.set(title=title, xlabel="return of the episode", ylabel="episodes")
+    image = io.BytesIO()
     try:
-        figure.savefig(out, dpi=150)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"can't write {out} ({error}): give another --out") from None
+        figure.savefig(image, dpi=150, format=Path(out).suffix.lstrip(".") or "png")
+    except ValueError as error:  # a format that matplotlib does not know
+        raise BadInput(f"can't write {out}: {error}") from None
     plt.close(figure)
+    write_bytes(out, image.getbuffer())
     print(f"wrote {out}")

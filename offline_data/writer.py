@@ -32,10 +32,8 @@ class DatasetWriter:
         self.partial = self.path.with_name(self.path.name + ".partial")
         check_free(self.path, overwrite)
         shutil.rmtree(self.partial, ignore_errors=True)
-        try:
+        with self._writing():
             (self.partial / "agents").mkdir(parents=True)
-        except OSError as error:
-            raise BadInput(f"can't write a dataset at {self.path}: {error.strerror}") from error
         self.files, self.template = {}, None
         self.rows, self.returns = 0, []
         self.action_low, self.action_high = math.inf, -math.inf

@@ -7,9 +7,11 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from environments import stops
-from environments.checks import BadInput
+from environments.checks import BadInput, plain
+from offline_data.card import NAME, is_number, short
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "torchrl", "tensordict", "numpy", "mujoco", "gymnasium-robotics", "jaxmarl")
@@ -33,7 +35,7 @@ def parse(Args, default=None):
     try:
         words, default = take_config(words, Args, default)
     except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plain(str(error))}", file=sys.stderr)
         sys.exit(2)
     help = inspect.cleandoc(Args.__doc__) + (
         "\n\nTwo more flags: --config FILE takes the flags of a run's config.json, which other flags override. "
@@ -56,8 +58,26 @@ def take_config(words: list[str], Args, default):
         raise BadInput(f"--config {file or ''}: give the config.json of a run") from None
     foreign = sorted(config.keys() - {field.name for field in fields(Args)})
     if foreign:
-        raise BadInput(f"--config {file}: it is of another script, this one has no --{foreign[0].replace('_', '-')}")
+        name = foreign[0].replace("_", "-") if NAME.fullmatch(foreign[0]) else short(foreign[0])
+        raise BadInput(f"--config {file}: it is of another script, this one has no --{name}")
+    for name, kind in get_type_hints(Args).items():
+        if name in config and not fits(config[name], kind):
+            raise BadInput(f"--config {file}: {name} is {short(config[name])}, which --{name.replace('_', '-')} is not")
     return words[:at] + words[at + 2 :], Args(**config)
+
+
+def fits(value, kind) -> bool:
+    """Whether a value of a config.json is what a flag of this type takes; texts are printable."""
+    parts = get_args(kind)
+    if get_origin(kind) is Literal:
+        return any(type(value) is type(part) and value == part for part in parts)  # True is no 1
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(fits(item, parts[0]) for item in value)
+    if parts:  # this or that
+        return any(fits(value, part) for part in parts)
+    if kind is float:
+        return is_number(value)
+    return type(value) is kind and (kind is not str or value.isprintable())
 
 
 def versions() -> dict[str, str]:

@@ -9,6 +9,7 @@ leaves out, and why.
 """
 
 import csv
+import io
 import json
 import math
 import os
@@ -22,7 +23,9 @@ from typing import NamedTuple
 import torch
 
 from environments.checks import BadInput
+from offline_data.card import DEEPEST, sound
 from offline_data.dataset import read_json
+from offline_data.durable import write_bytes
 from offline_data.published import published
 from support import loggers, scores
 from support.report_args import Args
@@ -97,7 +100,7 @@ def read_run(path: Path) -> Run:
         raise BadInput("no config.json: not a run directory of this project")
     config = read_json(path / "config.json")
     kinds = {"algo": str, "env": str, "task": str, "quality": str, "seed": int, "steps": int, "evals": int}
-    if not isinstance(config, dict) or any(type(config.get(k)) is not kind for k, kind in kinds.items()):
+    if not sound(config, DEEPEST) or any(type(config.get(k)) is not kind for k, kind in kinds.items()):
         raise BadInput("config.json is not that of a run of this project")
     for key in ("algo", "env", "task", "quality"):
         if not re.fullmatch(r"[\w-][\w.-]*", config[key]):  # bc-best2.5 has a dot
@@ -519,8 +522,10 @@ def plot_curves(curves: dict[str, list[list[dict]]], dataset_return: float, titl
     axis.set(xlabel="gradient steps of the policy", ylabel=said, title=title)
     axis.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=150, format="png")
     plt.close(figure)
+    write_bytes(path, image.getbuffer())
 
 
 def report(curves: dict[str, list[list[dict]]], card: dict, args, picture: str):

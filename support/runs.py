@@ -16,13 +16,10 @@ end, so it jumps up first.
 """
 
 import csv
-import hashlib
 import io
 import json
-import pickle
 import resource
 import shutil
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,12 +30,14 @@ from torch import nn
 from environments import stops
 from environments.checks import BadInput, check_positive, fail_at_end, pick_device
 from environments.simulators import check_task
+from offline_data import sealed
+from offline_data.card import DEEPEST, check_name, short, sound
 from offline_data.dataset import DATA_ROOT, dataset_path, open_dataset, read_json
-from offline_data.durable import disk_errors, write_bytes, write_text
+from offline_data.durable import disk_errors, write_text
+from offline_data.lock import lock, unlock
 from offline_data.published import downloadable
 from support import loggers
 from support.flags import ABOUT, commit, versions
-from support.lock import lock, unlock
 
 # Flags of a run that its summary.json repeats.
 METHOD_FLAGS = ("preset", "objective", "advantage", "alpha", "episode_alpha", "tau", "lr")
@@ -47,9 +46,13 @@ FITS = 0.7  # share of a GPU's free memory that a dataset may take; training nee
 FREE = ("seeds", "data", "out", "resume", "overwrite", "device", "data_device", "workers", "graph", "quiet", "logger",
         *ABOUT)  # fmt: skip
 GROWS = ("steps", "evals")  # may differ when a run is extended
+# What a checkpoint's card and config must say.
+CARD_KEYS = ("env", "task", "quality", "interface", "n_agents", "state_dim", "obs_dim", "action_dim", "discrete")
+CARD_KEYS += ("samples", "return_mean")
+CONFIG_KEYS = ("hidden", "steps", "evals", "seeds")
 AGAIN = "run the same command again with --resume"
+LARGEST = 2**31  # of counts and seeds
 SMALL_BATCH = 1024  # a batch of this size is accepted for any dataset
-MARK = b"SHA-256 of the bytes before: "  # at the end of a checkpoint
 LIMIT = 1e4  # a larger parameter has diverged: Adam moves it by about --lr per step, so by some hundreds at most
 LOOK = 2000  # parameters are checked after so many steps, and at evaluations
 
@@ -57,10 +60,11 @@ LOOK = 2000  # parameters are checked after so many steps, and at evaluations
 def check_args(args):
     """Raises BadInput for a flag out of its range."""
     for name in ("steps", "batch_size", "hidden", "evals", "eval_episodes", "workers"):
-        if getattr(args, name) < 1:
-            raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a positive number")
-    if not args.seeds or len(set(args.seeds)) < len(args.seeds) or not 0 <= min(args.seeds) <= max(args.seeds) < 2**31:
-        raise BadInput(f"--seeds {args.seeds}: give different numbers from 0 to {2**31 - 1}, at least one")
+        if not 1 <= getattr(args, name) < LARGEST:
+            said = f"--{name.replace('_', '-')} is {short(getattr(args, name))}"
+            raise BadInput(f"{said}: give a positive number below {LARGEST}")
+    if not args.seeds or len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0 or max(args.seeds) >= LARGEST:
+        raise BadInput(f"--seeds {args.seeds}: give different numbers from 0 to {LARGEST - 1}, at least one")
     if args.resume and args.overwrite:
         raise BadInput("--resume and --overwrite contradict each other: give one of them")
     loggers.check(args.logger)
@@ -90,48 +94,67 @@ def load_dataset(args, device: torch.device, algo: str) -> tuple[TensorDict, dic
     Fills in args.env, task and quality from the card, and args.data_device. Random numbers depend on data_device, so a
     resumed run of `algo` keeps its own.
     """
+    if args.quality is not None:
+        check_name("--quality", args.quality)  # a folder of --out is called so
     if args.data is None:
-        args.env = args.env or "mamujoco"
-        args.task = args.task or ("hopper" if args.env == "mamujoco" else "zerg_5_vs_5")
-        if args.quality is None:
-            args.quality = "medium-replay" if args.env == "mamujoco" else "medium"
-            demo = dataset_path(None, args.env, args.task, "demo", DATA_ROOT)
-            if demo.is_dir() and not demo.with_name(args.quality).is_dir():
-                print(
-                    f"no {args.quality} dataset of {args.env} {args.task} here: training on the small one that comes "
-                    "with the code, quality demo"
-                )
-                args.quality = "demo"
+        default_dataset(args)
     path = dataset_path(args.data, args.env, args.task, args.quality, DATA_ROOT)
     if args.data is None and not path.is_dir():
-        check_task(args.env, args.task)
-        how = f"make it with `python -m offline_data collect --env {args.env} --task {args.task}`"
-        if args.env in ("smacv1", "smacv2"):
-            how += " (which needs StarCraft II; `--env smax` has the same tasks without it)"
-        if (args.env, args.task, args.quality) in downloadable():
-            public = f"--env {args.env} --task {args.task} --quality {args.quality}"
-            how = f"get the public one with `python -m offline_data download {public}`, or {how}"
-        raise BadInput(f"no dataset at {path}: {how}, or name a directory with --data")
+        raise no_dataset(args, path)
     rows, card = open_dataset(path, args.env, args.task)
     args.env, args.task, args.quality = card["env"], card["task"], args.quality or card["quality"]
     for name in ("batch_size", "init_batch_size"):
         # Rows are drawn with replacement. A batch much larger than the dataset would repeat them, and may not fit.
         if getattr(args, name, 0) > max(card["samples"], SMALL_BATCH):
-            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            flag = f"--{name.replace('_', '-')} {short(getattr(args, name))}"
             raise BadInput(f"{flag} is more than the {card['samples']} transitions of {path}: give a smaller one")
     if device.type != "cuda":
         args.data_device = "cpu"
     elif args.data_device == "auto":
         args.data_device = (recorded_place(args, algo) if args.resume else None) or free_place(card, device)
-    return (rows.to(device) if args.data_device == "device" else rows), card
+    if args.data_device == "device":
+        try:
+            rows = rows.to(device)
+        except torch.OutOfMemoryError:
+            raise BadInput(
+                f"the dataset ({sum(card['bytes'].values()) / 2**30:.1f} GiB) does not fit into the GPU's free memory: "
+                "free some, or begin a run with --data-device cpu"
+            ) from None
+    return rows, card
+
+
+def default_dataset(args):
+    """Fills in args.env, task and quality where they are not given."""
+    args.env = args.env or "mamujoco"
+    args.task = args.task or ("hopper" if args.env == "mamujoco" else "zerg_5_vs_5")
+    if args.quality is None:
+        args.quality = "medium-replay" if args.env == "mamujoco" else "medium"
+        demo = dataset_path(None, args.env, args.task, "demo", DATA_ROOT)
+        if demo.is_dir() and not demo.with_name(args.quality).is_dir():
+            print(
+                f"no {args.quality} dataset of {args.env} {args.task} here: training on the small one that comes "
+                "with the code, quality demo"
+            )
+            args.quality = "demo"
+
+
+def no_dataset(args, path: Path) -> BadInput:
+    """What to say where no dataset is at `path`: how to get one. Raises BadInput for a task that is unknown."""
+    check_task(args.env, args.task)
+    how = f"make it with `python -m offline_data collect --env {args.env} --task {args.task}`"
+    if args.env in ("smacv1", "smacv2"):
+        how += " (which needs StarCraft II; `--env smax` has the same tasks without it)"
+    if (args.env, args.task, args.quality) in downloadable():
+        public = f"--env {args.env} --task {args.task} --quality {args.quality}"
+        how = f"get the public one with `python -m offline_data download {public}`, or {how}"
+    return BadInput(f"no dataset at {path}: {how}, or name a directory with --data")
 
 
 def recorded_place(args, algo: str) -> str | None:
     """--data-device of the run that is resumed, if there is one."""
     for path in run_paths(args, algo).values():
         if (path / "config.json").exists():
-            config = read_json(path / "config.json")
-            place = config.get("data_device") if isinstance(config, dict) else None
+            place = read_json(path / "config.json").get("data_device")
             return place if place in ("cpu", "device") else None
     return None
 
@@ -215,7 +238,7 @@ def begin(args, algo: str, card: dict, where: str, seed: int, path: Path, first:
             f"{path} already holds a run: --resume goes on with it, --overwrite replaces it, --out goes elsewhere"
         )
     old = read_json(path / "config.json")
-    if not isinstance(old, dict):
+    if not sound(old, DEEPEST):
         raise BadInput(f"{path}/config.json is not that of a run")
     grows = isinstance(old.get("steps"), int) and args.steps > old["steps"]
     free = FREE + GROWS * grows
@@ -242,8 +265,8 @@ def begin(args, algo: str, card: dict, where: str, seed: int, path: Path, first:
 def has_summary(path: Path) -> bool:
     """Whether a run has a complete summary.json. An empty file does not count."""
     try:
-        return {"return", "steps", "seed"} <= dict(read_json(path / "summary.json")).keys()
-    except (BadInput, TypeError, ValueError):
+        return {"return", "steps", "seed"} <= read_json(path / "summary.json").keys()
+    except BadInput:
         return False
 
 
@@ -259,12 +282,8 @@ def start_runs(args, algo: str, card: dict, rows: TensorDict, first: dict) -> di
     digest = hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
     about = {"versions": versions(), "commit": commit(), "dataset": f"sha256 of the card {digest}"}
     try:
-        with disk_errors(args.out, AGAIN):
-            for path in paths.values():
-                try:
-                    lock(path)
-                except (NotADirectoryError, FileExistsError, PermissionError) as error:
-                    raise BadInput(f"can't write to --out {args.out}: {error.strerror}") from None
+        for path in paths.values():
+            lock(path, again=AGAIN)
         runs = {seed: begin(args, algo, card, where, seed, path, first) for seed, path in paths.items()}
         stops.hold()
         for seed, run in runs.items():
@@ -295,8 +314,13 @@ def start_runs(args, algo: str, card: dict, rows: TensorDict, first: dict) -> di
 
 def say_changes(path: Path, old: dict, about: dict):
     """Prints a line if a run goes on with other packages, another commit or another card than it began with."""
-    flat = lambda facts: {k: v for k, v in (facts | (facts.get("versions") or {})).items() if k != "versions"}
-    before, now = flat({key: old[key] for key in ABOUT if key in old}), flat(about)
+
+    def flat(facts: dict) -> dict:
+        packages = facts.get("versions")
+        others = {key: facts[key] for key in ABOUT if key in facts and key != "versions"}
+        return (packages if isinstance(packages, dict) else {}) | others
+
+    before, now = flat(old), flat(about)
     changed = [f"{key} {before[key]}, now {now.get(key)}" for key in before if before[key] != now.get(key)]
     if changed:
         print(f"{path} was begun with {'; '.join(changed)}: it may not go on to the same bits")
@@ -344,9 +368,7 @@ def save_checkpoint(run: Run, progress: dict, row: dict | None):
     if row is not None:
         run.metrics.append(row)
         write_text(run.path / "metrics.csv", table(run.metrics), AGAIN)
-    file = io.BytesIO()
-    torch.save(run.state | {"metrics": run.metrics}, file)
-    write_bytes(run.path / "checkpoint.pt", sealed(file.getvalue()), AGAIN)
+    sealed.save(run.path / "checkpoint.pt", run.state | {"metrics": run.metrics}, AGAIN)
     run.begun = True
     if row is not None:
         loggers.log_row(run.logger, row)
@@ -357,58 +379,23 @@ def save_checkpoints(runs: list[Run], progress: list[dict], rows: list[dict | No
         save_checkpoint(run, state, row)
 
 
-def sealed(archive: bytes) -> bytes:
-    """The zip file that torch.save wrote, with a checksum of all its bytes as the zip's comment.
-
-    The zip's CRCs cover its members, but not its directory. Damage there could swap tensors.
-    """
-    seal = len(MARK) + 2 * hashlib.sha256().digest_size
-    archive = archive[:-2] + seal.to_bytes(2, "little")  # a zip file ends with the length of its comment, 0 so far
-    return archive + MARK + hashlib.sha256(archive).hexdigest().encode()
-
-
 def load_checkpoint(run: str | Path) -> dict:
     """A run's checkpoint, on the CPU. Raises BadInput if it is missing, damaged or not of this project."""
     path = Path(run, "checkpoint.pt")
-    if not path.is_file():
-        raise BadInput(f"no checkpoint at {path}")
-    damaged = f"{path} is not a checkpoint that can be read: it is damaged, or no checkpoint at all"
-    try:
-        data = path.read_bytes()
-        body, mark, digest = data.rpartition(MARK)
-        if mark and hashlib.sha256(body).hexdigest().encode() != digest:
-            raise BadInput(damaged)
-        # A checkpoint that another program wrote has no checksum. Then the CRCs must be right.
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            if not mark and archive.testzip() is not None:
-                raise BadInput(damaged)
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise BadInput(
-            f"{path} is not a checkpoint that can be read: it holds more than tensors and plain values"
-        ) from None
-    except OSError as error:
-        raise BadInput(f"{path} is not a checkpoint that can be read: {error.strerror or error}") from None
-    except BadInput:
-        raise
-    except Exception:  # zipfile and torch.load raise many types for a file that is cut or foreign
-        raise BadInput(damaged) from None
+    state = sealed.load(path)
     wanted = {"algo": str, "card": dict, "config": dict, "where": str, "policy": dict}
     wanted |= {"step": int, "seconds": float, "wall": float, "metrics": list}
     if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in wanted.items()):
         raise BadInput(f"{path} is not a checkpoint of this project")
     for part, keys in (("card", CARD_KEYS), ("config", CONFIG_KEYS)):
+        if not sound(state[part], DEEPEST):
+            raise BadInput(f"{path} is not a checkpoint of this project: its {part} holds control characters or more")
         missing = [key for key in keys if key not in state[part]]
         if missing:
             raise BadInput(f"{path} is not a checkpoint of this project: its {part} lacks {', '.join(missing)}")
     if not all(isinstance(row, dict) and {"stage", "step"} <= row.keys() for row in state["metrics"]):
         raise BadInput(f"{path} is not a checkpoint of this project: its metrics are no table")
     return state
-
-
-CARD_KEYS = ("env", "task", "quality", "interface", "n_agents", "state_dim", "obs_dim", "action_dim", "discrete")
-CARD_KEYS += ("samples", "return_mean")
-CONFIG_KEYS = ("hidden", "steps", "evals", "seeds")
 
 
 def check_checkpoint(state: dict, card: dict, run: str | Path):

@@ -3,6 +3,8 @@
 import hashlib
 import os
 import signal
+import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it runs in the background
@@ -28,6 +30,23 @@ def pytest_runtest_setup(item):
 def files_hash(folder: Path) -> dict:
     """What every file below a directory holds, to see that nothing changed it."""
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+@contextmanager
+def small_disk(folder: Path, kib: int):
+    """Within it the folder is an empty disk of so many KiB; the test is skipped where none may be mounted."""
+    folder.mkdir(exist_ok=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("a small tmpfs can't be mounted here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def remount(folder: Path, options: str):
+    """Another size of a small_disk, "size=9m", or "ro"."""
+    subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
 
 
 def random_episode(env, generator: torch.Generator, limit: int) -> TensorDict:

@@ -203,7 +203,7 @@ def test_writer_does_not_change_the_episodes(hopper_episodes, tmp_path):
 
 def test_unwritable_place(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(BadInput, match="can't write a dataset at"):
+    with pytest.raises(BadInput, match=r"can't write .*data: Not a directory"):
         DatasetWriter(tmp_path / "file" / "data")
 
 

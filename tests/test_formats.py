@@ -17,12 +17,13 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, files_hash
+from conftest import ROOT, files_hash, small_disk
 
 import offline_data.convert
 import offline_data.download
 import offline_data.published
-from environments.checks import BadInput
+import offline_data.writer
+from environments.checks import BadInput, run_script
 from offline_data import formats
 from offline_data.dataset import episodes, open_dataset
 
@@ -529,6 +530,62 @@ def test_hdf5_that_leads_elsewhere(change, message, tmp_path):
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
+def test_conversion_on_disks_of_20_sizes(tmp_path):
+    """A whole dataset, or one line and nothing."""
+    source, disk, outcomes = write_omiga(tmp_path / "a.hdf5", robots()), tmp_path / "disk", []
+    for kib in range(4, 84, 4):
+        with small_disk(disk, kib):
+            try:
+                open_dataset(convert(source, "omiga", disk / "set"))
+                outcomes.append("written")
+            except BadInput as error:
+                assert str(error).startswith(f"no space left on {disk}; free some and run the command again"), error
+                assert list(disk.iterdir()) == []
+                outcomes.append("no space")
+    assert set(outcomes) == {"written", "no space"} and outcomes == sorted(outcomes), outcomes
+
+
+HOSTILE = ["../x", "/tmp/x", "a/../../x", "..", "a\\..\\x", "C:/x", "\x1b[2J", "a\nerror: b", "a\rb", "\u202ex", "a\x07b", "\x7f", "\u2028", "x" * 3000]
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=ascii)
+def test_hostile_names_in_files(name, tmp_path, capsys):
+    """Whatever a file's own names are: one printable line, and nothing is written but the dataset's place, which stays empty."""
+    recorded, out = robots(), tmp_path / "out"
+    write_omiga(tmp_path / "a.hdf5", recorded)
+    with h5py.File(tmp_path / "a.hdf5", "a") as file:
+        file.move("r", "hidden")
+        file[name.replace("/", "|") if set(name) & set("/.") else name] = 1
+    arrays = npz_arrays(battles())
+    write_npz(tmp_path / "a.npz", {(name if key == "obs" else key): value for key, value in arrays.items()})
+    for source, format, env, task in (("a.hdf5", "omiga", "mamujoco", "hopper"), ("a.npz", "npz", "smacv1", "corridor")):
+        with pytest.raises(SystemExit, match="2"):
+            run_script(convert, tmp_path / source, format, out, env, task)
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1 and said[:-1].isprintable(), said
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        member = zipfile.ZipInfo()
+        member.filename = name + "/metadata.json"
+        archive.writestr(member, "{}")
+    with pytest.raises(SystemExit, match="2"):
+        run_script(offline_data.download.extract, tmp_path / "a.zip", "Medium", out)
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and said[:-1].isprintable(), said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.hdf5", "a.npz", "a.zip"]
+
+
+@pytest.mark.parametrize("name", "osard")
+@pytest.mark.parametrize("link", [h5py.SoftLink("/hidden"), h5py.SoftLink("/"), h5py.ExternalLink("/etc/hostname", "/o"), h5py.ExternalLink("../../a", "/o")], ids=range(4))
+def test_every_array_may_be_a_link(name, link, tmp_path):
+    write_omiga(tmp_path / "a.hdf5", robots())
+    with h5py.File(tmp_path / "a.hdf5", "a") as file:
+        file.move(name, "hidden")
+        file[name] = link
+    with pytest.raises(BadInput, match=f"'{name}' is a link"):
+        convert(tmp_path / "a.hdf5", "omiga", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.hdf5"]
+
+
 def test_minari_episode_that_is_a_link(tmp_path):
     source = write_minari(tmp_path / "m", minari_arrays(robots()))
     with h5py.File(source / "data" / "main_data.hdf5", "a") as file:
@@ -634,6 +691,12 @@ def test_a_killed_conversion_leaves_no_reader(number, code, tmp_path):
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
     if number != signal.SIGKILL:
         assert said.strip().splitlines()[-1].startswith("stopped by ") and "Traceback" not in said
+
+
+def test_a_reader_whose_command_is_gone_ends_before_its_slow_imports(tmp_path):
+    job = json.dumps({"out": str(tmp_path / "x")})
+    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "offline_data.formats", job], cwd=ROOT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and "threading" in done.stderr and " torch\n" not in done.stderr
 
 
 # ---------------------------------------------------------------- command line
@@ -1031,16 +1094,16 @@ def test_download_without_disk_space(vault_zip, server, download, tmp_path, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(offline_data.download, "tqdm", no_space)  # stands for a write that fails
-        with pytest.raises(BadInput, match="no space left, make room"):
+        with pytest.raises(BadInput, match=r"no space left on /.*; free some and run the command again"):
             download()
     with monkeypatch.context() as patch:
         patch.setattr(offline_data.download.shutil, "copyfileobj", no_space)
-        with pytest.raises(BadInput, match=r"can't unpack .*No space left"):
+        with pytest.raises(BadInput, match=r"no space left on /.*; free some and run the command again"):
             download()
     assert left(tmp_path) == ["zips/mamujoco/3hopper.zip"]
     with monkeypatch.context() as patch:
-        patch.setattr(formats.DatasetWriter, "append", no_space)
-        with pytest.raises(BadInput, match=r"can't write .*No space left"):
+        patch.setattr(offline_data.writer, "open", no_space, raising=False)
+        with pytest.raises(BadInput, match=r"no space left on /.*; free some and run the command again"):
             download()
     assert left(tmp_path) == ["zips/mamujoco/3hopper.zip"]
     download()

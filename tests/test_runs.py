@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, remount, small_disk
 
 import comadice_bc
 import comadice_train
@@ -27,9 +28,9 @@ import support.seeds
 from baselines import icq
 from environments import stops
 from environments.checks import BadInput
-from offline_data import replay
+from offline_data import lock, replay, sealed
 from offline_data.dataset import open_dataset
-from support import flags, lock
+from support import flags
 from support.bars import Bar
 from support.runs import load_checkpoint
 
@@ -235,7 +236,7 @@ def test_batches_end_where_a_stop_is_asked_for(hopper_data, monkeypatch):
 
 # ---------------------------------------------------------------- one process in a run directory
 
-HOLD = "import sys, time; from pathlib import Path; from support.lock import lock; lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+HOLD = "import sys, time; from pathlib import Path; from offline_data.lock import lock; lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
 
 
 @pytest.fixture
@@ -290,7 +291,7 @@ def test_who_holds_a_run_directory(tmp_path, other):
     assert (tmp_path / "run/LOCK").exists() and lock.holder_of(tmp_path / "run") is None
     lock.lock(tmp_path / "run")
     assert lock.holder_of(tmp_path / "run") == "this process"
-    code = f"from pathlib import Path; from support.lock import holder_of; print(holder_of(Path({str(tmp_path / 'run')!r})))"
+    code = f"from pathlib import Path; from offline_data.lock import holder_of; print(holder_of(Path({str(tmp_path / 'run')!r})))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)  # after that look it is still held
     assert done.stdout.startswith(f"process {os.getpid()} on "), done.stderr
     lock.unlock(tmp_path / "run")
@@ -363,7 +364,42 @@ def test_disk_that_is_full_or_read_only(call, error, hopper_data, wholes, tmp_pa
 FULL = "mount -t tmpfs -o size=SIZEk tmpfs OUT || exit 77; COMMAND; code=$?; cp -r OUT KEPT; exit $code"
 
 
-@pytest.mark.parametrize("size", [4, 24, 60, 120])
+def test_full_disks_of_20_sizes(hopper_data, tmp_path, monkeypatch, capsys):
+    """From a disk that holds nothing to one that holds it all. With more space and --resume a run has the bits of one that always had it."""
+    monkeypatch.setattr(comadice_train, "try_eval_env", lambda *a: None)  # rollouts write nothing
+    whole, disk, outcomes = train("comadice", hopper_data, tmp_path / "whole"), tmp_path / "disk", []
+    needed = sum(-(-file.stat().st_size // 4096) * 4 for file in whole.iterdir()) + (whole / "checkpoint.pt").stat().st_size // 1024
+    for i in range(20):
+        with small_disk(disk, 4 + i * needed // 18):
+            try:
+                train("comadice", hopper_data, disk)
+                outcomes.append("finished")
+            except BadInput as error:
+                outcomes.append("full")
+                assert re.search(f"^no space left on {disk}; free some and run the same command again with --resume", str(error)), error
+                capsys.readouterr()
+                remount(disk, "size=9m")
+                if (folder(disk, "comadice") / "checkpoint.pt").exists():
+                    outcomes[-1] = "checkpoint"
+                    load_checkpoint(folder(disk, "comadice"))
+                for path in disk.rglob("*"):
+                    assert path.suffix != ".partial"
+                lock.unlock(folder(disk, "comadice"))  # as the end of the process does
+                train("comadice", hopper_data, disk, resume=True)
+            assert same_run(folder(disk, "comadice"), whole)
+    assert set(outcomes) == {"full", "checkpoint", "finished"} and outcomes == sorted(outcomes, key=["full", "checkpoint", "finished"].index), outcomes
+
+
+def test_a_disk_that_is_mounted_read_only(hopper_data, tmp_path, capsys):
+    with small_disk(tmp_path / "disk", 9000):
+        path = train("bc", hopper_data, tmp_path / "disk", steps=20, evals=1)
+        before = {p.name: p.read_bytes() for p in path.iterdir()}
+        remount(tmp_path / "disk", "ro")
+        ends(capsys, "bc", hopper_data, tmp_path / "disk", 2, f"^error: can't write .*: {tmp_path}/disk is mounted read-only; choose another folder$", resume=True)
+        assert {p.name: p.read_bytes() for p in path.iterdir()} == before
+
+
+@pytest.mark.parametrize("size", [60])
 def test_full_disk(size, hopper_data, wholes, tmp_path):
     """A real one, a small tmpfs in a mount namespace of its own."""
     (tmp_path / "out").mkdir()
@@ -478,6 +514,8 @@ def test_config_says_what_a_result_depends_on(hopper_data, copy, tmp_path, capsy
     config = json.loads((copy / "config.json").read_text())
     assert config["versions"]["torch"] == torch.__version__ and {"torchrl", "tensordict", "numpy", "mujoco"} <= config["versions"].keys()
     assert re.fullmatch(r"sha256 of the card [0-9a-f]{64}", config["dataset"]) and config["commit"] == flags.commit()
+    (copy / "config.json").write_text(json.dumps(config | {"versions": "none"}))
+    train("comadice", hopper_data, tmp_path, resume=True)
     (copy / "config.json").write_text(json.dumps(config | {"versions": config["versions"] | {"numpy": "0.1"}, "commit": "abc"}))
     capsys.readouterr()
     train("comadice", hopper_data, tmp_path, resume=True)
@@ -501,6 +539,44 @@ def test_place_of_the_data_is_the_recorded_one(hopper_data, copy, tmp_path):
         (copy / "config.json").write_text(json.dumps(config | {"data_device": recorded}))
         assert support.runs.recorded_place(arguments, "comadice") == place
     assert support.runs.recorded_place(arguments, "bc") is None
+
+
+class Rows:
+    """Stands for a dataset's rows where there is no GPU to move them to."""
+
+    place = "cpu"
+
+    def to(self, device):
+        if self.place == "full":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.place = str(device)
+        return self
+
+
+@pytest.mark.parametrize("flag, resume, recorded, free, place", [
+    ("auto", False, None, 1.0, "device"), ("auto", False, None, 0.1, "cpu"), ("auto", True, None, 0.1, "cpu"),
+    ("auto", True, "cpu", None, "cpu"), ("auto", True, "device", None, "device"), ("auto", False, "cpu", 1.0, "device"),
+    ("cpu", True, "device", None, "cpu"), ("device", True, "cpu", None, "device"), ("device", False, None, None, "device"),
+])  # fmt: skip
+def test_where_the_data_go_on_a_gpu(flag, resume, recorded, free, place, hopper_data, copy, tmp_path, monkeypatch, capsys):
+    """The flag decides, else the run that goes on, and only for a new run the GPU's free memory, which else is not even asked for."""
+    rows, card = Rows(), open_dataset(hopper_data)[1]
+    size = sum(card["bytes"].values())
+    monkeypatch.setattr(support.runs, "open_dataset", lambda *a: (rows, card))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * 2 * size), 0))  # with None it fails
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"data_device": recorded}))
+    arguments = args(comadice_train, hopper_data, tmp_path, resume=resume, data_device=flag)
+    assert support.runs.load_dataset(arguments, torch.device("cuda"), "comadice")[0] is rows
+    assert arguments.data_device == place and rows.place == ("cuda" if place == "device" else "cpu")
+    assert ("stays in the computer's memory" in capsys.readouterr().out) == (free == 0.1)
+    rows.place = "full"
+    if place == "device":
+        with pytest.raises(BadInput, match="does not fit into the GPU's free memory: free some, or begin a run with --data-device cpu"):
+            support.runs.load_dataset(arguments, torch.device("cuda"), "comadice")
+    arguments.data_device = flag
+    support.runs.load_dataset(arguments, torch.device("cpu"), "comadice")
+    assert arguments.data_device == "cpu"
 
 
 @pytest.mark.cuda
@@ -543,6 +619,42 @@ def test_config_runs_again(run, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit, match="2"):
             flags.parse(comadice_bc.Args)
         assert re.search(said, capsys.readouterr().err)
+
+
+def test_hostile_configs(run, hopper_data, tmp_path, monkeypatch, capsys):
+    """Each field of a config.json in turn, as --config FILE, and as that of a run to go on with: one line, and nothing is written."""
+    config, tried, before = json.loads((run / "config.json").read_text()), 0, sorted(tmp_path.rglob("*"))
+    config |= {"data": str(hopper_data), "out": str(tmp_path / "runs")}
+    texts = ["a\x1b[2J", "a\nb", "a\0b", "\u202ex"]
+    wrong = {int: [1.5, "3", True, None, [], {}, 10**400, -1], float: [True, "3", [], {}, math.nan, math.inf, 10**400], bool: [1, "true", [], {}],
+             str: [*texts, 3, [], {}], list: ["0", 0, [None], ["../x"], [[0]], {}, None]}
+    names = ["../../x", "/tmp/x", "", "..", "a/b", "a\\b"]
+    tries = [(name, bad) for name, value in config.items() if name in comadice_train.Args.__dataclass_fields__ and value is not None and name not in flags.NOT_AGAIN
+             for bad in wrong[type(value)] + (names if name in ("env", "task", "quality") else [])]
+    tries += [(f"{name}\x1b[2J", 1) for name in ("x", "../x")]
+    for name, bad in tries:
+        (tmp_path / "config.json").write_text(json.dumps(config | {name: bad}))
+        monkeypatch.setattr(sys, "argv", ["comadice_train.py", "--config", str(tmp_path / "config.json")])
+        with pytest.raises(SystemExit, match="2"):
+            environments.checks.run_script(lambda: comadice_train.main(flags.parse(comadice_train.Args)))
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1 and said[:-1].isprintable(), (name, bad, said)
+        tried += 1
+        (tmp_path / "config.json").unlink()
+        assert sorted(tmp_path.rglob("*")) == before, (name, bad)
+    assert tried > 100
+    path = shutil.copytree(run, folder(tmp_path / "runs", "comadice"))
+    for name, bad in ((n, b) for n in ("steps", "lr", "versions", "seeds", "x\x1b") for b in [*texts, [texts[0]], {texts[0]: 1}]):
+        (path / "config.json").write_text(json.dumps(config | {name: bad}))
+        ends(capsys, "comadice", hopper_data, tmp_path / "runs", 2, "^error: .*config.json is not that of a run$", resume=True)
+
+
+def test_hostile_checkpoints(hopper_data, copy, tmp_path, capsys):
+    state = load_checkpoint(copy)
+    for part in ("card", "config"):
+        for bad in ("a\x1b[2J", ["a\nb"], {"a\0": 1}, 10**400, math.nan):
+            sealed.save(copy / "checkpoint.pt", state | {part: state[part] | {"task": bad}})
+            ends(capsys, "comadice", hopper_data, tmp_path, 2, "^error: .*is not a checkpoint of this project: its (card|config) holds control characters", resume=True)
 
 
 TRAINING = ["comadice_train.py", "comadice_bc.py", *(f"baselines.{name}" for name in ("bcq", "cql", "icq", "omar", "omiga"))]

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -13,17 +14,19 @@ import time
 from dataclasses import replace
 
 import pytest
-from conftest import ROOT, files_hash, hopper_card
+from conftest import ROOT, files_hash, hopper_card, remount, small_disk
 
 import environments.__main__
+import environments.checks
 import environments.mamujoco
 import environments.smax
 import environments.starcraft
 import offline_data.collect
+import offline_data.convert
 import offline_data.list
 from environments.checks import BadInput
 from environments.simulators import make_env
-from offline_data import durable
+from offline_data import durable, lock
 from offline_data.dataset import open_dataset
 from offline_data.published import published
 from offline_data.writer import DatasetWriter
@@ -99,27 +102,21 @@ def test_a_folder_that_was_removed(tmp_path):
 def test_a_disk_that_is_full(tmp_path):
     """A real small disk, where this may be mounted."""
     disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("a small tmpfs can't be mounted here")
-    try:
+    with small_disk(disk, 64):
         durable.write_bytes(disk / "a", b"x" * 1000)
         with pytest.raises(BadInput, match=f"^no space left on {disk}; free some"):
             durable.write_bytes(disk / "a", b"x" * 100_000)
+        remount(disk, "ro")
+        with pytest.raises(BadInput, match=f"^can't write {disk}/a: {disk} is mounted read-only; choose another folder"):
+            durable.write_bytes(disk / "a", b"y")
         assert (disk / "a").read_bytes() == b"x" * 1000 and os.listdir(disk) == ["a"]
-    finally:
-        subprocess.run(["umount", disk], check=True)
 
 
 def test_datasets_on_a_disk_that_is_full(hopper_episodes, tmp_path):
     """20 sizes of a disk, from one that holds nothing to one that holds it all: a whole dataset, or one line and nothing."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    outcomes = []
+    disk, outcomes = tmp_path / "disk", []
     for kib in range(8, 168, 8):
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", disk], capture_output=True).returncode:
-            pytest.skip("a small tmpfs can't be mounted here")
-        try:
+        with small_disk(disk, kib):
             try:
                 writer = DatasetWriter(disk / "set")
                 for episode in hopper_episodes:
@@ -130,9 +127,6 @@ def test_datasets_on_a_disk_that_is_full(hopper_episodes, tmp_path):
                 assert str(error).startswith(f"no space left on {disk}; free some and run the command again"), error
                 assert not (disk / "set").exists() and not (disk / "set.partial").exists()
                 outcomes.append("no space")
-            del writer
-        finally:
-            subprocess.run(["umount", "-l", disk], check=True)
     assert set(outcomes) == {"written", "no space"} and outcomes == sorted(outcomes), outcomes
 
 
@@ -312,11 +306,73 @@ def test_overwrite_replaces_the_datasets_and_the_training_of_another_command(cop
     assert kept == ["actor-000.pt", "curve.csv", "curve.png", "episodes-000", "notes.txt", "state.pt"]
 
 
+def collect_on(disk, capsys, **changes) -> str:
+    """How collecting on this disk ends: "done", or "no space" in one line."""
+    capsys.readouterr()
+    try:
+        environments.checks.run_script(offline_data.collect.main, replace(COLLECT, out=str(disk), **changes))
+        return "done"
+    except SystemExit as end:
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert end.code == 2 and re.search(f"^error: no space left on {disk}; free some and run the command again", said), said
+        return "no space"
+
+
+@pytest.mark.parametrize("share", [float(x) for x in os.environ.get("SHARES", "0.02 0.3 0.7").split()])
+def test_collecting_on_a_disk_that_is_full(share, collected, tmp_path, capsys):
+    """It ends in one line, and goes on with more space. SHARES of what it needs: more of them can be tried."""
+    disk, needed = tmp_path / "disk", sum(-(-file.stat().st_size // 4096) * 4 for file in collected.rglob("*") if file.is_file())
+    with small_disk(disk, max(int(share * needed), 4)):
+        assert collect_on(disk, capsys) == "no space"
+        for file in disk.rglob("card.json"):
+            open_dataset(file.parent)
+        assert not list(disk.rglob("LOCK"))
+        remount(disk, "size=100m")
+        assert collect_on(disk, capsys) == "done"
+        assert {file.parent.name for file in disk.rglob("card.json")} >= {"medium", "expert", "medium-replay", "medium-expert"}
+        assert not list(disk.rglob("*.partial")) and not list(disk.rglob("LOCK"))
+        remount(disk, "ro")
+        before = files_hash(disk)
+        assert collect_on(disk, capsys) == "done" and files_hash(disk) == before  # it only says what is there
+
+
+def test_a_folder_removed_under_collect(tmp_path, monkeypatch):
+    original = offline_data.collect.update
+    monkeypatch.setattr(offline_data.collect, "update", lambda *a: (shutil.rmtree(tmp_path / "data"), original(*a)))
+    with pytest.raises(BadInput, match="is not there, or was removed meanwhile; run the command again"):
+        offline_data.collect.main(replace(COLLECT, out=str(tmp_path / "data")))
+
+
+HOLD = "import sys, time; from pathlib import Path; from offline_data.lock import lock; lock(Path(sys.argv[1]), sys.argv[2] == 'beside'); print('held', flush=True); time.sleep(60)"
+
+
+@pytest.mark.parametrize("name", ["collect", "convert"])
+def test_a_second_command_that_writes_the_same_data_is_refused(name, tmp_path):
+    folder = tmp_path / "mamujoco" / "hopper" / ("behaviour" if name == "collect" else "expert")
+    (tmp_path / "source").write_text("")
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, folder, "" if name == "collect" else "beside"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(BadInput, match=f"^{folder} is in use by process {holder.pid} on .*: wait for it or stop it"):
+            if name == "collect":
+                offline_data.collect.main(replace(COLLECT, out=str(tmp_path)))
+            else:
+                offline_data.convert.convert(str(tmp_path / "source"), "omiga", "mamujoco", "hopper", "expert", str(folder))
+        assert sorted(tmp_path.rglob("*")) == before
+    finally:
+        holder.kill()
+        holder.wait()
+    with lock.locked(folder, beside=name == "convert"), lock.locked(folder, beside=name == "convert"):  # the stale LOCK is in nobody's way
+        assert folder.absolute() in lock.HELD
+    assert not list(tmp_path.rglob("*LOCK")) and folder.absolute() not in lock.HELD
+
+
 def test_flipped_bits_in_the_training_state_are_found(copied, monkeypatch):
     """torch.load alone takes most of them."""
     rng, path = random.Random(0), copied / "behaviour" / "state.pt"
     original, refused = path.read_bytes(), 0
-    for _ in range(40):
+    for _ in range(int(os.environ.get("FLIPS", 40))):
         data = bytearray(original)
         place = rng.randrange(len(data))
         data[place] ^= 1 << rng.randrange(8)

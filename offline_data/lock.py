@@ -1,0 +1,124 @@
+"""One process at a time in a run directory, or at a dataset.
+
+    lock(folder)                          # until unlock(folder), or the end of the process
+    with locked(folder, beside=True): ... # a dataset is made elsewhere and moved here: its lock lies beside it
+
+It is a lock of the operating system on the file LOCK. So it ends with the process, however that ends, and it also works
+between machines that share a file system. The text in the file only names the holder. Importing this module does not
+load torch.
+"""
+
+import atexit
+import errno
+import fcntl
+import os
+import socket
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from environments.checks import BadInput
+from offline_data.durable import AGAIN, disk_errors
+
+HELD = {}  # folder -> its open lock file, in this process
+
+
+def lock(folder: Path, beside: bool = False, again: str = AGAIN):
+    """Locks the folder by FOLDER/LOCK, or by FOLDER.LOCK; what is missing on the way to that file is made.
+
+    Raises BadInput if another process has the lock, or if the file can't be written; `again` is how to go on then. A
+    process that has the lock already keeps it.
+    """
+    folder = folder.absolute()
+    if folder in HELD and _is_there(HELD[folder]):
+        return
+    path = folder.with_name(folder.name + ".LOCK") if beside else folder / "LOCK"
+    tries = 2  # the first may have met holder_of, which holds the lock for a moment
+    with disk_errors(path, again):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            file = open(path, "a+")
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.seek(0)
+                holder = file.read(300).strip() or "another process"
+                file.close()
+                tries -= 1
+                if tries and error.errno in (errno.EACCES, errno.EAGAIN):
+                    time.sleep(0.05)
+                    continue
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    print(f"{folder} can't be locked ({error.strerror}): make sure that only one process writes there")
+                    return
+                raise BadInput(
+                    f"{folder} is in use by {holder}: wait for it or stop it, or choose another --out"
+                ) from None
+            if _is_there(file):
+                break
+            file.close()  # the last holder removed the file between the two calls
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+    except OSError:  # a full disk: the lock works without a name
+        pass
+    HELD[folder] = file
+
+
+def holder_of(folder: Path) -> str | None:
+    """Who trains in the folder, as its LOCK says, or None. What a process that was killed left counts as nobody."""
+    if folder.absolute() in HELD:  # a process that closes its own lock file loses the lock
+        return "this process"
+    try:
+        with open(folder / "LOCK") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise
+                return file.read(300).strip() or "another process"
+    except FileNotFoundError:
+        pass
+    return None
+
+
+def unlock(folder: Path):
+    """Removes the lock file, while it is held, and a folder with nothing else in it."""
+    folder = folder.absolute()
+    file = HELD.pop(folder, None)
+    if file is not None:
+        with suppress(OSError):
+            if _is_there(file):
+                os.unlink(file.name)
+            if os.path.dirname(file.name) == str(folder):
+                folder.rmdir()  # fails where there is a run
+        with suppress(OSError):  # closing tries again what could not be written to a full disk
+            file.close()
+
+
+@contextmanager
+def locked(folder: Path, beside: bool = False):
+    """Within it the folder is locked; one that was locked before stays locked."""
+    before = folder.absolute() in HELD
+    lock(folder, beside)
+    try:
+        yield
+    finally:
+        if not before:
+            unlock(folder)
+
+
+def _is_there(file) -> bool:
+    """Whether an open lock file still has its name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    except OSError:
+        return False
+
+
+@atexit.register
+def _unlock_all():
+    """A script that ends leaves no LOCK behind. A killed one does, but that file locks nothing."""
+    for folder in list(HELD):
+        unlock(folder)
