@@ -4,8 +4,6 @@ import os
 from pathlib import Path
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-# What a worker that is killed leaves behind (simulators, games) ends with it.
-os.environ.setdefault("RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper", "true")
 # A cluster that `ray start` made asks for this token where it exists, and ray.init() does not show it by itself (2.60).
 if "RAY_ADDRESS" in os.environ and (Path.home() / ".ray" / "auth_token").exists():
     os.environ.setdefault("RAY_AUTH_MODE", "token")
