@@ -64,7 +64,7 @@ def seconds_per_run(cells: list[Cell]) -> dict[str, float | None]:
     torch.set_num_threads(1)
     known, seconds = {}, {}
     shapes = {cell.name: sizes(cell) for cell in cells}
-    same = lambda cell: (shapes[cell.name], cell.method, cell.part)
+    same = lambda cell: (shapes[cell.name], cell.method, cell.flags.get("mixer_layers"))  # alpha and f cost nothing
     kinds = len({same(cell) for cell in cells})
     with tempfile.TemporaryDirectory() as folder:
         for cell in cells:
