@@ -109,10 +109,10 @@ def section(found: list[Group]) -> list[str]:
     lines = [
         "## All instances together",
         "",
-        "The interquartile mean of all seeds' scores on all instances, and the probability that a run is better than one",
-        "of another method on the same instance (0.5: equally good). In brackets 95% intervals, by a bootstrap of the",
-        f"seeds within each instance ({DRAWS:,} draws). Returns are divided by the mean return of the data, win rates are",
-        "in percent.",
+        "The interquartile mean of all seeds' scores on all instances, and the probability that a run is better than",
+        "one of another method on the same instance (0.5: equally good). In brackets 95% intervals, by a bootstrap of",
+        f"the seeds within each instance ({DRAWS:,} draws). Returns are divided by the mean return of the data, win",
+        "rates are in percent.",
         "",
     ]
     if len({group.budget for group in found}) > 1:
@@ -151,7 +151,7 @@ def draw_intervals(found: list[Group], path: Path):
             axis.plot([low, high], [i, i], color="C0", linewidth=5, alpha=0.35, solid_capstyle="butt")
             axis.plot([iqm(own)], [i], "o", color="C0", markersize=5)
         axis.set_yticks(range(len(group.columns)), [escape(column) for column in group.columns], fontsize=8)
-        axis.invert_yaxis()
+        axis.set_ylim(len(group.columns) - 0.5, -0.5)
         axis.grid(axis="x", alpha=0.3)
         axis.set_xlabel(f"{UNIT[group.metric]}\ninterquartile mean, 95% interval", fontsize=8)
         axis.set_title(panel_title(group), fontsize=8)
@@ -174,7 +174,8 @@ def draw_profiles(found: list[Group], path: Path):
                 band = interval(lambda drawn, taus=taus: profile(drawn, taus), own, draws=1000)
                 axis.fill_between(taus, *band, color=f"C{i % 10}", alpha=0.2, linewidth=0)
         axis.set(ylim=(0, 1.02), ylabel="share of runs that score more")
-        axis.set_xlabel(UNIT[group.metric] + ("\nshaded: 95% interval" if "comadice" in group.columns else ""), fontsize=8)
+        shaded = "\nshaded: 95% interval" if "comadice" in group.columns else ""
+        axis.set_xlabel(UNIT[group.metric] + shaded, fontsize=8)
         axis.set_title(panel_title(group), fontsize=8)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)

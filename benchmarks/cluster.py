@@ -1,0 +1,75 @@
+"""What Ray costs: the whole paper's tasks on a cluster that is only declared, with stubs that sleep.
+
+    python -m benchmarks.cluster                                # 64 slots, 1,365 tasks of 20 s
+    python -m benchmarks.cluster --slots 4 --tasks 20 --seconds 5
+
+Ray is told that this machine has --slots cores, and benchmarks.paper hands it its tasks as ever: each in a process of
+its own. What a task costs beyond its sleep is compared with the length of a run, --run hours. This machine starts all
+processes of all slots; the machines of a cluster start their own, so the cost here is an upper bound.
+"""
+
+import math
+import tempfile
+import time
+from dataclasses import dataclass
+
+import benchmarks.ray_env  # noqa: F401 -- before Ray
+
+# isort: split
+import tyro
+
+from benchmarks import grid, paper
+from environments import stops
+from environments.checks import BadInput, run_script
+
+
+@dataclass
+class Args:
+    slots: int = 64
+    """tasks at the same time"""
+    tasks: int = 1365
+    """tasks, of the paper's 1,365"""
+    seconds: float = 20.0
+    """of a task"""
+    run: float = 0.33
+    """hours of the shortest run, as benchmarks.paper --plan says (BC on hopper, 200,000 steps, one core)"""
+
+
+def stub(cell: grid.Cell, seeds: list[int], device: str, seconds: float) -> tuple[str, str]:
+    time.sleep(seconds)
+    return "finished", ""
+
+
+def main(args: Args):
+    if min(args.slots, args.tasks) < 1 or args.tasks > 1365 or args.seconds <= 0 or args.run <= 0:
+        raise BadInput("--slots, --seconds and --run must be positive, --tasks from 1 to 1365")
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise BadInput("Ray is missing: pip install -r requirements-ray.txt") from None
+    options = {"include_dashboard": False, "object_store_memory": 100 * 2**20, "logging_level": "ERROR"}
+    ray.init("local", num_cpus=args.slots, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        budget = {"steps": 1, "evals": 1, "eval_episodes": 1}
+        seeds = list(range(5))
+        cells = grid.make_cells(folder, grid.choose_instances([], []), grid.PAPER_METHODS, seeds, [], budget, {})
+        cells = cells[: math.ceil(args.tasks / 5)]
+        cells[-1].seeds = seeds[: args.tasks - 5 * (len(cells) - 1)]
+        stops.catch()
+        stops.hold()
+        began, driver = time.perf_counter(), time.process_time()
+        seconds = args.seconds
+        paper.work(ray, cells, paper.Args(out=folder), lambda *task: stub(*task, seconds))
+        elapsed, driver = time.perf_counter() - began, time.process_time() - driver
+    ray.shutdown()
+    waves = math.ceil(args.tasks / args.slots)
+    over = (elapsed - waves * args.seconds) / waves  # between the end of a slot's task and the start of its next
+    print(
+        f"{args.tasks} tasks of {args.seconds:g} s on {args.slots} slots: {elapsed:.1f} s, without any cost "
+        f"{waves * args.seconds:.1f} s. A task costs {over:.2f} s of its slot, {100 * over / (3600 * args.run):.2f}% of "
+        f"a run of {args.run:g} hours. The driver used {1000 * driver / args.tasks:.1f} ms of a core for each task."
+    )
+
+
+if __name__ == "__main__":
+    run_script(main, tyro.cli(Args))

@@ -1,0 +1,261 @@
+"""The paper's experiment as a list of cells: instances x methods, and the ablations of Tables 10 to 24.
+
+A cell is all seeds of one method on one instance with one setting. Its runs are ordinary run directories:
+
+    OUT/main/ENV/TASK/QUALITY/METHOD/seedN
+    OUT/alpha0.1/ENV/TASK/QUALITY/comadice/seedN     an ablation; its default value is the run in OUT/main
+    OUT/grid/                                        what was asked for, failures and logs
+"""
+
+import environments.threads  # noqa: F401 -- before torch
+
+# isort: split
+import contextlib
+import importlib
+import json
+import os
+import re
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from environments.checks import BadInput, run_script
+from offline_data.card import check_card, check_name, read_json
+from offline_data.durable import write_text
+from offline_data.published import published
+from support.lock import holder_of
+from support.runs import has_summary
+
+# Method -> its script and the flags that make it this method. The paper's seven, and a yardstick.
+METHODS = {
+    "bc": ("comadice_bc", {}),
+    "bcq": ("baselines.bcq", {}),
+    "cql": ("baselines.cql", {}),
+    "icq": ("baselines.icq", {}),
+    "omar": ("baselines.omar", {}),
+    "omiga": ("baselines.omiga", {}),
+    "comadice": ("comadice_train", {}),
+    "bc-best10": ("comadice_bc", {"best": 0.1}),
+}
+PAPER_METHODS = ["bc", "bcq", "cql", "icq", "omar", "omiga", "comadice"]
+# The values of Tables 10 to 24, without those that ComaDICE has by default: they are the runs in OUT/main.
+ABLATIONS = {
+    "alpha": ("alpha", [0.01, 0.1, 1.0, 10.0, 100.0]),
+    "f": ("f", ["chi2", "kl"]),
+    "mixer": ("mixer_layers", [2]),
+}
+# Flags of the scripts that are this command's own business.
+OWN = {"env", "task", "quality", "data", "out", "seeds", "steps", "evals", "eval_episodes", "resume", "overwrite",
+       "quiet", "device", "best", "checkpoint"}  # fmt: skip
+BUDGET = {"steps", "evals", "eval_episodes"}
+PATIENCE = 60  # seconds to wait for a process that is about to end, for example on a machine that was lost
+
+
+@dataclass
+class Cell:
+    out: str
+    part: str
+    """main, or an ablation's setting"""
+    instance: tuple[str, str, str]
+    """env, task, quality"""
+    method: str
+    flags: dict
+    """of the method's script, without its seeds"""
+    seeds: list[int]
+
+    @property
+    def name(self) -> str:
+        return "/".join((self.part, *self.instance, self.method))
+
+    def path(self, seed: int) -> Path:
+        return Path(self.out, self.name, f"seed{seed}")
+
+    def finished(self, seed: int) -> bool:
+        """Whether the run is there to its end. One of other flags is not this run, and its script will say so."""
+        path = self.path(seed)
+        if not has_summary(path):
+            return False
+        config = read_json(path / "config.json")
+        return all(config.get(name) == value for name, value in self.flags.items() if name not in OWN - BUDGET)
+
+    def failure(self, seed: int | None = None) -> Path:
+        """The file that keeps the line of a failure: of one seed, or of the whole cell."""
+        return failure_file(self.out, self.name, seed)
+
+
+def failure_file(out: str | Path, name: str, seed: int | None) -> Path:
+    return Path(out, "grid", "failed", name.replace("/", ".") + ("" if seed is None else f".seed{seed}") + ".txt")
+
+
+# ---------------------------------------------------------------- which cells
+
+
+def paper_instances() -> list[tuple[str, str, str]]:
+    """The 39 of Tables 1 and 2: those of Table 3."""
+    return [name for name, (_, table3, _) in published().items() if table3]
+
+
+def choose_instances(only: list[str], data: list[str]) -> dict[tuple[str, str, str], str | None]:
+    """(env, task, quality) -> the dataset's directory, None for data/ENV/TASK/QUALITY.
+
+    A word of `only` is an env, a task or a quality of the paper, a part such as hopper/expert, or any ENV/TASK/QUALITY.
+    """
+    chosen = {}
+    for word in only:
+        slashes = f"/{word.strip('/')}/"
+        found = [name for name in paper_instances() if slashes in f"/{'/'.join(name)}/"]
+        if not found and word.count("/") == 2:
+            found = [tuple(word.split("/"))]
+            for what, name in zip(("env", "task", "quality"), found[0]):
+                check_name(what, name, "--only: ")
+        if not found:
+            raise BadInput(f"--only {word}: no env, task or quality of the paper; for another one: ENV/TASK/QUALITY")
+        chosen |= dict.fromkeys(found)
+    for path in data:
+        card = read_json(Path(path, "card.json"))
+        check_card(Path(path), card)
+        name = card["env"], card["task"], card["quality"]
+        if chosen.get(name):
+            raise BadInput(f"--data {path} and {chosen[name]} are both {' '.join(name)}: give each its own --out")
+        chosen[name] = str(Path(path).absolute())
+    return chosen or dict.fromkeys(paper_instances())
+
+
+def split_extra(words: list[str], methods: list[str]) -> dict[str, dict]:
+    """The words after -- as flags of each method's script: {method: {flag: value}}. A flag goes to the methods that
+    have it. Raises BadInput for one that none has."""
+    import tyro
+
+    groups = []
+    for word in words:
+        if word.startswith("--"):
+            groups.append([*word.split("=", 1)])
+        elif groups:
+            groups[-1].append(word)
+        else:
+            raise BadInput(f"after -- stand flags of the training scripts, {word!r} is none")
+    for group in groups:
+        if group[0].startswith("--no-"):  # a flag that is off or on in some scripts has a third value in others
+            group[:] = ["--" + group[0][5:], "False"]
+    names = [group[0][2:].replace("-", "_") for group in groups]
+    given = {}
+    for method in methods:
+        Args = importlib.import_module(METHODS[method][0]).Args
+        words, own, default = [], [name for name in names if name in Args.__dataclass_fields__], Args()
+        for name, (flag, *values) in zip(names, groups):
+            if name in own and isinstance(getattr(default, name), bool):
+                words.append(flag if values != ["False"] else f"--no-{flag[2:]}")
+            elif name in own:
+                words += [flag, *values]
+        args = tyro.cli(Args, args=words)
+        given[method] = {name: getattr(args, name) for name in own}
+    for name, group in zip(names, groups):
+        if name in OWN:
+            raise BadInput(f"{group[0]} is set by this command: give it before --, or leave it out")
+        if not any(name in flags for flags in given.values()):
+            raise BadInput(f"{group[0]}: none of {', '.join(methods)} has this flag")
+    return given
+
+
+def make_cells(out: str, instances: dict, methods: list[str], seeds: list[int], ablations: list[str], budget: dict,
+               extra: dict[str, dict]) -> list[Cell]:  # fmt: skip
+    """All cells, in the order in which they are begun. An ablation needs ComaDICE's default beside it."""
+    if ablations and "comadice" not in methods:
+        methods = [*methods, "comadice"]
+    settings = [("main", method, {}) for method in methods]
+    for key in ablations:
+        flag, values = ABLATIONS[key]
+        settings += [(f"{key}{value:g}" if key != "f" else f"f-{value}", "comadice", {flag: value}) for value in values]
+    cells = []
+    for instance, data in instances.items():
+        for part, method, ablated in settings:
+            flags = METHODS[method][1] | budget | extra.get(method, {}) | ablated
+            flags |= dict(zip(("env", "task", "quality"), instance)) | {"data": data, "out": str(Path(out, part))}
+            cells.append(Cell(out, part, instance, method, flags, seeds))
+    return cells
+
+
+def save_plan(out: str, cells: list[Cell]):
+    """OUT/grid/plan.json: the runs that were asked for, so that `status` knows what is waiting."""
+    path = Path(out, "grid", "plan.json")
+    known = read_plan(out)
+    runs = known | {f"{cell.name}/seed{seed}": cell.flags["steps"] for cell in cells for seed in cell.seeds}
+    if runs != known:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps({"steps": runs}, indent=0) + "\n")
+
+
+def read_plan(out: str | Path) -> dict[str, int]:
+    """Run directory below OUT -> its steps."""
+    path = Path(out, "grid", "plan.json")
+    plan = read_json(path) if path.is_file() else {"steps": {}}
+    if not isinstance(plan, dict) or not isinstance(plan.get("steps"), dict):
+        raise BadInput(f"{path} is not a plan of this command")
+    return plan["steps"]
+
+
+# ---------------------------------------------------------------- one task
+
+
+def train(cell: Cell, seeds: list[int], device: str) -> tuple[str, str]:
+    """Trains seeds of a cell here, in this process, from where they are, by the method's own script.
+
+    Returns what came of it, and a line: "finished"; "stopped", by a signal, or waiting in vain for another process;
+    "failed", these seeds alone; "input", which can't be used, so that the cell's other seeds can't run either. What
+    the script prints goes to OUT/grid/logs.
+    """
+    log = Path(cell.out, "grid", "logs", cell.name.replace("/", ".") + f".seed{'-'.join(map(str, seeds))}.txt")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    cell.failure().unlink(missing_ok=True)
+    for seed in seeds:
+        cell.failure(seed).unlink(missing_ok=True)
+    for _ in range(PATIENCE):
+        others = {seed: holder for seed in seeds if (holder := holder_of(cell.path(seed)))}
+        if not others:
+            break
+        time.sleep(1)
+    else:
+        seed, holder = next(iter(others.items()))
+        return "stopped", f"{cell.path(seed)} is in use by {holder}"
+    with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        start = file.tell()
+        print(time.strftime("%Y-%m-%d %H:%M:%S"), f"process {os.getpid()}", flush=True)
+        script = importlib.import_module(METHODS[cell.method][0])
+        flags = cell.flags | {"seeds": seeds, "device": device, "resume": True, "quiet": True}
+        if flags["data"] is not None:
+            # comadice_train.py knows its demonstration by the full path of that dataset, and trains BC beside it
+            flags["data"] = os.path.relpath(flags["data"])
+        try:
+            run_script(script.main, script.Args(**flags))
+        except SystemExit as end:
+            code = end.code
+        except Exception as error:
+            traceback.print_exc(file=file)
+            line = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} (traceback: {log})"
+            return "failed", keep_failures(cell, {seed: line for seed in seeds})
+        else:
+            code = 0
+    with open(log) as file:
+        file.seek(start)
+        lines = [line.removeprefix("error: ").strip() for line in file if line.startswith("error: ")]
+    # The script's picture has these seeds alone, and other tasks write it too. The report's have all of them.
+    picture = "learning_curve.png" if cell.method == "comadice" else f"learning_curve_{cell.method}.png"
+    cell.path(seeds[0]).parents[1].joinpath(picture).unlink(missing_ok=True)
+    if code in (130, 143):
+        return "stopped", f"stopped by a signal, {cell.name} goes on from its checkpoint"
+    diverged = {int(line.split()[1]): line for line in lines if re.match(r"seed \d+ diverged", line)}
+    if diverged:
+        return "failed", keep_failures(cell, diverged)
+    if code:
+        return "input", keep_failures(cell, {None: lines[-1] if lines else f"exit code {code} (see {log})"})
+    return "finished", ""
+
+
+def keep_failures(cell: Cell, lines: dict[int | None, str]) -> str:
+    """Writes the line of each seed's failure, or with None the cell's, where `status` finds it."""
+    for seed, line in lines.items():
+        path = cell.failure(seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, line + "\n")
+    return next(iter(lines.values()))

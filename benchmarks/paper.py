@@ -1,0 +1,340 @@
+"""The paper's experiment as one command: 39 instances x 7 methods x 5 seeds, and its ablations. Or any part of it.
+
+    python -m benchmarks.paper --plan                                    # what would run, and for how long
+    python -m benchmarks.paper --only hopper --methods bc comadice       # every quality of hopper
+    python -m benchmarks.paper --only hopper/medium-replay --methods comadice --ablation alpha f mixer
+    python -m benchmarks.paper --data data/smax/zerg_5_vs_5/demo --steps 3000 -- --hidden 128
+    python -m benchmarks.paper status runs/paper                         # how far all is
+    python -m benchmarks.paper report runs/paper                         # tables and figures of what is finished
+
+The runs are tasks of Ray (requirements-ray.txt). On one machine Ray starts by itself; where RAY_ADDRESS names a
+cluster, they run there. Without a GPU a task is one seed, on one core with one thread. With GPUs it is all seeds of a
+cell, and --gpu-fraction of a GPU. All machines see the same disk: run directories, datasets and this code lie there.
+
+The same command again goes on where everything is: finished runs stay, others continue from their checkpoints. So it is
+after a kill, after a lost machine, and with more seeds or methods. docs/slurm/ has templates for clusters.
+"""
+
+import environments.threads  # noqa: F401 -- before torch
+
+# isort: split
+import benchmarks.ray_env  # noqa: F401 -- before Ray
+
+# isort: split
+import os
+import shlex
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from benchmarks import estimate, grid
+from benchmarks.grid import Cell
+from benchmarks.progress import STATES, Board, duration, show
+from environments import stops
+from environments.checks import BadInput, fail_at_end, run_script
+from offline_data.card import DATA_ROOT, dataset_path
+from support import report
+
+SECONDS = 5  # between two looks at the run directories
+LINE = 60  # seconds between two lines where the output is not a terminal
+SAVING = 120  # seconds that stopped runs have for their checkpoints
+PATH = str(Path(__file__).parent.parent)
+
+
+@dataclass
+class Args:
+    """Run the paper's experiment, or a part of it. Words after a lone -- are flags of the training scripts."""
+
+    only: list[str] = field(default_factory=list)
+    """envs, tasks or qualities of the paper, or parts such as hopper/expert; ENV/TASK/QUALITY may be any dataset"""
+    data: list[str] = field(default_factory=list)
+    """dataset directories, beside or instead of --only (default: the paper's 39 instances)"""
+    methods: list[Literal["bc", "bcq", "cql", "icq", "omar", "omiga", "comadice", "bc-best10"]] = field(
+        default_factory=lambda: list(grid.PAPER_METHODS)
+    )
+    """methods"""
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
+    """seeds of every cell"""
+    ablation: list[Literal["alpha", "f", "mixer"]] = field(default_factory=list)
+    """ComaDICE with the other values of Tables 10 to 14, 15 to 19, 20 to 24"""
+    steps: int = 200_000
+    """gradient steps of each stage"""
+    evals: int = 100
+    """evaluations over the training of the policies (Table 4)"""
+    eval_episodes: int = 32
+    """episodes per evaluation (Table 4)"""
+    out: str = "runs/paper"
+    """run directories, and the report"""
+    gpu_fraction: float = 0.25
+    """of a GPU for each task, where there are GPUs; 0: use none"""
+    retries: int = 3
+    """times that a task is begun again when its worker or machine is lost"""
+    plan: bool = False
+    """print what would run, with an estimate of the time, and run nothing"""
+    index: int | None = None
+    """run this run of the plan alone, in this process and without Ray: for a job array"""
+
+
+# ---------------------------------------------------------------- the work, as tasks of Ray
+
+
+def start_ray():
+    """Joins the cluster that RAY_ADDRESS names, or starts Ray here, and returns it."""
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    if "RAY_ADDRESS" in os.environ:
+        where, options = f"no Ray cluster at RAY_ADDRESS {os.environ['RAY_ADDRESS']}", {}
+    else:  # nothing is sent through the object store, so it needs no memory to speak of
+        where = "Ray does not start here; a busy machine may be too slow for it, so try again"
+        options = {"address": "local", "include_dashboard": False, "object_store_memory": 100 * 2**20}
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise BadInput(
+            "Ray is missing: pip install -r requirements-ray.txt (or run one run at a time with --index)"
+        ) from None
+    try:
+        ray.init(**options, **quiet)
+    except Exception as error:  # ConnectionError, ValueError, RuntimeError, and where it waits in vain a bare Exception
+        raise BadInput(f"{where} ({type(error).__name__}: {str(error).strip().splitlines()[0]})") from None
+    return ray
+
+
+def work(ray, cells: list[Cell], args: Args, train=grid.train):
+    """Runs what is not finished, and waits for it. `train` is what a task calls."""
+    gpus = ray.cluster_resources().get("GPU", 0) if args.gpu_fraction else 0
+    device = "cuda" if gpus else "cpu"
+    remote = ray.remote(
+        num_cpus=1,
+        num_gpus=args.gpu_fraction if gpus else 0,
+        max_retries=0,  # counted here: Ray would try for ever where a task needs too much memory
+        max_calls=1,  # a process of its own, which gives all memory back
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATH}},
+    )(train)
+    tasks = []
+    for cell in cells:
+        seeds = [seed for seed in cell.seeds if not cell.finished(seed)]
+        tasks += [(cell, seeds)] if gpus and seeds else [(cell, [seed]) for seed in seeds]
+    running = {remote.remote(*task, device): (*task, 0) for task in tasks}
+    board, display, failed, cancelled = Board(args.out), Display(), set(), False
+    while running:
+        ready, _ = ray.wait(list(running), timeout=SECONDS)
+        for ref in ready:
+            cell, seeds, tries = running.pop(ref)
+            outcome, line = result(ray, ref)
+            if outcome == "stopped" and not cancelled and cell.name not in failed:
+                if tries < args.retries:
+                    display.say(f"{cell.name}, seeds {seeds}: {line}; once more ({tries + 1} of {args.retries})")
+                    running[remote.remote(cell, seeds, device)] = (cell, seeds, tries + 1)
+                    continue
+                outcome, line = "lost", f"given up after {tries + 1} tries: {line}"
+            if outcome == "lost":  # the task itself could not write it down
+                grid.keep_failures(cell, {seed: line for seed in seeds})
+            if outcome in ("failed", "lost", "input") and cell.name not in failed:
+                display.say(f"{cell.name}, seeds {seeds}: {line}")
+            if outcome == "input":  # no other seed of this cell can do better
+                failed.add(cell.name)
+                for other, (its_cell, *_) in running.items():
+                    if its_cell is cell:
+                        ray.cancel(other)
+        if stops.asked() and not cancelled:  # a task that runs sees this as Ctrl-C, and saves its state
+            cancelled, until = True, time.monotonic() + SAVING
+            for ref in running:
+                ray.cancel(ref)
+        if cancelled and time.monotonic() > until:
+            break
+        display.draw(board, last=not running)
+    stops.leave()
+
+
+def result(ray, ref) -> tuple[str, str]:
+    """What grid.train returned, or what came of its process."""
+    try:
+        return ray.get(ref)
+    except ray.exceptions.TaskCancelledError:
+        return "stopped", "cancelled before it began"
+    except ray.exceptions.RayTaskError as error:  # not of the training: the code can't be loaded there, for example
+        return "lost", str(error).strip().splitlines()[-1]
+    except ray.exceptions.RayError as error:
+        return "stopped", f"its worker was lost ({type(error).__name__})"
+
+
+class Display:
+    """The table of progress, redrawn in a terminal; elsewhere one line a minute, and the table at the end."""
+
+    def __init__(self):
+        self.terminal, self.drawn, self.at = sys.stdout.isatty(), 0, time.monotonic()
+
+    def say(self, line: str):
+        self.clear()
+        print(line, flush=True)
+
+    def clear(self):
+        if self.drawn:
+            print(f"\033[{self.drawn}F\033[J", end="")
+        self.drawn = 0
+
+    def draw(self, board: Board, last: bool = False):
+        if not (self.terminal or last or time.monotonic() - self.at > LINE):
+            return
+        runs, self.at = board.read(), time.monotonic()
+        if last:
+            lines = show(runs)
+        elif self.terminal:
+            lines = show(runs)[-os.get_terminal_size().lines + 2 :]
+        else:
+            count = Counter(run.state for run in runs)
+            lines = [time.strftime("%H:%M:%S ") + ", ".join(f"{count[state]} {state}" for state in STATES)]
+        self.clear()
+        width = os.get_terminal_size().columns - 1 if self.terminal else None
+        print("\n".join(line[:width] for line in lines), flush=True)
+        self.drawn = len(lines) if self.terminal and not last else 0
+
+
+# ---------------------------------------------------------------- what is printed and written
+
+
+def print_plan(cells: list[Cell], args: Args):
+    """Every run with its time, and the sums."""
+    seconds = estimate.seconds_per_run(cells)
+    machine = "GPU" if torch.cuda.is_available() else "core"
+    number, total, parts = 0, 0.0, {}
+    for cell in cells:
+        own = seconds[cell.name]
+        for seed in cell.seeds:
+            state = "finished" if cell.finished(seed) else "?" if own is None else duration(own)
+            print(f"{number:>5}  {cell.name}/seed{seed}  {state}")
+            number += 1
+            if state not in ("finished", "?"):
+                parts.setdefault(cell.part, []).append(own)
+                total += own
+    print(f"\n{number:,} runs, of which {sum(map(len, parts.values())):,} are to be done:")
+    for part, own in parts.items():
+        print(f"  {part}: {len(own):,} runs, {sum(own) / 3600:,.1f} {machine}-hours")
+    missing = sorted({"/".join(cell.instance) for cell in cells if not has_data(cell)})
+    print(
+        f"together {total / 3600:,.1f} {machine}-hours of updates, measured just now on noise of each task's sizes"
+        + (f", {args.gpu_fraction:g} of a GPU counted as a whole one" if machine == "GPU" else "")
+        + ". Evaluations come on top, where a simulator is installed."
+    )
+    if missing:
+        print(f"no dataset here for {len(missing)} of the instances: {', '.join(missing)}")
+    print(f"as a job array: --array=0-{number - 1}, each with --index")
+
+
+def has_data(cell: Cell) -> bool:
+    return (dataset_path(cell.flags["data"], *cell.instance, DATA_ROOT) / "card.json").is_file()
+
+
+def write_reports(out: str):
+    """OUT/report of the runs in OUT/main, and OUT/report-ABLATION of each ablation beside ComaDICE's default."""
+    runs, left_out = report.find_runs(Path(out), [Path(out, name) for name in ("grid", "report", *REPORTS)])
+    left_out += [(path, path.read_text().strip()) for path in sorted(Path(out, "grid", "failed").glob("*.txt"))]
+    part = lambda run: run.path.relative_to(out).parts[0]
+    main = [run for run in runs if part(run) == "main"]
+    if main:
+        report.publish(report.make_cells(main), left_out, None, Path(out, "report"))
+    for name, (flag, _) in grid.ABLATIONS.items():
+        ablated = [run for run in runs if part(run).startswith(name) and part(run) != "main"]
+        if ablated:
+            instances = {run.instance for run in ablated}
+            default = [run for run in main if run.method == "comadice" and run.instance in instances]
+            if flag == "alpha":
+                default, ablated = [as_default(run) for run in default], [without_episodes(run) for run in ablated]
+            report.publish(report.make_cells(default + ablated), [], None, Path(out, f"report-{name}"))
+
+
+REPORTS = [f"report-{name}" for name in grid.ABLATIONS]
+
+
+def as_default(run: report.Run) -> report.Run:
+    """Without --alpha it follows the data's rewards. It has one column: where the data differ, its value does."""
+    return without_episodes(run._replace(config=tuple((k, "default" if k == "alpha" else v) for k, v in run.config)))
+
+
+def without_episodes(run: report.Run) -> report.Run:
+    """--episode-alpha follows --alpha, and is no setting of its own."""
+    return run._replace(config=tuple((k, v) for k, v in run.config if k != "episode_alpha"))
+
+
+# ---------------------------------------------------------------- the command
+
+
+def check(args: Args):
+    """Raises BadInput for a flag out of its range."""
+    if min(args.steps, args.evals, args.eval_episodes) < 1:
+        raise BadInput("--steps, --evals and --eval-episodes must be positive")
+    if not args.seeds or len(set(args.seeds)) < len(args.seeds) or not 0 <= min(args.seeds) <= max(args.seeds) < 2**31:
+        raise BadInput(f"--seeds {args.seeds}: give different numbers from 0 to {2**31 - 1}, at least one")
+    if not args.methods or not 0 <= args.gpu_fraction <= 1 or args.retries < 0:
+        raise BadInput("give at least one of --methods, --gpu-fraction from 0 to 1, --retries from 0")
+
+
+def main(args: Args, extra: list[str]):
+    check(args)
+    out, budget = str(Path(args.out).absolute()), {name: getattr(args, name) for name in sorted(grid.BUDGET)}
+    instances = grid.choose_instances(args.only, args.data)
+    methods = list(dict.fromkeys(args.methods))
+    all_methods = methods if "comadice" in methods or not args.ablation else [*methods, "comadice"]
+    cells = grid.make_cells(out, instances, all_methods, args.seeds, list(dict.fromkeys(args.ablation)), budget,
+                            grid.split_extra(extra, all_methods))  # fmt: skip
+    if args.plan:
+        return print_plan(cells, args)
+    grid.save_plan(out, cells)
+    if args.index is not None:
+        return run_one(cells, args)
+    ray = start_ray()
+    try:
+        stops.catch()  # Ray has handlers of its own
+        stops.hold()
+        work(ray, cells, args)
+    finally:
+        ray.shutdown()
+    write_reports(out)
+    end(cells)
+
+
+def end(cells: list[Cell]):
+    """Exit code 1 where a run is not finished."""
+    unfinished = sum(not cell.finished(seed) for cell in cells for seed in cell.seeds)
+    if unfinished:
+        fail_at_end(f"{unfinished} runs are not finished: see above why, and run the same command again")
+
+
+def run_one(cells: list[Cell], args: Args):
+    """Run number --index of the plan."""
+    runs = [(cell, seed) for cell in cells for seed in cell.seeds]
+    if not 0 <= args.index < len(runs):
+        raise BadInput(f"--index {args.index}: the plan has the runs 0 to {len(runs) - 1}")
+    cell, seed = runs[args.index]
+    print(f"run {args.index} of {len(runs)}: {cell.path(seed)}", flush=True)
+    if cell.finished(seed):
+        return print("it is finished")
+    device = "cuda" if torch.cuda.is_available() and args.gpu_fraction else "cpu"
+    outcome, line = grid.train(cell, [seed], device)
+    print(outcome, line)
+    if outcome == "stopped":
+        sys.exit(143)
+    if outcome != "finished":
+        fail_at_end(line)
+
+
+def status(out: str):
+    """How far the runs below a folder are."""
+    if not Path(out).is_dir():
+        raise BadInput(f"no folder at {out}")
+    print("\n".join(show(Board(out).read())))
+
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    if words[:1] in (["status"], ["report"]) and len(words) == 2:
+        run_script(status if words[0] == "status" else write_reports, words[1])
+    else:
+        at = words.index("--") if "--" in words else len(words)
+        run_script(main, tyro.cli(Args, args=words[:at]), words[at + 1 :], go_on=shlex.join(sys.orig_argv))

@@ -1,0 +1,112 @@
+"""How far the runs below a folder are, read from their directories alone, and from OUT/grid what is yet to begin.
+
+A run is running while a process holds its LOCK. Its step is that of its last checkpoint, and so is its speed: what is
+left takes as long a step as what it has done.
+"""
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.grid import failure_file, read_plan
+from environments.checks import BadInput
+from offline_data.card import read_json
+from support.lock import holder_of
+from support.runs import has_summary, load_checkpoint
+
+STATES = ("done", "running", "failed", "waiting")
+
+
+class Progress(NamedTuple):
+    name: str
+    """the run's directory below OUT"""
+    state: str
+    """one of STATES"""
+    text: str = ""
+    """its step, or why it failed"""
+    left: float | None = None
+    """seconds to its end"""
+
+
+class Board:
+    """The state of all runs below `out`. A run that is done, and a checkpoint, are read once."""
+
+    def __init__(self, out: str | Path):
+        self.out, self.done, self.checkpoints = Path(out), set(), {}
+
+    def read(self) -> list[Progress]:
+        found = {str(path.parent.relative_to(self.out)) for path in self.out.rglob("seed*/config.json")}
+        return [self.look(name) for name in dict.fromkeys([*read_plan(self.out), *sorted(found)])]
+
+    def look(self, name: str) -> Progress:
+        path = self.out / name
+        if name not in self.done and has_summary(path):
+            self.done.add(name)
+        holder = holder_of(path)
+        if name in self.done and holder is None:
+            return Progress(name, "done")
+        step, total, left = self.step(path)
+        if holder:
+            return Progress(name, "running", f"step {step:,} of {total:,}" if total else "begins", left)
+        cell, seed = name.rsplit("/seed", 1)
+        for file in (failure_file(self.out, cell, int(seed)), failure_file(self.out, cell, None)):
+            if file.is_file():
+                return Progress(name, "failed", file.read_text().strip())
+        return Progress(name, "waiting", f"goes on at step {step:,} of {total:,}" if step else "")
+
+    def step(self, path: Path) -> tuple[int, int, float | None]:
+        """(gradient steps so far, all of them, seconds left if it goes on at its speed), both stages together."""
+        try:
+            config = read_json(path / "config.json")
+            total = config["steps"] * (2 if config["algo"] == "comadice" else 1)
+        except (BadInput, KeyError, TypeError):  # not there yet, or just being written
+            return 0, 0, None
+        try:
+            written = (path / "checkpoint.pt").stat().st_mtime
+        except FileNotFoundError:
+            return 0, total, None
+        if self.checkpoints.get(path, (0,))[0] != written:
+            try:
+                state = load_checkpoint(path)
+            except BadInput:  # a damaged one; its script says so when it goes on
+                return 0, total, None
+            done = state["step"] + state.get("critic_step", 0)
+            self.checkpoints[path] = written, done, state["wall"] + state.get("critic_seconds", 0.0)
+        _, done, seconds = self.checkpoints[path]
+        since = min(time.time() - written, seconds / max(done, 1) * (total - done))
+        return done, total, seconds / done * (total - done) - since if done else None
+
+
+def duration(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def show(runs: list[Progress], details: bool = True) -> list[str]:
+    """The table, a row an instance; with details a line for each run that runs, and for each reason of failures."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(run.name.rsplit("/", 2)[0], []).append(run)
+    width = max([len(name) for name in groups] + [8])
+    lines = [f"{'':<{width}}" + "".join(f"{state:>9}" for state in STATES)]
+    row = lambda name, members: f"{name:<{width}}" + "".join(
+        f"{Counter(run.state for run in members)[state] or '':>9}" for state in STATES
+    )
+    lines += [row(name, members) for name, members in groups.items()] + [row("together", runs)]
+    if details:
+        for run in runs:
+            if run.state == "running":
+                left = "" if run.left is None else f", about {duration(run.left)} left"
+                lines.append(f"running  {run.name}: {run.text}{left}")
+            elif run.state == "waiting" and run.text:
+                lines.append(f"waiting  {run.name}: {run.text}")
+        reasons = {}
+        for run in runs:
+            if run.state == "failed":
+                reasons.setdefault(run.text, []).append(run.name)
+        for text, names in reasons.items():
+            lines.append(f"failed   {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {text}")
+    return lines

@@ -1,0 +1,245 @@
+"""The benchmark as one command: which runs it has, how far they are, and that they have the scripts' bits."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from test_report import make_run
+
+import comadice_bc
+import comadice_train
+from benchmarks import estimate, grid, paper
+from benchmarks.progress import Board, duration, show
+from environments.checks import BadInput
+from support.runs import load_checkpoint
+
+DEMO = str(ROOT / "data/mamujoco/hopper/demo")
+SMALL = {"hidden": 8, "batch_size": 16}
+WORDS = "--steps 30 --evals 2 --eval-episodes 1 -- --hidden 8 --batch-size 16".split()
+BUDGET = {"steps": 30, "evals": 2, "eval_episodes": 1}
+CLOCKS = {"seconds", "wall", "critic_seconds", "config"}  # of a checkpoint; the config has another --out
+
+
+def cells_of(out, only=(), data=(), methods=grid.PAPER_METHODS, seeds=(0, 1, 2, 3, 4), ablations=(), extra=None, budget=BUDGET):
+    return grid.make_cells(str(out), grid.choose_instances(list(only), list(data)), list(methods), list(seeds), list(ablations), budget, extra or {})
+
+
+def same(a, b) -> bool:
+    """Whether two states hold the same bits, clocks apart."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(key in CLOCKS or same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b or a != a and b != b
+
+
+def assert_same_runs(one: Path, other: Path):
+    """All runs below two folders are there, finished, and have the same bits and metrics."""
+    names = sorted(str(path.parent.relative_to(one)) for path in one.rglob("config.json"))
+    assert names and names == sorted(str(path.parent.relative_to(other)) for path in other.rglob("config.json"))
+    for name in names:
+        assert (one / name / "summary.json").exists() and (other / name / "summary.json").exists(), name
+        assert same(load_checkpoint(one / name), load_checkpoint(other / name)), name
+        assert (one / name / "metrics.csv").read_bytes() == (other / name / "metrics.csv").read_bytes(), name
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def test_the_whole_paper_has_1365_runs(tmp_path):
+    """39 instances x 7 methods x 5 seeds (Section C of the paper); the ablations add 5 alphas, 2 f and 1 mixer."""
+    cells = cells_of(tmp_path)
+    assert len(cells) == 39 * 7 and sum(len(cell.seeds) for cell in cells) == 1365
+    assert Counter(cell.instance[0] for cell in cells) == {"mamujoco": 12 * 7, "smacv1": 12 * 7, "smacv2": 15 * 7}
+    more = cells_of(tmp_path, ablations=["alpha", "f", "mixer"])
+    assert sum(len(cell.seeds) for cell in more) == 1365 + 39 * 5 * (5 + 2 + 1)
+    assert len({cell.path(seed) for cell in more for seed in cell.seeds}) == sum(len(cell.seeds) for cell in more)
+
+
+def test_ablations_have_the_values_of_the_papers_tables():
+    with open(ROOT / "support/paper_tables.csv") as file:
+        settings = {line.split(",")[6] for line in file} - {"", "setting"}
+    here = {f"{flag}={value:g}" if flag != "f" else f"f={value}" for flag, values in grid.ABLATIONS.values() for value in values}
+    assert here | {"f=soft_chi2", "mixer_layers=1"} == settings
+    assert (comadice_train.Args().f, comadice_train.Args().mixer_layers) == ("soft_chi2", 1)
+
+
+def test_choosing_instances(tmp_path):
+    assert len(grid.choose_instances(["hopper", "zerg_5_vs_5"], [])) == 5
+    assert list(grid.choose_instances(["hopper/expert"], [])) == [("mamujoco", "hopper", "expert")]
+    assert list(grid.choose_instances(["smax/zerg_5_vs_5/medium-replay"], [])) == [("smax", "zerg_5_vs_5", "medium-replay")]
+    assert grid.choose_instances([], [DEMO]) == {("mamujoco", "hopper", "demo"): str(Path(DEMO).absolute())}
+    for only, data, why in ((["hoper"], [], "no env, task or quality"), ([], [DEMO, DEMO], "are both mamujoco hopper demo"),
+                            (["../x/y"], [], "--only: env"), ([], [str(tmp_path)], "card.json")):
+        with pytest.raises(BadInput, match=why):
+            grid.choose_instances(only, data)
+
+
+def test_flags_that_are_passed_on():
+    """A flag goes to the methods that have it."""
+    given = grid.split_extra("--hidden 64 --tau=0.01 --no-lr-decay --objective exact".split(), ["bc", "omiga", "comadice"])
+    assert given["bc"] == {"hidden": 64, "lr_decay": False}
+    assert given["omiga"] == given["bc"] | {"tau": 0.01} and given["comadice"] == given["omiga"] | {"objective": "exact"}
+    for words, why in ((["--steps", "5"], "--steps is set by this command"), (["--objective", "exact"], "none of bc has"), (["5"], "is none")):
+        with pytest.raises(BadInput, match=why):
+            grid.split_extra(words, ["bc"])
+
+
+def test_the_plan_is_printed_and_nothing_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(estimate, "seconds_per_run", lambda cells: {cell.name: 7200.0 for cell in cells})
+    paper.main(paper.Args(plan=True, ablation=["mixer"], out=str(tmp_path / "out")), [])
+    said = capsys.readouterr().out
+    assert sum(line.endswith("  2.0 h") for line in said.splitlines()) == 1365 + 39 * 5
+    assert "1,560 runs, of which 1,560 are to be done" in said and "  main: 1,365 runs, 2,730.0 " in said and "--array=0-1559" in said
+    assert "no dataset here for 39 of the instances" in said and not (tmp_path / "out").exists()
+
+
+def test_the_estimate_grows_with_the_task(tmp_path):
+    """Times of real updates: twenty agents take longer than three, and an instance without sizes has none."""
+    cells = cells_of(tmp_path, ["hopper/expert", "smacv2/protoss_20_vs_20", "smax/no_such/medium"], methods=["bc"], seeds=[0], extra={"bc": {"hidden": 32}})
+    hopper, protoss, unknown = (estimate.seconds_per_run(cells)[cell.name] for cell in cells)
+    assert 0 < hopper < protoss and unknown is None and not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- one task, without Ray
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """BC and ComaDICE on the demonstration's data, two seeds each, by their own scripts, one call a seed."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    for method, module in (("bc", comadice_bc), ("comadice", comadice_train)):
+        for seed in (0, 1):
+            module.main(module.Args(data=DEMO, out=str(out / "main"), seeds=[seed], device="cpu", quiet=True, **SMALL, **BUDGET))
+    return out
+
+
+def test_a_job_array_trains_the_plan_run_by_run(undisturbed, tmp_path, capsys):
+    """The template's own command for the first run, with the number that Slurm sets, and the others here; the scripts' bits."""
+    template = (ROOT / "docs/slurm/array.sbatch").read_text().splitlines()[-1].replace("exec srun python", sys.executable)
+    line = template.replace('"$@"', f"--data {DEMO} --methods bc comadice --seeds 0 1 --out {tmp_path} {' '.join(WORDS)}")
+    done = subprocess.run(["bash", "-euc", line], cwd=ROOT, env=os.environ | {"SLURM_ARRAY_TASK_ID": "0"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert Counter(run.state for run in Board(tmp_path).read()) == {"done": 1, "waiting": 3}
+    args = paper.Args(data=[DEMO], methods=["bc", "comadice"], seeds=[0, 1], out=str(tmp_path), **BUDGET)
+    for index in range(4):
+        paper.main(dataclasses.replace(args, index=index), WORDS[WORDS.index("--") + 1 :])
+    assert capsys.readouterr().out.count("it is finished") == 1
+    with pytest.raises(BadInput, match="the plan has the runs 0 to 3"):
+        paper.main(dataclasses.replace(args, index=4), [])
+    assert_same_runs(undisturbed, tmp_path)
+    assert Counter(run.state for run in Board(tmp_path).read()) == {"done": 4}
+    paper.write_reports(str(tmp_path))
+    assert "| hopper demo |" in (tmp_path / "report/report.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["ray", "array"])
+def test_the_templates_are_shell(name):
+    assert subprocess.run(["bash", "-n", ROOT / f"docs/slurm/{name}.sbatch"]).returncode == 0
+
+
+def test_what_becomes_of_a_task(tmp_path, monkeypatch):
+    """Finished; input that can't be used; seeds that diverge; an error of the code; and another process in the run's directory."""
+    (cell,) = cells_of(tmp_path, data=[DEMO], methods=["bc"], seeds=[0, 1], extra={"bc": SMALL})
+    assert grid.train(cell, [0], "cpu") == ("finished", "") and cell.finished(0) and not cell.finished(1)
+
+    (other,) = cells_of(tmp_path, data=[DEMO], methods=["bc"], seeds=[0, 1], extra={"bc": SMALL | {"lr": 0.1}})
+    outcome, line = grid.train(other, [0], "cpu")
+    assert not other.finished(0) and outcome == "input" and "was started with other arguments (lr 0.001, not 0.1)" in line
+    assert other.failure().read_text() == line + "\n"
+    assert {run.state for run in Board(tmp_path).read()} == {"done"}  # that failure is not this run's
+
+    (lost,) = cells_of(tmp_path / "b", data=[DEMO], methods=["bc"], seeds=[0, 1], extra={"bc": SMALL | {"lr": 1e30}})
+    outcome, line = grid.train(lost, [1], "cpu")
+    assert outcome == "failed" and line.startswith("seed 1 diverged") and lost.failure(1).exists() and not lost.failure().exists()
+
+    def broken(args):
+        raise RuntimeError("a bug\nin two lines")
+
+    monkeypatch.setattr(comadice_bc, "main", broken)
+    outcome, line = grid.train(cell, [1], "cpu")
+    assert outcome == "failed" and line.startswith("RuntimeError: a bug (traceback: ") and "in broken" in Path(line.split(": ")[-1].rstrip(")")).read_text()
+    monkeypatch.setattr(grid, "PATIENCE", 1)
+    monkeypatch.setattr(grid, "holder_of", lambda path: "process 5 on moon")
+    assert grid.train(cell, [1], "cpu") == ("stopped", f"{cell.path(1)} is in use by process 5 on moon")
+
+
+def test_the_demonstrations_data_are_data_like_any_other(tmp_path):
+    """comadice_train.py given that folder's full path runs the demonstration, with BC beside it."""
+    data = str(ROOT / "data/mamujoco/hopper/few-good")
+    (cell,) = cells_of(tmp_path, data=[data], methods=["comadice"], seeds=[0], extra={"comadice": SMALL})
+    assert grid.train(cell, [0], "cpu")[0] == "finished" and [p.name for p in (tmp_path / "main/mamujoco/hopper/few-good").iterdir() if p.is_dir()] == ["comadice"]
+
+
+# ---------------------------------------------------------------- progress
+
+
+def test_progress_is_read_from_the_run_directories(undisturbed, tmp_path):
+    shutil.copytree(undisturbed / "main", tmp_path / "main")
+    folder = tmp_path / "main/mamujoco/hopper/demo"
+    plan = {f"main/mamujoco/hopper/demo/{method}/seed{seed}": 30 for method in ("bc", "comadice") for seed in range(4)}
+    (tmp_path / "grid/failed").mkdir(parents=True)
+    (tmp_path / "grid/plan.json").write_text(json.dumps({"steps": plan}))
+    (tmp_path / "grid/failed/main.mamujoco.hopper.demo.bc.txt").write_text("no dataset\n")
+    (folder / "comadice/seed1/summary.json").unlink()  # stopped at its end
+    (folder / "comadice/seed0/summary.json").unlink()
+    state = load_checkpoint(folder / "comadice/seed0")  # halfway, after 10 s, and running
+    torch.save(state | {"step": 0, "critic_step": 30, "critic_seconds": 10.0, "wall": 0.0}, folder / "comadice/seed0/checkpoint.pt")
+    code = f"import sys, time; from pathlib import Path; from support.lock import lock; lock(Path({str(folder / 'comadice/seed0')!r})); print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        now = time.time()
+        os.utime(folder / "comadice/seed0/checkpoint.pt", (now, now))
+        runs = {run.name.removeprefix("main/mamujoco/hopper/demo/"): run for run in Board(tmp_path).read()}
+        process.kill()
+    states = {name: run.state for name, run in runs.items()}
+    assert states == {"bc/seed0": "done", "bc/seed1": "done", "bc/seed2": "failed", "bc/seed3": "failed", "comadice/seed0": "running",
+                      "comadice/seed1": "waiting", "comadice/seed2": "waiting", "comadice/seed3": "waiting"}
+    assert runs["comadice/seed0"].text == "step 30 of 60" and runs["comadice/seed0"].left == pytest.approx(10, abs=5)
+    assert runs["comadice/seed1"].text == "goes on at step 60 of 60" and runs["bc/seed2"].text == "no dataset"
+    lines = show(list(runs.values()))
+    assert lines[0].split() == ["done", "running", "failed", "waiting"] and "failed   main/mamujoco/hopper/demo/bc/seed2 and 1 more: no dataset" in lines
+    again = Board(tmp_path).look("main/mamujoco/hopper/demo/comadice/seed0")  # its process was killed
+    assert (again.state, again.text) == ("waiting", "goes on at step 30 of 60")
+
+
+def test_ablation_reports_have_the_default_beside_them(tmp_path, capsys):
+    """ComaDICE's default alpha, and the one between episodes, follow the data; they make no columns of their own."""
+    for part, alpha, episodes in (("main", 11.33, 88.84), ("alpha0.1", 0.1, 0.78), ("alpha10", 10.0, 78.4)):
+        for quality in ("medium", "expert"):
+            more = {"alpha": alpha * (1 + (part == "main" and quality == "expert")), "episode_alpha": episodes, "f": "soft_chi2"}
+            make_run(tmp_path / part, seed=0, returns=[alpha], quality=quality, **more)
+    make_run(tmp_path / "main", "bc", returns=[1.0], quality="expert")
+    make_run(tmp_path / "f-kl", seed=0, returns=[3.0], quality="expert", alpha=22.66, episode_alpha=88.84, f="kl")
+    paper.write_reports(str(tmp_path))
+    header = lambda name: next(line for line in (tmp_path / name / "report.md").read_text().splitlines() if line.startswith("| instance"))
+    assert header("report") == "| instance | data | bc | comadice |"
+    assert header("report-alpha") == "| instance | data | comadice alpha=0.1 | comadice alpha=10 | comadice alpha=default |"
+    assert header("report-f") == "| instance | data | comadice f=kl | comadice f=soft_chi2 |"
+    assert (tmp_path / "report-alpha/ablation_alpha_mamujoco_return.png").exists() and (tmp_path / "report-f/ablation_f_mamujoco_return.png").exists()
+    again = {path: path.read_bytes() for path in tmp_path.rglob("report*/*.csv")}
+    paper.write_reports(str(tmp_path))
+    assert again == {path: path.read_bytes() for path in tmp_path.rglob("report*/*.csv")}
+
+
+def test_durations():
+    assert [duration(x) for x in (5, 89, 91, 5400, 3 * 86400)] == ["5 s", "89 s", "1.5 min", "1.5 h", "3.0 days"]
+
+
+# ---------------------------------------------------------------- without Ray
+
+
+def test_without_ray_there_is_one_line(tmp_path):
+    code = "import sys; sys.modules['ray'] = None; import runpy; runpy.run_module('benchmarks.paper', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code, "--data", DEMO, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: Ray is missing: pip install -r requirements-ray.txt")
+    assert len(done.stderr.splitlines()) == 1
