@@ -48,8 +48,8 @@ class Args:
     out: str | None = None
     """also write the results to this JSON file"""
     video: str | None = None
-    """instead, film one episode of each run, side by side, into this .gif or .mp4 (which is longer); a dataset directory
-    among the runs shows its recorded episode of the median return"""
+    """instead, film one episode of each run, side by side, into this file: a .gif (short) or an .mp4 (whole). A dataset
+    directory among the runs shows its recorded episode of the median return"""
 
 
 def eval_env(card: dict, episodes: int, workers: int = 1) -> EnvBase:
@@ -198,7 +198,8 @@ def film(args: Args):
         else:
             policy, state = load_policy(run, device)
             shown.append((f"{state['algo']} {Path(run).resolve().name}", state["card"], policy))
-    video.film(args.video, shown, lambda card: eval_env(card, 1), lambda policy, env: evaluate(policy, env, 1, args.seed))
+    play = lambda policy, env: evaluate(policy, env, 1, args.seed)
+    video.film(args.video, shown, lambda card: eval_env(card, 1), play)
 
 
 def print_results(rows: list[dict], one_cell: bool):

@@ -1,4 +1,4 @@
-"""Videos of robots and battles on a machine without a display, as GIF or MP4: `comadice_eval.py --run A B --video FILE`.
+"""Videos of robots and battles, made without a display: `python comadice_eval.py --run RUN_A RUN_B --video FILE`.
 
 A panel is one episode: a policy in the simulator, or one that a dataset recorded. Robots are drawn by MuJoCo
 off-screen, with EGL or OSMesa, whichever is there. Battles of SMAX are drawn from the key "state" alone, so recorded
@@ -76,8 +76,8 @@ def choose_opengl():
             os.environ["MUJOCO_GL"] = name
             return
     raise BadInput(
-        "MuJoCo finds neither EGL nor OSMesa to draw with: install a system package, apt install libegl1 libgl1-mesa-dri "
-        "or apt install libosmesa6 (Debian, Ubuntu)"
+        "MuJoCo finds neither EGL nor OSMesa to draw with: install a system package, libosmesa6, or libegl1 with "
+        "libgl1-mesa-dri (their names in Debian and Ubuntu)"
     )
 
 
@@ -90,8 +90,8 @@ def robot_camera(env: EnvBase):
     from mujoco import mjtCamera
 
     simulator = env.simulators[0].unwrapped
-    simulator.model.vis.quality.shadowsize = 1024  # a quarter of the default: without a GPU shadows are most of the work
-    follow = {"type": mjtCamera.mjCAMERA_TRACKING, "trackbodyid": 1, "distance": 3.0, "elevation": -10.0, "azimuth": 90.0}
+    simulator.model.vis.quality.shadowsize = 1024  # a quarter of the default: without a GPU shadows take most time
+    follow = {"type": mjtCamera.mjCAMERA_TRACKING, "trackbodyid": 1, "distance": 3.0, "elevation": -10, "azimuth": 90}
     renderer = MujocoRenderer(simulator.model, simulator.data, follow, SIDE, SIDE)
     renderer.camera_id = None  # it would name a camera of the model, whose pictures cut some robots' legs off
     return lambda: renderer.render("rgb_array")
@@ -239,7 +239,8 @@ def compose(panels: list[tuple[str, list[Frame]]]) -> list[np.ndarray]:
             image.paste(Image.fromarray(picture // 2 + 127 if over else picture), (SIDE * j, 0))
             pen.line((SIDE * (j + 1) - 1, 0, SIDE * (j + 1) - 1, SIDE), "white", 2)
             pen.text((SIDE * j + 6, SIDE + 2), name, "black", font)
-            pen.text((SIDE * j + 6, SIDE + 16), f"step {step}   return {total:.1f}{'   end' if over else ''}", "black", font)
+            said = f"step {step}   return {total:.1f}{'   end' if over else ''}"
+            pen.text((SIDE * j + 6, SIDE + 16), said, "black", font)
         whole.append(np.asarray(image))
     return whole
 

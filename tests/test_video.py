@@ -64,7 +64,7 @@ def test_robots_move(task, fps, opengl, tmp_path, monkeypatch, capsys):
     film(tmp_path / "robot.gif", ("untrained", card, policy))
     frames = pictures(tmp_path / "robot.gif")
     assert frames.shape[1:] == (video.SIDE + video.CAPTION, video.SIDE, 3)
-    assert len(frames) == 3 or task == "hopper" and 2 <= len(frames) <= 3  # a hopper may have fallen
+    assert 2 + (task == "halfcheetah") <= len(frames) <= 3  # a hopper may have fallen
     robot = frames[:, : video.SIDE].astype(int)
     moved = abs(np.diff(robot, axis=0)).max(-1) > 40
     assert (moved.mean((1, 2)) > 0.002).all(), "each picture differs from the one before"
@@ -186,6 +186,6 @@ def test_what_can_not_be_drawn(hopper_data, tmp_path, monkeypatch):
     if os.sys.platform == "linux":
         monkeypatch.delenv("MUJOCO_GL", raising=False)
         monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: subprocess.CompletedProcess(args, 1))
-        with pytest.raises(BadInput, match=r"neither EGL nor OSMesa.*libegl1.*libosmesa6"):
+        with pytest.raises(BadInput, match=r"neither EGL nor OSMesa.*libosmesa6.*libegl1"):
             film(tmp_path / "a.gif", ("a", card, rows))
     assert list(tmp_path.iterdir()) == []
