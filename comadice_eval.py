@@ -48,8 +48,8 @@ class Args:
     out: str | None = None
     """also write the results to this JSON file"""
     video: str | None = None
-    """instead, film one episode of each run, side by side, into this file: a .gif (short) or an .mp4 (whole). A dataset
-    directory among the runs shows its recorded episode of the median return"""
+    """instead, film the episode of the median return of each run, side by side, into this file: a .gif (short) or an
+    .mp4 (whole); a dataset directory among the runs shows a recorded one"""
 
 
 def eval_env(card: dict, episodes: int, workers: int = 1) -> EnvBase:
@@ -189,17 +189,17 @@ def check(args: Args):
 
 
 def film(args: Args):
-    """One episode of each run into the file --video."""
+    """An episode of each run, the one of the median return, into the file --video."""
     device, shown = pick_device(args.device), []
     for run in args.run:
         if Path(run, "card.json").is_file():
             rows, card = open_dataset(run)
-            shown.append((f"data {card['quality']}, median episode", card, rows))
+            shown.append((f"data {card['quality']}", card, rows))
         else:
             policy, state = load_policy(run, device)
             shown.append((f"{state['algo']} {Path(run).resolve().name}", state["card"], policy))
-    play = lambda policy, env: evaluate(policy, env, 1, args.seed)
-    video.film(args.video, shown, lambda card: eval_env(card, 1), play)
+    play = lambda policy, env: evaluate(policy, env, env.batch_size[0], args.seed)["returns"]
+    video.film(args.video, shown, lambda card: eval_env(card, args.episodes), play)
 
 
 def print_results(rows: list[dict], one_cell: bool):
