@@ -184,8 +184,8 @@ def check(args: Args):
 
     if args.video:
         video.check_file(args.video)
-        if args.out:
-            raise BadInput("--out is for the results of rollouts, and --video films one episode: give one of them")
+        if args.out or args.workers > 1:
+            raise BadInput("--video films in one process and has no results for a file: leave out --out and --workers")
 
 
 def film(args: Args):

@@ -178,10 +178,16 @@ def test_mp4(tmp_path):
     assert frames == len(video.median_episode(rows)) and seconds == pytest.approx(frames * video.BATTLE_STEP, abs=0.1)
 
 
-@pytest.mark.parametrize("file, message", [("a.avi", "ends in .gif or .mp4"), ("no/folder/a.gif", "no such folder")])
-def test_files_that_can_not_be_written(file, message, tmp_path):
+@pytest.mark.parametrize("flags, message", [
+    ({"video": "a.avi"}, "ends in .gif or .mp4"),
+    ({"video": "no/folder/a.gif"}, "no such folder"),
+    ({"video": "a.gif", "out": "results.json"}, "leave out --out and --workers"),
+    ({"video": "a.gif", "workers": 2}, "leave out --out and --workers"),
+])
+def test_flags_that_can_not_be(flags, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(BadInput, match=message):
-        comadice_eval.main(comadice_eval.Args(run=[str(SMAX_DEMO)], video=str(tmp_path / file)))
+        comadice_eval.main(comadice_eval.Args(run=[str(SMAX_DEMO)], **flags))
     assert list(tmp_path.iterdir()) == []
 
 
