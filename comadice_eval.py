@@ -33,8 +33,8 @@ class Args:
     out: str | None = None
     """also write the results to this JSON file"""
     video: str | None = None
-    """film one episode of each run instead, side by side, into this .gif or .mp4 (which is longer). A dataset directory
-    among the runs shows its recorded episode with the median return"""
+    """film the episode with the median return of each run instead, side by side, into this file: a .gif (short) or an
+    .mp4 (whole). A dataset directory among the runs shows a recorded episode"""
 
 
 if __name__ == "__main__":  # before what takes seconds to import: --help and a typo answer at once
@@ -196,22 +196,22 @@ def check(args: Args):
 
     if args.video:
         video.check_file(args.video)
-        if args.out:
-            raise BadInput("--out is for the results of rollouts, and --video films one episode: give one of them")
+        if args.out or args.workers > 1:
+            raise BadInput("--video films in one process and has no results for a file: leave out --out and --workers")
 
 
 def film(args: Args):
-    """One episode of each run into the file --video."""
+    """An episode of each run, the one of the median return, into the file --video."""
     device, shown = pick_device(args.device), []
     for run in args.run:
         if Path(run, "card.json").is_file():
             rows, card = open_dataset(run)
-            shown.append((f"data {card['quality']}, median episode", card, rows))
+            shown.append((f"data {card['quality']}", card, rows))
         else:
             policy, state = load_policy(run, device)
             shown.append((f"{state['algo']} {Path(run).resolve().name}", state["card"], policy))
-    play = lambda policy, env: evaluate(policy, env, 1, args.seed)
-    video.film(args.video, shown, lambda card: eval_env(card, 1), play)
+    play = lambda policy, env: evaluate(policy, env, env.batch_size[0], args.seed)["returns"]
+    video.film(args.video, shown, lambda card: eval_env(card, args.episodes), play)
 
 
 def print_results(rows: list[dict], one_cell: bool):

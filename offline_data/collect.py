@@ -360,9 +360,9 @@ def plot_curve(curve: list[dict], path: Path, title: str):
     quantities = [key for key in ("return", "winrate") if curve[0][key] is not None]
     figure, axes = plt.subplots(1, len(quantities), figsize=(5 * len(quantities), 3.5), squeeze=False)
     for axis, key in zip(axes[0], quantities):
-        label, scale = ("winrate (%, last 100 episodes)", 100) if key == "winrate" else ("return (last 100 episodes)", 1)
+        label, scale = ("winrate (%", 100) if key == "winrate" else ("return (mean", 1)
         axis.plot([point["step"] for point in curve], [scale * point[key] for point in curve])
-        axis.set(xlabel="environment steps", ylabel=label, title=title)
+        axis.set(xlabel="environment steps", ylabel=f"{label}, last 100 episodes)", title=title)
         if key == "winrate":
             axis.set_ylim(0, 100)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))

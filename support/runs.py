@@ -16,6 +16,7 @@ end, so it jumps up first.
 """
 
 import csv
+import hashlib
 import io
 import json
 import resource

@@ -1,8 +1,9 @@
-"""Videos of robots and battles on a machine without a display, as GIF or MP4: `comadice_eval.py --run A B --video FILE`.
+"""Videos of robots and battles, made without a display: `python comadice_eval.py --run RUN_A RUN_B --video FILE`.
 
-A panel is one episode: a policy in the simulator, or one that a dataset recorded. Robots are drawn by MuJoCo
-off-screen, with EGL or OSMesa, whichever is there. Battles of SMAX are drawn from the key "state" alone, so recorded
-ones need no JAX. An MP4 has the whole episode. A GIF of robots has its first seconds, so that a page can show it.
+A panel is one episode, that of the median return: of those that a policy plays, or of a dataset's recorded ones.
+Robots are drawn by MuJoCo off-screen, with EGL or OSMesa, whichever is there. Battles of SMAX are drawn from the key
+"state" alone, so recorded ones need no JAX. An MP4 has the whole episode. A GIF of robots has its first seconds, so
+that a page can show it.
 """
 
 import io
@@ -76,22 +77,22 @@ def choose_opengl():
             os.environ["MUJOCO_GL"] = name
             return
     raise BadInput(
-        "MuJoCo finds neither EGL nor OSMesa to draw with: install a system package, apt install libegl1 libgl1-mesa-dri "
-        "or apt install libosmesa6 (Debian, Ubuntu)"
+        "MuJoCo finds neither EGL nor OSMesa to draw with: install a system package, libosmesa6, or libegl1 with "
+        "libgl1-mesa-dri (their names in Debian and Ubuntu)"
     )
 
 
 # ---------------------------------------------------------------- pictures
 
 
-def robot_camera(env: EnvBase):
-    """A function that draws the first robot of a MaMuJoCoEnv as it stands now, [SIDE, SIDE, 3] uint8."""
+def robot_camera(env: EnvBase, number: int):
+    """A function that draws one robot of a MaMuJoCoEnv as it stands now, [SIDE, SIDE, 3] uint8."""
     from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
     from mujoco import mjtCamera
 
-    simulator = env.simulators[0].unwrapped
-    simulator.model.vis.quality.shadowsize = 1024  # a quarter of the default: without a GPU shadows are most of the work
-    follow = {"type": mjtCamera.mjCAMERA_TRACKING, "trackbodyid": 1, "distance": 3.0, "elevation": -10.0, "azimuth": 90.0}
+    simulator = env.simulators[number].unwrapped
+    simulator.model.vis.quality.shadowsize = 1024  # a quarter of the default: without a GPU shadows take most time
+    follow = {"type": mjtCamera.mjCAMERA_TRACKING, "trackbodyid": 1, "distance": 3.0, "elevation": -10, "azimuth": 90}
     renderer = MujocoRenderer(simulator.model, simulator.data, follow, SIDE, SIDE)
     renderer.camera_id = None  # it would name a camera of the model, whose pictures cut some robots' legs off
     return lambda: renderer.render("rgb_array")
@@ -127,41 +128,51 @@ def time_step(card: dict, env: EnvBase | None) -> float:
     return BATTLE_STEP if card["env"] == "smax" else env.simulators[0].unwrapped.dt
 
 
-def every(file: str, step: float) -> int:
+def steps_between(file: str, step: float) -> int:
     """Steps of so many seconds from one picture to the next."""
     return max(round(1 / (FPS[Path(file).suffix] * step)), 1)
 
 
 class Film(Transform):
-    """Keeps pictures of the first of an environment's robots or battles, with the return so far.
+    """Keeps pictures of one of an environment's robots or battles until its episode ends, with the return so far.
 
     TorchRL's PixelRenderTransform would draw the steps that are left out too, its VideoRecorder keeps no numbers beside
     the pictures, and its logger writes MP4 with torchcodec alone, which needs FFmpeg's libraries on the system.
     """
 
-    def __init__(self, card: dict, env: EnvBase, every: int):
+    def __init__(self, card: dict, env: EnvBase, number: int, every: int):
         super().__init__()
-        self.frames, self.step, self.every = [], 0, every
+        self.frames, self.step, self.over, self.number, self.every = [], 0, False, number, every
         if card["env"] == "smax":
-            self.draw = lambda td: draw_battle(td["state"][0].cpu().numpy(), card["task"])
+            self.draw = lambda td: draw_battle(td["state"][number].cpu().numpy(), card["task"])
         else:
-            camera = robot_camera(env)
+            camera = robot_camera(env, number)
             self.draw = lambda td: camera()
 
     def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
-        self.frames, self.step = [(self.draw(tensordict_reset), 0, 0.0)], 0
+        self.frames, self.step, self.over = [(self.draw(tensordict_reset), 0, 0.0)], 0, False
         return tensordict_reset
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        self.step += 1
-        if self.step % self.every == 0 or next_tensordict["done"][0]:
-            self.frames.append((self.draw(next_tensordict), self.step, next_tensordict["episode_reward"][0].item()))
+        if not self.over:
+            self.step, self.over = self.step + 1, next_tensordict["done"][self.number].item()
+            if self.step % self.every == 0 or self.over:
+                total = next_tensordict["episode_reward"][self.number].item()
+                self.frames.append((self.draw(next_tensordict), self.step, total))
         return next_tensordict
 
 
+def median(returns) -> int:
+    """Which of these returns is the median, of two the lower."""
+    return int(np.argsort(np.asarray(returns), kind="stable")[(len(returns) - 1) // 2])
+
+
 def played_frames(policy, card: dict, env: EnvBase, play: Callable, every: int) -> list[Frame]:
-    """Pictures of the episode that play(policy, environment) plays in `env`; of several, the last."""
-    reel = Film(card, env, every)
+    """Pictures of one of the episodes that play(policy, env) plays, which gives their returns: the median's.
+
+    They are played twice, the same ones: to find it, and to film it.
+    """
+    reel = Film(card, env, median(play(policy, env)), every)
     play(policy, TransformedEnv(env, Compose(RewardSum(), reel)))
     return reel.frames
 
@@ -171,8 +182,7 @@ def played_frames(policy, card: dict, env: EnvBase, play: Callable, every: int) 
 
 def median_episode(rows: TensorDict) -> TensorDict:
     """The episode of the median return, [T + 1] rows."""
-    returns = episode_returns(rows)
-    number = int(returns.argsort()[(len(returns) - 1) // 2])
+    number = median(episode_returns(rows))
     return next(episode for i, episode in enumerate(episodes(rows)) if i == number)
 
 
@@ -200,7 +210,7 @@ def recorded_frames(rows: TensorDict, card: dict, env: EnvBase | None, every: in
         robot = mamujoco_scenario(card["task"])[0]
         if robot not in HIDDEN:
             raise BadInput(f"recorded episodes of {card['task']} can't be drawn: of {', '.join(HIDDEN)} they can")
-        simulator, camera, k = env.simulators[0].unwrapped, robot_camera(env), HIDDEN[robot]
+        simulator, camera, k = env.simulators[0].unwrapped, robot_camera(env, 0), HIDDEN[robot]
         nq, nv = simulator.model.nq, simulator.model.nv
         raw = raw_observations(rows, card)
         pose, velocity = raw[:, : nq - k], raw[:, nq - k : nq - k + nv]
@@ -239,7 +249,8 @@ def compose(panels: list[tuple[str, list[Frame]]]) -> list[np.ndarray]:
             image.paste(Image.fromarray(picture // 2 + 127 if over else picture), (SIDE * j, 0))
             pen.line((SIDE * (j + 1) - 1, 0, SIDE * (j + 1) - 1, SIDE), "white", 2)
             pen.text((SIDE * j + 6, SIDE + 2), name, "black", font)
-            pen.text((SIDE * j + 6, SIDE + 16), f"step {step}   return {total:.1f}{'   end' if over else ''}", "black", font)
+            said = f"step {step}   return {total:.1f}{'   end' if over else ''}"
+            pen.text((SIDE * j + 6, SIDE + 16), said, "black", font)
         whole.append(np.asarray(image))
     return whole
 
@@ -271,11 +282,11 @@ def write(file: str, pictures: list[np.ndarray], seconds: float):
 
 
 def film(file: str, shown: list[tuple], make: Callable, play: Callable):
-    """One episode of each player in `shown`, side by side, into a file; prints what each returned.
+    """The episode of the median return of each player in `shown`, side by side, into a file; prints the returns.
 
-    A player is (name, card, policy) or (name, card, rows of a dataset, whose episode of the median return is shown).
-    make(card) gives one simulator, play(policy, environment) plays one episode in it. Raises BadInput for players of
-    different tasks.
+    A player is (name, card, policy) or (name, card, rows of a dataset). make(card) gives an environment of as many
+    simulators as there shall be episodes. play(policy, environment) plays one in each and gives the returns, the same
+    ones each time. Raises BadInput for players of different tasks.
     """
     cards = [card for _, card, _ in shown]
     if any((card["env"], card["task"]) != (cards[0]["env"], cards[0]["task"]) for card in cards):
@@ -286,7 +297,7 @@ def film(file: str, shown: list[tuple], make: Callable, play: Callable):
         recorded = isinstance(player, TensorDict)
         env = None if recorded and card["env"] == "smax" else make(card)
         step = time_step(card, env)
-        count = every(file, step)
+        count = steps_between(file, step)
         if recorded:
             panels.append((name, recorded_frames(median_episode(player), card, env, count)))
         else:

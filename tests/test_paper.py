@@ -39,7 +39,7 @@ def same(a, b) -> bool:
         return a.keys() == b.keys() and all(key in CLOCKS or same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b or a != a and b != b
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b or (a != a and b != b)
 
 
 def assert_same_runs(one: Path, other: Path):
