@@ -120,8 +120,8 @@ class TwoLayerMixer(nn.Module):
     """The 2-layer mixer of Section B.6: M[x] = elu(x W_1 + b_1) W_2 + b_2, with W_1, W_2 >= 0 and biases from the
     state.
 
-    ELU is convex and non-decreasing, as Theorem 4.2 asks. The theorem speaks of M[q - nu]. The TD form has -M[nu] in its
-    place, which is concave in nu: with two layers its loss need not be convex, with one layer it is.
+    ELU is convex and non-decreasing, as Theorem 4.2 asks. The theorem speaks of M[q - nu]. The TD form has -M[nu] in
+    its place, which is concave in nu: with two layers its loss need not be convex, with one layer it is.
     """
 
     def __init__(self, n_agents: int, state_dim: int, hidden: int = 64):

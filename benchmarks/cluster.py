@@ -66,8 +66,8 @@ def main(args: Args):
     over = (elapsed - waves * args.seconds) / waves  # between the end of a slot's task and the start of its next
     print(
         f"{args.tasks} tasks of {args.seconds:g} s on {args.slots} slots: {elapsed:.1f} s, without any cost "
-        f"{waves * args.seconds:.1f} s. A task costs {over:.2f} s of its slot, {100 * over / (3600 * args.run):.2f}% of "
-        f"a run of {args.run:g} hours. The driver used {1000 * driver / args.tasks:.1f} ms of a core for each task."
+        f"{waves * args.seconds:.1f} s. A task costs {over:.2f} s of its slot, {100 * over / (3600 * args.run):.2f}% "
+        f"of a run of {args.run:g} hours. The driver used {1000 * driver / args.tasks:.1f} ms of a core for each task."
     )
 
 

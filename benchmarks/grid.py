@@ -20,11 +20,10 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.lock import holder_of
-
 from environments.checks import BadInput, run_script
 from offline_data.card import check_card, check_name, read_json
 from offline_data.durable import write_text
+from offline_data.lock import holder_of
 from offline_data.published import published
 from support.runs import has_summary
 

@@ -9,11 +9,10 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from support.lock import holder_of
-
 from benchmarks.grid import failure_file, read_plan
 from environments.checks import BadInput
 from offline_data.card import read_json
+from offline_data.lock import holder_of
 from support.runs import has_summary, load_checkpoint
 
 STATES = ("done", "running", "failed", "waiting")

@@ -117,7 +117,7 @@ def test_the_estimate_grows_with_the_task(tmp_path):
 def undisturbed(tmp_path_factory):
     """BC and ComaDICE on the demonstration's data, two seeds each, by their own scripts, one call a seed."""
     out = tmp_path_factory.mktemp("undisturbed")
-    for method, module in (("bc", comadice_bc), ("comadice", comadice_train)):
+    for module in (comadice_bc, comadice_train):
         for seed in (0, 1):
             module.main(module.Args(data=DEMO, out=str(out / "main"), seeds=[seed], device="cpu", quiet=True, **SMALL, **BUDGET))
     return out
@@ -194,7 +194,7 @@ def test_progress_is_read_from_the_run_directories(undisturbed, tmp_path):
     (folder / "comadice/seed0/summary.json").unlink()
     state = load_checkpoint(folder / "comadice/seed0")  # halfway, after 10 s, and running
     torch.save(state | {"step": 0, "critic_step": 30, "critic_seconds": 10.0, "wall": 0.0}, folder / "comadice/seed0/checkpoint.pt")
-    code = f"import sys, time; from pathlib import Path; from support.lock import lock; lock(Path({str(folder / 'comadice/seed0')!r})); print('held', flush=True); time.sleep(60)"
+    code = f"import sys, time; from pathlib import Path; from offline_data.lock import lock; lock(Path({str(folder / 'comadice/seed0')!r})); print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
         now = time.time()
