@@ -163,7 +163,7 @@ def draw(state: dict, rows: TensorDict, metrics: list[dict], out: Path):
     draw_training(axes[1, 1], metrics, weights)
     said = verdict(weights)
     figure.suptitle(f"{state['card']['task']} {state['card']['quality']}: {said}".replace("; ", "\n"), fontsize=10)
-    figure.subplots_adjust(0.08, 0.08, 0.92, 0.87, 0.24, 0.36)
+    figure.subplots_adjust(0.1, 0.08, 0.92, 0.87, 0.24, 0.36)
     with disk_errors(out, "give another --out"):
         figure.savefig(out, dpi=100)
     print(f"{out}: {said}")

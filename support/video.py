@@ -27,7 +27,7 @@ from offline_data.durable import write_bytes
 
 SIDE = 240  # pixels of a panel's picture, and below it CAPTION for two lines of text; MP4 wants multiples of 16
 CAPTION = 32
-FPS = {".gif": 12.5, ".mp4": 25}  # pictures a second, or fewer
+FPS = {".gif": 10, ".mp4": 25}  # pictures a second, or fewer
 GIF_SECONDS = 6  # of robots, whose floor moves and makes each picture large
 BATTLE_STEP = 1 / 8  # seconds that a step of a battle is shown; in the game it is half a second
 COLORS = 64  # of a GIF's palette
