@@ -378,8 +378,8 @@ def algorithm_1(
         run.state["w"] = dataset_ratio(critics, rows, args, data)  # w*, which line 11 needs
     comadice_bc.train_policies(rows, card, args, runs, env, "policy", weights=weights)  # lines 9 to 12, with Eq. 11
     for run in runs:
-        finish_run(run, args, card, len(runs))  # lines 2 and 13: the policies pi_i are in the run's checkpoint
         ratio_picture.draw(run.state, rows, run.metrics, run.path / "ratio.png")
+        finish_run(run, args, card, len(runs))  # lines 2 and 13: the policies pi_i are in the run's checkpoint
 
 
 def train_seeds(args: Args, rows: TensorDict, card: dict, env) -> list[list[dict]]:

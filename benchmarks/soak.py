@@ -204,7 +204,7 @@ def result(job: str, folder: Path) -> dict[str, str]:
         found[str(path.relative_to(folder)) + " table"] = (path.parent / "metrics.csv").read_text()
         if not has_summary(path.parent):
             raise Hurt(f"{job}: no summary in {path.parent}")
-        if other := {file.name for file in path.parent.iterdir()} - RUN_FILES:
+        if other := {file.name for file in path.parent.iterdir()} - RUN_FILES - {"ratio.png"}:
             raise Hurt(f"{job}: {sorted(other)} left in {path.parent}")
     return found
 
