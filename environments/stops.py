@@ -44,10 +44,17 @@ def _handle(number: int, frame):
     os.write(2, b"\nstopping: the state is being saved (once more to stop without that)\n")  # print is not safe here
 
 
+def _drop(unraisable):
+    """Says nothing of a Stopped that Python dropped: leave() raises it again."""
+    if not isinstance(unraisable.exc_value, Stopped):
+        sys.__unraisablehook__(unraisable)
+
+
 def catch(begun: bool = True):
     """From now on both signals are handled as this module says. With begun=False, while a script loads its modules,
     they end it at once. A signal that is ignored (nohup, a background job of a shell script) stays ignored."""
     _Now.begun, _Now.held, _Now.number, _Now.raised = begun, False, None, None
+    sys.unraisablehook = _drop
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -70,7 +77,7 @@ def forget():
 
 
 def asked() -> bool:
-    return _Now.number is not None
+    return _Now.number is not None or _Now.raised is not None
 
 
 def raised() -> int | None:
@@ -79,10 +86,15 @@ def raised() -> int | None:
 
 
 def leave():
-    """Raises Stopped if a stop was asked for."""
-    if _Now.number is not None:
-        _Now.raised = _Now.number
-        raise Stopped(_Now.number)
+    """Raises Stopped if a stop was asked for.
+
+    Long loops call it at every round, also those that a stop ends at once: Python drops an exception that a signal
+    raises in the middle of a callback, such as that of a weak reference, and goes on.
+    """
+    number = _Now.raised if _Now.number is None else _Now.number
+    if number is not None:
+        _Now.raised = number
+        raise Stopped(number)
 
 
 def how_to_go_on() -> str:

@@ -301,6 +301,7 @@ def train_in(env, args: Args, root: Path) -> list[dict]:
     steps = done_steps
     with bar:
         for batch in collector:
+            stops.leave()
             for episode in splitter(batch.reshape(-1, args.horizon).cpu()):
                 if finished % args.record_every == 0:
                     writer.append(episode)
@@ -426,6 +427,7 @@ def record_in(env, args: Args, root: Path, checkpoint: int, quality: str, made: 
             while recorded < wanted:
                 steps = []
                 for _ in range(args.horizon):
+                    stops.leave()
                     step, td = env.step_and_maybe_reset(actor(td))
                     steps.append(step)
                 for episode in splitter(torch.stack(steps, len(env.batch_size)).reshape(-1, args.horizon)):
@@ -453,6 +455,7 @@ def merge(args: Args, sources: list[Path], quality: str, root: Path, made: dict,
     wanted, writer, number = set(fitting[::every].tolist()), DatasetWriter(root.parent / quality, args.overwrite), 0
     for rows in tqdm(opened, desc=f"write {quality}"):
         for episode in episodes(rows):
+            stops.leave()
             if number in wanted:
                 writer.append(episode)
             number += 1

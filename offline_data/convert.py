@@ -19,6 +19,7 @@ from typing import Literal
 
 import tyro
 
+from environments import stops
 from environments.checks import BadInput
 from offline_data.card import DATA_ROOT, check_free, dataset_path
 from offline_data.lock import locked
@@ -52,6 +53,7 @@ def read(source: str, format: str, job: dict, partial: Path) -> tuple[int, list[
         try:
             progress, since = 0, time.monotonic()
             while child.poll() is None:
+                stops.leave()
                 time.sleep(0.1)
                 before, progress = progress, written(partial)
                 since = time.monotonic() if progress != before else since

@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
+from environments import stops
 from environments.checks import BadInput
 from offline_data.card import DATA_ROOT, check_free, dataset_path
 from offline_data.convert import convert
@@ -104,6 +105,7 @@ def fetch(url: str, path: Path):
                 bar = tqdm(desc=path.name, initial=have, total=total, unit="B", unit_scale=True, mininterval=1)
                 with open(partial, "ab" if have else "wb") as file, bar:
                     while data := response.read(2**20):
+                        stops.leave()
                         file.write(data)
                         bar.update(len(data))
         except urllib.error.HTTPError as error:

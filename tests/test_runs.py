@@ -101,6 +101,34 @@ def copy(run, tmp_path) -> Path:
 # ---------------------------------------------------------------- stops
 
 
+DROPPED = """
+import os, signal, weakref
+from environments import stops
+from environments.checks import run_script
+
+class Thing:
+    pass
+
+def main():
+    thing = Thing()
+    reference = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    del thing
+    print("the stop was dropped", flush=True)
+    stops.leave()
+    print("and forgotten")
+
+run_script(main)
+"""
+
+
+def test_a_stop_in_a_callback_is_not_lost():
+    """Python drops what a signal raises within a weak reference's callback, and prints a traceback."""
+    done = subprocess.run([sys.executable, "-c", DROPPED], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 143 and done.stdout == "the stop was dropped\n"
+    assert done.stderr.strip().startswith("stopped by SIGTERM") and "Traceback" not in done.stderr
+
+
+
 def stop_in(monkeypatch, module, name: str, call: int, number=signal.SIGTERM):
     """A signal arrives in the call-th call of module.name."""
     original, calls = getattr(module, name), []
