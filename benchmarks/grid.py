@@ -134,7 +134,7 @@ def split_extra(words: list[str], methods: list[str]) -> dict[str, dict]:
         elif groups:
             groups[-1].append(word)
         else:
-            raise BadInput(f"after -- stand flags of the training scripts, {word!r} is none")
+            raise BadInput(f"after -- give flags of the training scripts: {word!r} is not one")
     for group in groups:
         if group[0].startswith("--no-"):  # a flag that is off or on in some scripts has a third value in others
             group[:] = ["--" + group[0][5:], "False"]

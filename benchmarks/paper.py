@@ -165,7 +165,7 @@ def result(ray, ref) -> tuple[str, str]:
 
 
 class Display:
-    """The table of progress, redrawn in a terminal; elsewhere one line a minute, and the table at the end."""
+    """The table of progress, redrawn in a terminal. Elsewhere one line per minute, and the table at the end."""
 
     def __init__(self):
         self.terminal, self.drawn, self.at = sys.stdout.isatty(), 0, time.monotonic()

@@ -86,7 +86,7 @@ def duration(seconds: float) -> str:
 
 
 def show(runs: list[Progress], details: bool = True) -> list[str]:
-    """The table, a row an instance; with details a line for each run that runs, and for each reason of failures."""
+    """The table, one row per instance. With details also a line for each run at work and each reason of failures."""
     groups = {}
     for run in runs:
         groups.setdefault(run.name.rsplit("/", 2)[0], []).append(run)

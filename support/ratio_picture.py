@@ -98,7 +98,7 @@ def draw_histogram(axis, weights: Weights):
 
 
 def draw_episodes(axis, weights: Weights):
-    """Both factors and their product against the return: a point an episode."""
+    """Both factors and their product against the return: one point per episode."""
     for weight, name, style in (
         (weights.between, "ratio of the episode", {"edgecolor": "C1", "facecolor": "none", "marker": "s", "s": 45}),
         (weights.step, "mean w* of its steps", {"color": "C0", "marker": "+", "s": 25}),

@@ -140,7 +140,7 @@ def between(statistic, *methods) -> str:
 
 
 def draw_intervals(found: list[Group], path: Path):
-    """The interquartile mean of each method and its interval, a panel a group."""
+    """The interquartile mean of each method and its interval, one panel per group."""
     from matplotlib.figure import Figure
 
     rows = max(len(group.columns) for group in found)
@@ -159,7 +159,7 @@ def draw_intervals(found: list[Group], path: Path):
 
 
 def draw_profiles(found: list[Group], path: Path):
-    """Which share of a method's runs scores more than x, a panel a group; the interval of ComaDICE alone is shaded."""
+    """Which share of a method's runs scores more than x, one panel per group. Only ComaDICE's interval is shaded."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.6 * len(found), 4.4), layout="constrained")

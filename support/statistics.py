@@ -1,8 +1,8 @@
 """Statistics over seeds and tasks for few runs (Agarwal et al. 2021, Deep RL at the Edge of the Statistical Precipice).
 
-Scores of one method are a list with an array a task, one score a seed: [N_1], [N_2], ... Tasks may have different
-numbers of seeds. Every interval is a percentile interval of the stratified bootstrap: the seeds of each task are drawn
-anew with replacement, the tasks stay.
+Scores of one method are a list with one array per task, which has one score per seed: [N_1], [N_2], ... Tasks may have
+different numbers of seeds. Every interval is a percentile interval of the stratified bootstrap: the seeds of each task
+are drawn anew with replacement, the tasks stay.
 """
 
 from collections.abc import Callable

@@ -89,7 +89,7 @@ def test_flags_that_are_passed_on():
     given = grid.split_extra("--hidden 64 --tau=0.01 --no-lr-decay --objective exact".split(), ["bc", "omiga", "comadice"])
     assert given["bc"] == {"hidden": 64, "lr_decay": False}
     assert given["omiga"] == given["bc"] | {"tau": 0.01} and given["comadice"] == given["omiga"] | {"objective": "exact"}
-    for words, why in ((["--steps", "5"], "--steps is set by this command"), (["--objective", "exact"], "none of bc has"), (["5"], "is none")):
+    for words, why in ((["--steps", "5"], "--steps is set by this command"), (["--objective", "exact"], "none of bc has"), (["5"], "is not one")):
         with pytest.raises(BadInput, match=why):
             grid.split_extra(words, ["bc"])
 
