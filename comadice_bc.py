@@ -133,8 +133,8 @@ def with_ratios(rows: TensorDict, ratios: dict[int, Tensor | None]) -> TensorDic
     """The dataset with one more key per row, "w": the transition's ratio over the mean ratio. It is 0 on last rows.
 
     `ratios` holds each seed's ratio [T], or None for w = 1. "w" is [N] for one seed and [N, S] for S seeds. Eq. 11's
-    optimum does not depend on the scale of w. With mean 1 the size of a gradient step does not either. Raises Diverged
-    for a ratio that is zero everywhere or not finite.
+    optimum does not depend on the scale of w. Divided by its mean, the size of a gradient step hardly does either.
+    Raises Diverged for a ratio that is zero everywhere or not finite.
     """
     first = (~last_rows(rows)).to(rows["reward"].dtype)
     columns = []

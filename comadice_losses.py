@@ -152,8 +152,9 @@ def semi_loss(nu_tot: Tensor, A_tot: Tensor, alpha: float | Tensor, f: Divergenc
 
     For stationary data (1 - gamma) E_p0[nu_tot] = E_D[nu_tot(s) - gamma nu_tot(s')]. Without a gradient at s', only
     nu_tot(s) is left of it. Mao et al. (2024) study semi-gradients of DICE losses; the unit weight on nu_tot(s) is this
-    project's choice. It makes E[w | s] = 1 in every state at the minimum, with or without termination, so no
-    normaliser is needed. The policy is held near the behaviour in each state, and not in its occupancy as in Eq. 2-3.
+    project's choice. Where nu_tot(s) is free in every state, it makes E[w | s] = 1 there at the minimum, with or
+    without termination. So no normaliser is needed. The policy is held near the behaviour in each state, and not in its
+    occupancy as in Eq. 2-3.
     """
     return expectation(nu_tot + alpha * f.f_star(A_tot / alpha), rho)
 
@@ -191,9 +192,10 @@ def released_nu_ratio(A: Tensor, alpha: float | Tensor, f: Divergence, lam: floa
 def episode_ratio(returns: Tensor, alpha: float, f: Divergence) -> Tensor:
     """w(e) = max(0, (f')^-1((R_e - lam) / alpha)) of each recorded episode, with lam such that its mean is 1.
 
-    Not in the paper. It solves Eq. 2-3 over the mixtures of recorded episodes. What one episode visits is the occupancy
-    of the policy that played it, so every mixture keeps the Bellman flow of Eq. 3, and E[w] = 1 is the only constraint
-    left; lam is its multiplier. returns R_e [E] -> w [E]. alpha > 0 is in units of the return.
+    Not in the paper. It solves Eq. 2-3 over the mixtures of recorded episodes. What one episode visits is a sample of
+    the occupancy of the policy that played it. Where chance decides little, every mixture therefore keeps the Bellman
+    flow of Eq. 3, and E[w] = 1 is the only constraint left; lam is its multiplier. Where chance decides a lot, it also
+    prefers lucky episodes. returns R_e [E] -> w [E]. alpha > 0 is in units of the return.
     """
     low, high = returns.min() - 100 * alpha, returns.max() + 100 * alpha
     for _ in range(100):  # bisection: the mean falls as lam grows

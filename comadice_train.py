@@ -3,9 +3,13 @@
     python comadice_train.py                        # the demonstration: a small hopper dataset, minutes on a CPU
     python comadice_train.py --env mamujoco --task hopper --quality medium-replay --seeds 0 1 2 3 4
 
-Read `algorithm_1` first. Lines 3 to 8 train nu, q and the mixer in this file. Then w* is computed once for every
-transition of the dataset. Lines 9 to 12 train the local policies by weighted behavioural cloning, in comadice_bc.py.
-The equations are in comadice_losses.py, the networks in comadice_mixer.py.
+Read `algorithm_1` first. Lines 3 to 8 train nu and the mixer in this file, and q if w* is to come from it. Then w* is
+computed once for every transition of the dataset. Lines 9 to 12 train the local policies by weighted behavioural
+cloning, in comadice_bc.py. The equations are in comadice_losses.py, the networks in comadice_mixer.py.
+
+By default (objective `semi`, w* from the TD form) there is no q: line 5 has nothing to do, and lines 6 and 7 minimise
+semi_loss in the place of Eq. 10. `--preset paper` runs the algorithm as printed. docs/PAPER.md says why. Flags whose
+default is None are filled in by `resolve` in support/presets.py.
 """
 
 import environments.threads  # noqa: F401 -- before torch
@@ -82,7 +86,7 @@ class Args:
     mixer_hidden: int = 64
     """hidden units of the mixer's hyper-networks (Table 4)"""
     reward_scale: float | None = None
-    """nu and q are learned in units of 1 / reward_scale (default: 5 mean absolute rewards); w* does not change"""
+    """nu and q are learned in units of 1 / reward_scale, by default of 5 mean absolute rewards; w* does not change"""
     layer_norm: bool | None = None
     """LayerNorm in nu and q (default; the paper has none)"""
 
@@ -173,7 +177,7 @@ def nu_tot(critics: Critics, states: TensorDict) -> Tensor:
 
 
 def nu_tot_next(critics: Critics, batch: TensorDict, data: DataFacts) -> Tensor:
-    """nu_tot(s') -> [B], clipped to the range of the data's returns."""
+    """nu_tot(s') -> [B]. With --bound it is clipped to the discounted returns that follow the recorded states."""
     return nu_tot(critics, batch["next"]).clamp(data.low, data.high)
 
 
@@ -184,7 +188,10 @@ def td_form(batch: TensorDict, nu_s: Tensor, nu_next: Tensor, args: Args) -> Ten
 
 
 def q_form(critics: Critics, batch: TensorDict, nu: Tensor, q: Tensor, args: Args, train_theta: bool = True) -> Tensor:
-    """A_tot(s, a) = M_theta^s[q - nu] -> [B]. With `released_nu` the local A_i = W_i (q_i - nu_i) -> [B, n]."""
+    """A_tot(s, a) from q and nu [B, n]: M_theta^s[q - nu] without the bias -> [B].
+
+    With `printed` the mixer's bias is in it. With `released_nu` it is the local A_i = W_i (q_i - nu_i) -> [B, n].
+    """
     at = critics.mixer.at(batch["state"])  # W_theta^s and b_theta^s
     at = at if train_theta else tuple(weights.detach() for weights in at)
     if args.objective == "released_nu":
@@ -200,9 +207,9 @@ def local_values(critics: Critics, batch: TensorDict) -> tuple[Tensor, Tensor]:
     return critics.nu(obs), critics.q(obs, batch["agents", "action"])
 
 
-# What lines 6 and 7 minimise, one function per --objective. `printed` is Eq. 10 itself. The default `semi` takes its
-# place; docs/PAPER.md compares the four. `target` are slowly moving copies of the networks, `init` are
-# initial states, and alpha is in scaled rewards.
+# What lines 6 and 7 minimise, one function per --objective. `printed` is Eq. 10, with a multiplier if --lambda-scale is
+# given. The default `semi` takes its place; docs/PAPER.md compares the four. `target` are slowly moving copies of the
+# networks, `init` are initial states (semi needs none), and alpha is in scaled rewards.
 
 
 def semi(critics, target, batch, init, alpha, args, data):
@@ -244,7 +251,10 @@ OBJECTIVE_LOSSES = {"semi": semi, "exact": exact, "printed": printed, "released_
 
 
 def q_loss(critics: Critics, target: Critics, batch: TensorDict, args: Args, data: DataFacts) -> Tensor:
-    """L_q(psi_q), with nu and theta fixed. With `released_nu` q_tot itself is regressed, which trains theta too."""
+    """L_q(psi_q), with nu and theta fixed and nu_tot(s') from the target networks.
+
+    With `released_nu` q_tot itself is regressed, which trains theta too.
+    """
     nu, q = local_values(critics, batch)
     with torch.no_grad():
         nu_s, nu_next = critics.mixer(nu, batch["state"]), nu_tot_next(target, batch, data)
@@ -257,7 +267,7 @@ def q_loss(critics: Critics, target: Critics, batch: TensorDict, args: Args, dat
 
 
 def ratio(A_tot: Tensor, alpha: float | Tensor, lam: Tensor, args: Args) -> Tensor:
-    """w_tot*(s, a) from A_tot -> [B]."""
+    """w_tot*(s, a) -> [B] from A_tot [B], or with `released_nu` from the local A_i [B, n]."""
     from_A = losses.released_nu_ratio if args.objective == "released_nu" else losses.occupancy_ratio
     return from_A(A_tot, alpha, losses.DIVERGENCES[args.f], lam)  # Section 4.3
 
@@ -296,7 +306,7 @@ def make_optimizer(critics: Critics, args: Args) -> torch.optim.Adam:
 
 
 def make_critic_update(critics, target, optimizer, args: Args, data: DataFacts, alpha: Tensor | None = None):
-    """Lines 5 to 7 as a function of (batch, init): one Adam step for all three, then a step of the target networks.
+    """Lines 5 to 7 as a function of (batch, init): one Adam step for all at once, then a step of the target networks.
 
     It returns what critic_losses does. Stacked critics of S seeds take batches [S, B] and give [S] and [S, B]. alpha
     [S] is in scaled rewards, one for each seed. By default it is args.alpha.
@@ -320,7 +330,8 @@ def make_critic_update(critics, target, optimizer, args: Args, data: DataFacts, 
 def train_critics(rows: TensorDict, card: dict, args: Args, runs: list[Run], data: DataFacts, weights: Tensor | None):
     """Lines 3 to 8 for runs at the same step, from their checkpoints on. args.evals checkpoints are saved on the way.
 
-    `weights` are comadice_bc.episode_weights: transitions are drawn in proportion to them.
+    Not in the paper: transitions are drawn in proportion to `weights`, the ratio of their episode
+    (comadice_losses.episode_ratio), in both stages. Initial states are drawn uniformly.
     """
     device, seeds = pick_device(args.device), [run.seed for run in runs]
     critics, target = make_stacked(lambda: make_critics(card, args).to(device), seeds)  # line 1: theta, psi_q, psi_nu
@@ -375,7 +386,7 @@ def algorithm_1(
     critics = make_critics(card, args).to(pick_device(args.device))
     for run in runs:
         critics.load_state_dict(run.state["target"])
-        run.state["w"] = dataset_ratio(critics, rows, args, data)  # w*, which line 11 needs
+        run.state["w"] = dataset_ratio(critics, rows, args, data)  # w* for line 11, from the slowly moving copies
     comadice_bc.train_policies(rows, card, args, runs, env, "policy", weights=weights)  # lines 9 to 12, with Eq. 11
     for run in runs:
         ratio_picture.draw(run.state, rows, run.metrics, run.path / "ratio.png")
