@@ -106,6 +106,8 @@ def as_command(words: list[str], log: Path):
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    stops.catch(begun=False)  # as Python itself would be stopped while it starts
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stops.SIGNALS)
     name, *sys.argv[1:] = words
     sys.orig_argv = ["python", *([] if name.endswith(".py") else ["-m"]), *words]
     os.chdir(ROOT)
@@ -129,7 +131,8 @@ def left_of(session: int) -> list[str]:
 
 def start(words: list[str], log: Path) -> multiprocessing.Process:
     process = FORK.Process(target=as_command, args=(words, log))
-    process.start()
+    with stops.not_for_children():  # this process's handlers are not the command's
+        process.start()
     return process
 
 
