@@ -176,9 +176,9 @@ def nu_tot(critics: Critics, states: TensorDict) -> Tensor:
     return critics.mixer(critics.nu(states["agents", "observation"]), states["state"])
 
 
-def nu_tot_next(critics: Critics, batch: TensorDict, data: DataFacts) -> Tensor:
+def nu_tot_next(critics: Critics, batch: TensorDict, facts: DataFacts) -> Tensor:
     """nu_tot(s') -> [B]. With --bound it is clipped to the discounted returns that follow the recorded states."""
-    return nu_tot(critics, batch["next"]).clamp(data.low, data.high)
+    return nu_tot(critics, batch["next"]).clamp(facts.low, facts.high)
 
 
 def td_form(batch: TensorDict, nu_s: Tensor, nu_next: Tensor, args: Args) -> Tensor:
@@ -212,24 +212,24 @@ def local_values(critics: Critics, batch: TensorDict) -> tuple[Tensor, Tensor]:
 # networks, `init` are initial states (semi needs none), and alpha is in scaled rewards.
 
 
-def semi(critics, target, batch, init, alpha, args, data):
+def semi(critics, target, batch, init, alpha, args, facts):
     """The target networks give nu_tot(s'), so no gradient flows at s'. -> (L(nu, theta), A_tot, nu_tot(s))."""
     with torch.no_grad():
-        nu_next = nu_tot_next(target, batch, data)
+        nu_next = nu_tot_next(target, batch, facts)
     nu_s = nu_tot(critics, batch)
     A_tot = td_form(batch, nu_s, nu_next, args)
     return losses.semi_loss(nu_s, A_tot, alpha, losses.DIVERGENCES[args.f]), A_tot, nu_s
 
 
-def exact(critics, target, batch, init, alpha, args, data):
+def exact(critics, target, batch, init, alpha, args, facts):
     """Prop. 4.1, with the gradient at s, s' and s0. -> (L(nu, theta), A_tot, nu_tot(s))."""
     nu_s = nu_tot(critics, batch)
-    A_tot = td_form(batch, nu_s, nu_tot_next(critics, batch, data), args)
+    A_tot = td_form(batch, nu_s, nu_tot_next(critics, batch, facts), args)
     f, lam = losses.DIVERGENCES[args.f], critics.lam
-    return losses.dual_loss(nu_tot(critics, init), A_tot, alpha, f, args.gamma, lam, data.mass), A_tot, nu_s
+    return losses.dual_loss(nu_tot(critics, init), A_tot, alpha, f, args.gamma, lam, facts.mass), A_tot, nu_s
 
 
-def printed(critics, target, batch, init, alpha, args, data):
+def printed(critics, target, batch, init, alpha, args, facts):
     """Eq. 10 as it is printed, with q fixed. -> (L(nu, theta), A_tot, nu_tot(s))."""
     nu, q = local_values(critics, batch)
     A_tot = q_form(critics, batch, nu, q.detach(), args)
@@ -238,7 +238,7 @@ def printed(critics, target, batch, init, alpha, args, data):
     return loss, A_tot, nu_tot(critics, batch)
 
 
-def released_nu(critics, target, batch, init, alpha, args, data):
+def released_nu(critics, target, batch, init, alpha, args, facts):
     """The released code's rule for nu, theta fixed. -> (L(nu), A_i [B, n], nu_tot(s))."""
     nu, q = local_values(critics, batch)
     A_i = q_form(critics, batch, nu, q.detach(), args, train_theta=False)
@@ -250,14 +250,14 @@ def released_nu(critics, target, batch, init, alpha, args, data):
 OBJECTIVE_LOSSES = {"semi": semi, "exact": exact, "printed": printed, "released_nu": released_nu}
 
 
-def q_loss(critics: Critics, target: Critics, batch: TensorDict, args: Args, data: DataFacts) -> Tensor:
+def q_loss(critics: Critics, target: Critics, batch: TensorDict, args: Args, facts: DataFacts) -> Tensor:
     """L_q(psi_q), with nu and theta fixed and nu_tot(s') from the target networks.
 
     With `released_nu` q_tot itself is regressed, which trains theta too.
     """
     nu, q = local_values(critics, batch)
     with torch.no_grad():
-        nu_s, nu_next = critics.mixer(nu, batch["state"]), nu_tot_next(target, batch, data)
+        nu_s, nu_next = critics.mixer(nu, batch["state"]), nu_tot_next(target, batch, facts)
     reward, terminated = args.reward_scale * batch["reward"][:, 0], batch["terminated"][:, 0]
     if args.objective == "released_nu":
         q_tot = critics.mixer(q, batch["state"])
@@ -272,13 +272,13 @@ def ratio(A_tot: Tensor, alpha: float | Tensor, lam: Tensor, args: Args) -> Tens
     return from_A(A_tot, alpha, losses.DIVERGENCES[args.f], lam)  # Section 4.3
 
 
-def critic_losses(critics, target, batch, init, alpha, args, data) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def critic_losses(critics, target, batch, init, alpha, args, facts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The losses of lines 5 to 7: (L_q, L(nu, theta), w [B], nu_tot(s) [B]). The last two are for metrics.csv.
 
     L_q is 0 if w* does not come from q. No parameter is in both losses.
     """
-    L_nu, A_tot, nu_s = OBJECTIVE_LOSSES[args.objective](critics, target, batch, init, alpha, args, data)  # lines 6, 7
-    L_q = q_loss(critics, target, batch, args, data) if args.advantage == "q" else torch.zeros_like(L_nu)  # line 5
+    L_nu, A_tot, nu_s = OBJECTIVE_LOSSES[args.objective](critics, target, batch, init, alpha, args, facts)  # lines 6, 7
+    L_q = q_loss(critics, target, batch, args, facts) if args.advantage == "q" else torch.zeros_like(L_nu)  # line 5
     return L_q, L_nu, ratio(A_tot, alpha, critics.lam, args).detach(), nu_s.detach()
 
 
@@ -305,7 +305,7 @@ def make_optimizer(critics: Critics, args: Args) -> torch.optim.Adam:
     return adam(groups, args.critic_lr, critics.lam.device)
 
 
-def make_critic_update(critics, target, optimizer, args: Args, data: DataFacts, alpha: Tensor | None = None):
+def make_critic_update(critics, target, optimizer, args: Args, facts: DataFacts, alpha: Tensor | None = None):
     """Lines 5 to 7 as a function of (batch, init): one Adam step for all at once, then a step of the target networks.
 
     It returns what critic_losses does. Stacked critics of S seeds take batches [S, B] and give [S] and [S, B]. alpha
@@ -313,7 +313,7 @@ def make_critic_update(critics, target, optimizer, args: Args, data: DataFacts, 
     """
     alpha = torch.full_like(critics.lam, args.alpha * args.reward_scale) if alpha is None else alpha
     trained = [parameter for name, parameter in critics.named_parameters() if name != "lam" or args.lambda_scale]
-    on_batch = lambda *inputs: critic_losses(*inputs, args, data)
+    on_batch = lambda *inputs: critic_losses(*inputs, args, facts)
     losses_of = per_seed(on_batch, [critics, target], alpha.numel(), args.compile)
     update_target = target_update(target, critics, args.tau)
 
@@ -327,7 +327,7 @@ def make_critic_update(critics, target, optimizer, args: Args, data: DataFacts, 
     return update
 
 
-def train_critics(rows: TensorDict, card: dict, args: Args, runs: list[Run], data: DataFacts, weights: Tensor | None):
+def train_critics(rows: TensorDict, card: dict, args: Args, runs: list[Run], facts: DataFacts, weights: Tensor | None):
     """Lines 3 to 8 for runs at the same step, from their checkpoints on. args.evals checkpoints are saved on the way.
 
     Not in the paper: transitions are drawn in proportion to `weights`, the ratio of their episode
@@ -345,7 +345,7 @@ def train_critics(rows: TensorDict, card: dict, args: Args, runs: list[Run], dat
     starts = rows[initial_rows(rows)[:STARTS]].select(*INIT_KEYS).to(device)
     starts = starts.expand(len(seeds), *starts.shape) if len(seeds) > 1 else starts
     nu_at_starts = per_seed(lambda critics, states: (nu_tot(critics, states).mean(),), [target], len(seeds))
-    update = Graph(make_critic_update(critics, target, optimizer, args, data), args.graph)
+    update = Graph(make_critic_update(critics, target, optimizer, args, facts), args.graph)
     sources = (transitions, args.batch_size), (initial_states, args.init_batch_size)
     # line 3: training the occupancy ratio
     for step, batch, init in stage.steps(*sources):  # line 4
@@ -359,15 +359,15 @@ def train_critics(rows: TensorDict, card: dict, args: Args, runs: list[Run], dat
 
 
 @torch.no_grad()
-def dataset_ratio(critics: Critics, rows: TensorDict, args: Args, data: DataFacts) -> Tensor:
+def dataset_ratio(critics: Critics, rows: TensorDict, args: Args, facts: DataFacts) -> Tensor:
     """w_tot*(s, a) of every transition of the dataset, [T] (Section 4.3). `critics` are the trained target networks."""
-    first, alpha, device = transition_rows(rows), args.alpha * args.reward_scale, critics.lam.device
-    w = torch.empty(len(first), dtype=rows["state"].dtype, device=first.device)  # filled in place, to save memory
-    for index, out in zip(first.split(CHUNK // 8), w.split(CHUNK // 8)):
+    t, alpha, device = transition_rows(rows), args.alpha * args.reward_scale, critics.lam.device
+    w = torch.empty(len(t), dtype=rows["state"].dtype, device=t.device)  # filled in place, to save memory
+    for index, out in zip(t.split(CHUNK // 8), w.split(CHUNK // 8)):
         stops.leave()
         batch = as_transition(rows[torch.stack([index, index + 1], -1)].to(device))
         if args.advantage == "td":
-            A_tot = td_form(batch, nu_tot(critics, batch), nu_tot_next(critics, batch, data), args)
+            A_tot = td_form(batch, nu_tot(critics, batch), nu_tot_next(critics, batch, facts), args)
         else:
             A_tot = q_form(critics, batch, *local_values(critics, batch), args)
         out.copy_(ratio(A_tot, alpha, critics.lam, args))
@@ -378,15 +378,15 @@ def dataset_ratio(critics: Critics, rows: TensorDict, args: Args, data: DataFact
 
 
 def algorithm_1(
-    rows: TensorDict, card: dict, args: Args, runs: list[Run], env, data: DataFacts, weights: Tensor | None
+    rows: TensorDict, card: dict, args: Args, runs: list[Run], env, facts: DataFacts, weights: Tensor | None
 ):
     """Algorithm 1 for runs at the same step, to its end. `env` is the simulator for the evaluations, or None."""
     if runs[0].state["critic_step"] < args.steps:
-        train_critics(rows, card, args, runs, data, weights)  # lines 3 to 8
+        train_critics(rows, card, args, runs, facts, weights)  # lines 3 to 8
     critics = make_critics(card, args).to(pick_device(args.device))
     for run in runs:
         critics.load_state_dict(run.state["target"])
-        run.state["w"] = dataset_ratio(critics, rows, args, data)  # w* for line 11, from the slowly moving copies
+        run.state["w"] = dataset_ratio(critics, rows, args, facts)  # w* for line 11, from the slowly moving copies
     comadice_bc.train_policies(rows, card, args, runs, env, "policy", weights=weights)  # lines 9 to 12, with Eq. 11
     for run in runs:
         ratio_picture.draw(run.state, rows, run.metrics, run.path / "ratio.png")
@@ -399,10 +399,10 @@ def train_seeds(args: Args, rows: TensorDict, card: dict, env) -> list[list[dict
     Seeds at the same step are trained together.
     """
     runs = start_runs(args, "comadice", card, rows, {"critic_step": 0, "critic_seconds": 0.0})
-    data, weights = data_facts(rows, args), comadice_bc.episode_weights(rows, args.episode_alpha, args.f)
+    facts, weights = data_facts(rows, args), comadice_bc.episode_weights(rows, args.episode_alpha, args.f)
     while group := next_group(runs):
         try:
-            algorithm_1(rows, card, args, group, env, data, weights)
+            algorithm_1(rows, card, args, group, env, facts, weights)
         except Diverged as error:
             give_up(runs, error)
     return end_runs(runs)
