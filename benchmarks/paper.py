@@ -28,23 +28,11 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-import torch
 import tyro
 
-from benchmarks import estimate, grid
-from benchmarks.grid import Cell
-from benchmarks.progress import STATES, Board, duration, show
-from environments import stops
-from environments.checks import BadInput, fail_at_end, run_script
-from offline_data.card import DATA_ROOT, dataset_path
-from support import report
-
-SECONDS = 5  # between two looks at the run directories
-LINE = 60  # seconds between two lines where the output is not a terminal
-SAVING = 120  # seconds that stopped runs have for their checkpoints
-PATH = str(Path(__file__).parent.parent)
+Method = Literal["bc", "bcq", "cql", "icq", "omar", "omiga", "comadice", "bc-best10"]
 
 
 @dataclass
@@ -55,10 +43,8 @@ class Args:
     """envs, tasks or qualities of the paper, or parts such as hopper/expert; ENV/TASK/QUALITY may be any dataset"""
     data: list[str] = field(default_factory=list)
     """dataset directories, beside or instead of --only (default: the paper's 39 instances)"""
-    methods: list[Literal["bc", "bcq", "cql", "icq", "omar", "omiga", "comadice", "bc-best10"]] = field(
-        default_factory=lambda: list(grid.PAPER_METHODS)
-    )
-    """methods"""
+    methods: list[Method] = field(default_factory=lambda: list(get_args(Method)[:-1]))
+    """methods (default: the paper's seven)"""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     """seeds of every cell"""
     ablation: list[Literal["alpha", "f", "mixer"]] = field(default_factory=list)
@@ -80,6 +66,28 @@ class Args:
     index: int | None = None
     """run this run of the plan alone, in this process and without Ray: for a job array"""
 
+
+if __name__ == "__main__":  # before what takes seconds to import: --help and a typo answer at once
+    WORDS = sys.argv[1:]
+    ON_RUNS = WORDS[:1] in (["status"], ["report"]) and len(WORDS) == 2
+    END = WORDS.index("--") if "--" in WORDS else len(WORDS)
+    ARGS = None if ON_RUNS else tyro.cli(Args, args=WORDS[:END])
+
+# isort: split
+import torch
+
+from benchmarks import estimate, grid
+from benchmarks.grid import Cell
+from benchmarks.progress import STATES, Board, duration, show
+from environments import stops
+from environments.checks import BadInput, fail_at_end, run_script
+from offline_data.card import DATA_ROOT, dataset_path
+from support import report
+
+SECONDS = 5  # between two looks at the run directories
+LINE = 60  # seconds between two lines where the output is not a terminal
+SAVING = 120  # seconds that stopped runs have for their checkpoints
+PATH = str(Path(__file__).parent.parent)
 
 # ---------------------------------------------------------------- the work, as tasks of Ray
 
@@ -332,9 +340,7 @@ def status(out: str):
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    if words[:1] in (["status"], ["report"]) and len(words) == 2:
-        run_script(status if words[0] == "status" else write_reports, words[1])
+    if ON_RUNS:
+        run_script(status if WORDS[0] == "status" else write_reports, WORDS[1])
     else:
-        at = words.index("--") if "--" in words else len(words)
-        run_script(main, tyro.cli(Args, args=words[:at]), words[at + 1 :], go_on=shlex.join(sys.orig_argv))
+        run_script(main, ARGS, WORDS[END + 1 :], go_on=shlex.join(sys.orig_argv))
