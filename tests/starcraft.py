@@ -75,16 +75,26 @@ class Kind(NamedTuple):
 
 KINDS = {
     "marine": Kind(48, 45, 0, 0, 0.375, 2.25, 6, range=5, cooldown=0.86, hits_air=True),
-    "marauder": Kind(51, 125, 0, 1, 0.5625, 2.25, 10, bonus=("armored", 10), range=6, cooldown=1.5, attribute="armored"),
+    "marauder": Kind(51, 125, 0, 1, 0.5625, 2.25, 10, bonus=("armored", 10), range=6, cooldown=1.5,
+                     attribute="armored"),
     "medivac": Kind(54, 150, 0, 1, 0.75, 2.75, range=4, attribute="armored", flies=True, solid=False),
-    "stalker": Kind(74, 80, 80, 1, 0.625, 2.95, 13, bonus=("armored", 5), range=6, cooldown=1.87, attribute="armored", hits_air=True),
+    "stalker": Kind(74, 80, 80, 1, 0.625, 2.95, 13, bonus=("armored", 5), range=6, cooldown=1.87,
+                    attribute="armored", hits_air=True),
     "zealot": Kind(73, 100, 50, 1, 0.5, 2.25, 8, hits=2, range=0.1, cooldown=1.2),
-    "colossus": Kind(4, 200, 150, 1, 1, 2.25, 10, hits=2, bonus=("light", 5), range=7, cooldown=1.5, splash=0.2, attribute="armored", solid=False),
+    "colossus": Kind(4, 200, 150, 1, 1, 2.25, 10, hits=2, bonus=("light", 5), range=7, cooldown=1.5, splash=0.2,
+                     attribute="armored", solid=False),
     "zergling": Kind(105, 35, 0, 0, 0.375, 2.95, 5, range=0.1, cooldown=0.7),
-    "baneling": Kind(9, 30, 0, 0, 0.375, 2.5, 16, bonus=("light", 19), range=0.25, splash=2.2, attribute="", explodes=True),
+    "baneling": Kind(9, 30, 0, 0, 0.375, 2.5, 16, bonus=("light", 19), range=0.25, splash=2.2, attribute="",
+                     explodes=True),
     "hydralisk": Kind(107, 80, 0, 0, 0.625, 2.25, 12, range=5, cooldown=0.83, hits_air=True),
-}
-HEAL_RATE, HEALTH_PER_ENERGY, FIRST_ENERGY, MAX_ENERGY, ENERGY_RATE = 9 / 16, 3, 50, 200, 0.56 / 16  # of medivacs; rates are per loop
+}  # fmt: skip
+HEAL_RATE, HEALTH_PER_ENERGY, FIRST_ENERGY, MAX_ENERGY, ENERGY_RATE = (
+    9 / 16,
+    3,
+    50,
+    200,
+    0.56 / 16,
+)  # of medivacs; rates are per loop
 SHIELD_REST, SHIELD_RATE = 160, 2 / 16  # loops without a hit before shields grow back, and how fast
 
 # The units that a map places itself: {name: number} and where, for the agents and for their enemies (from the scripts in smacv2's map files).
@@ -167,10 +177,26 @@ class Unit:
 
     def message(self) -> raw_pb2.Unit:
         side = raw_pb2.Self if self.owner == ALLY else raw_pb2.Enemy
-        unit = raw_pb2.Unit(tag=self.tag, unit_type=self.type_id, owner=self.owner, alliance=side, display_type=raw_pb2.Visible, build_progress=1)
+        unit = raw_pb2.Unit(
+            tag=self.tag,
+            unit_type=self.type_id,
+            owner=self.owner,
+            alliance=side,
+            display_type=raw_pb2.Visible,
+            build_progress=1,
+        )
         unit.pos.x, unit.pos.y, unit.pos.z = *self.xy, 10
-        unit.health, unit.shield, unit.energy, unit.weapon_cooldown = self.health, self.shield, self.energy, self.cooldown
-        unit.health_max, unit.shield_max, unit.energy_max = self.kind.health, self.kind.shield, MAX_ENERGY * self.kind.flies
+        unit.health, unit.shield, unit.energy, unit.weapon_cooldown = (
+            self.health,
+            self.shield,
+            self.energy,
+            self.cooldown,
+        )
+        unit.health_max, unit.shield_max, unit.energy_max = (
+            self.kind.health,
+            self.kind.shield,
+            MAX_ENERGY * self.kind.flies,
+        )
         unit.radius, unit.is_flying = self.kind.radius, self.kind.flies
         return unit
 
@@ -181,9 +207,13 @@ class Battle:
     def __init__(self, game: Game, map_name: str, seed: int | None):
         self.game, self.rng, self.loops = game, np.random.default_rng(seed), 0
         allies, here, enemies, there = MAPS[map_name]
-        self.names = {k.type_id: name for name, k in KINDS.items()} | dict(enumerate(sorted(allies or KINDS), FIRST_CUSTOM))
+        self.names = {k.type_id: name for name, k in KINDS.items()} | dict(
+            enumerate(sorted(allies or KINDS), FIRST_CUSTOM)
+        )
         agents = {name: i for i, name in self.names.items() if i >= FIRST_CUSTOM}
-        self.own = [(agents[name], ALLY, here) for name, n in allies.items() for _ in range(n)]  # the map's own units, as (type id, owner, place)
+        self.own = [
+            (agents[name], ALLY, here) for name, n in allies.items() for _ in range(n)
+        ]  # the map's own units, as (type id, owner, place)
         self.own += [(KINDS[name].type_id, ENEMY, there) for name, n in enemies.items() for _ in range(n)]
         self.tags = itertools.count(1 << 32)  # of no unit twice in a game, but the next game begins with the same ones
         self.units: dict[int, Unit] = {}
@@ -203,7 +233,9 @@ class Battle:
         kind = KINDS[self.names[type_id]]
         middle = np.array(at) + self.rng.uniform(-0.2, 0.2, 2)
         for k in itertools.count():
-            xy = np.clip(middle + 0.3 * math.sqrt(k) * np.array([math.cos(2.4 * k), math.sin(2.4 * k)]), 0.25, SIZE - 0.25)
+            xy = np.clip(
+                middle + 0.3 * math.sqrt(k) * np.array([math.cos(2.4 * k), math.sin(2.4 * k)]), 0.25, SIZE - 0.25
+            )
             if all(math.dist(xy, u.xy) >= u.kind.radius + kind.radius for u in self.units.values()):
                 break
         tag = next(self.tags)
@@ -277,7 +309,11 @@ class Battle:
                 unit.energy -= gain / HEALTH_PER_ENERGY
             elif ability == ATTACK and unit.cooldown == 0:
                 near = gaps[i if kind.explodes else j]
-                struck += [(kind, u) for k, u in enumerate(units) if k == j or (near[k] <= kind.splash and kind.splash and unit.can_target(u, ATTACK))]
+                struck += [
+                    (kind, u)
+                    for k, u in enumerate(units)
+                    if k == j or (near[k] <= kind.splash and kind.splash and unit.can_target(u, ATTACK))
+                ]
                 unit.cooldown = 16 * kind.cooldown + self.rng.uniform(-1, 2)
                 self.doomed |= {unit.tag} if kind.explodes else set()
         for kind, victim in struck:
@@ -286,7 +322,9 @@ class Battle:
         xy, solid = np.array([u.xy for u in units]), np.array([u.kind.solid for u in units])
         away = xy[:, None] - xy
         distance = np.hypot(away[..., 0], away[..., 1]) + 1e-6
-        overlap = np.maximum(radius + radius[:, None] - distance, 0) * (solid & solid[:, None] & ~np.eye(len(units), dtype=bool))
+        overlap = np.maximum(radius + radius[:, None] - distance, 0) * (
+            solid & solid[:, None] & ~np.eye(len(units), dtype=bool)
+        )
         xy = np.clip(xy + (away * (overlap / distance / 2)[..., None]).sum(1), 0.25, SIZE - 0.25)
         for unit, place in zip(units, xy):
             unit.xy = place
@@ -319,7 +357,11 @@ class Server:
             crashes[0].left -= 1
             self.died = crashes.pop(0) if crashes[0].left == 0 else None
         self.check()
-        answer = {"error": ["the stand-in's game has died"]} if self.died else {what: getattr(self, what)(getattr(self.request, what))}
+        answer = (
+            {"error": ["the stand-in's game has died"]}
+            if self.died
+            else {what: getattr(self, what)(getattr(self.request, what))}
+        )
         return sc2api_pb2.Response(id=self.request.id, status=self.status, **answer).SerializeToString()
 
     def check(self):
@@ -339,25 +381,33 @@ class Server:
         return sc2api_pb2.ResponseCreateGame()
 
     def join_game(self, request):
-        self.battle = Battle(self.game, self.map_name, self.create.random_seed if self.create.HasField("random_seed") else None)
+        self.battle = Battle(
+            self.game, self.map_name, self.create.random_seed if self.create.HasField("random_seed") else None
+        )
         self.status = sc2api_pb2.in_game
         return sc2api_pb2.ResponseJoinGame(player_id=ALLY)
 
     def game_info(self, request):
         size = common_pb2.Size2DI(x=SIZE, y=SIZE)
         area = common_pb2.RectangleI(p0=common_pb2.PointI(x=0, y=0), p1=common_pb2.PointI(x=SIZE, y=SIZE))
-        pathing = common_pb2.ImageData(bits_per_pixel=1, size=size, data=b"\xff" * (SIZE * SIZE // 8))  # a bit a cell, set where units can walk
+        pathing = common_pb2.ImageData(
+            bits_per_pixel=1, size=size, data=b"\xff" * (SIZE * SIZE // 8)
+        )  # a bit a cell, set where units can walk
         height = common_pb2.ImageData(bits_per_pixel=8, size=size, data=b"\x80" * (SIZE * SIZE))
         raw = raw_pb2.StartRaw(map_size=size, playable_area=area, pathing_grid=pathing, terrain_height=height)
         return sc2api_pb2.ResponseGameInfo(map_name=self.map_name, start_raw=raw)
 
     def data(self, request):
         names = self.battle.names
-        return sc2api_pb2.ResponseData(units=[data_pb2.UnitTypeData(unit_id=i, name=names.get(i, "")) for i in range(max(names) + 1)])
+        return sc2api_pb2.ResponseData(
+            units=[data_pb2.UnitTypeData(unit_id=i, name=names.get(i, "")) for i in range(max(names) + 1)]
+        )
 
     def observation(self, request):
         raw = raw_pb2.ObservationRaw(units=[u.message() for u in self.battle.units.values()])
-        return sc2api_pb2.ResponseObservation(observation=sc2api_pb2.Observation(game_loop=self.battle.loops, raw_data=raw))
+        return sc2api_pb2.ResponseObservation(
+            observation=sc2api_pb2.Observation(game_loop=self.battle.loops, raw_data=raw)
+        )
 
     def action(self, request):
         self.idle = 0
