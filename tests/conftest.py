@@ -54,7 +54,7 @@ def remount(folder: Path, options: str):
 
 
 def random_episode(env, generator: torch.Generator, limit: int) -> TensorDict:
-    """T + 1 rows of random actions in one robot; an episode that is still going after `limit` steps ends as if by a time limit."""
+    """T + 1 rows of random actions in one robot. After `limit` steps an episode ends as if by a time limit."""
     rows, td = [], env.reset()
     while True:
         td["agents", "action"] = torch.randn(

@@ -1,8 +1,8 @@
 """A stand-in for the StarCraft II process, so that the real smacv2 plays battles where the game is not installed.
 
-pysc2 talks to the game over a websocket, in protobuf messages. Here both ends are in one process: pysc2's own controller sends real request bytes, and
-`Server` answers with real response bytes from a small battle of its own. Everything above the socket is the real thing: smacv2's environments, pysc2's
-controller, its state checks and its errors.
+pysc2 talks to the game over a websocket, in protobuf messages. Here both ends are in one process. pysc2's own
+controller sends real request bytes. `Server` answers with real response bytes from a small battle of its own.
+Everything above the socket is the real thing: smacv2's environments, pysc2's controller, its state checks, its errors.
 
     with starcraft.installed() as game:
         env = StarCraft2Env(map_name="10gen_zerg", ...)
@@ -13,18 +13,24 @@ controller, its state checks and its errors.
 
 In a worker process, where nothing has to be undone, starcraft.install() does the same.
 
-Simulated: units with health, shields, armour, range, cooldown, speed and size; move, attack, stop and heal orders, carried out loop by loop (16 a second);
-splash, banelings that explode, medivacs that heal; debug commands that create and kill; the maps' triggers. As on the SMAC maps, the agents' units never act
-unordered. The enemies go for whatever is nearest; on the 10gen_ maps the real ones do so whenever idle, on the others they march to where the agents appeared.
-Hits of one loop are simultaneous. All randomness (a little in where units appear and in cooldowns) comes from the seed in the request to create a game; without
-one it differs each time, as in the game.
+What is simulated:
+- units with health, shields, armour, range, cooldown, speed and size;
+- move, attack, stop and heal orders, carried out loop by loop (16 a second);
+- splash, banelings that explode, medivacs that heal;
+- debug commands that create and kill; the maps' triggers.
 
-On maps with units of their own (SMACv1's) the trigger brings them back as soon as the last has died, so smacv2's reset, which waits to see none, never returns
-from the second one on, with the game as with this (oxwhirl/smacv2, issue 55). The stand-in raises where whoever plays has waited too long; spawn_delay=3 leaves
-a gap that smacv2 sees.
+As on the SMAC maps, the agents' units never act without an order. The enemies go for whatever is nearest. The real ones
+do so whenever they are idle on the 10gen_ maps. On the other maps they march to where the agents appeared.
+Hits of one loop are simultaneous. The only randomness is a little in where units appear and in cooldowns. It comes from
+the seed in the request to create a game. Without a seed it differs each time, as in the game.
 
-Not simulated: StarCraft II's combat model. No turning, acceleration, projectiles, cliffs, walls or path finding: every map is a flat square. Wins here say
-nothing about the game, least of all where terrain decides (corridor; 2c_vs_64zg can't be won).
+SMACv1's maps have units of their own. The trigger brings them back as soon as the last has died. smacv2's reset waits
+to see no unit, so from the second reset on it never returns. This is so with the real game, too (oxwhirl/smacv2, issue
+55). The stand-in raises an error when the player has waited too long. spawn_delay=3 leaves a gap that smacv2 sees.
+
+What is not simulated: StarCraft II's combat model. There is no turning, acceleration, projectiles, cliffs, walls or
+path finding: every map is a flat square. Wins here say nothing about the game, least of all where terrain decides
+(corridor; 2c_vs_64zg can't be won).
 """
 
 import contextlib
@@ -45,14 +51,18 @@ from s2clientprotocol import common_pb2, data_pb2, raw_pb2, sc2api_pb2
 MOVE, STOP, ATTACK, HEAL = 16, 4, 23, 386  # ability ids
 ALLY, ENEMY = 1, 2  # owners
 SIZE = 32  # of every map
-# The agents' unit types exist on the SMAC maps only; the game numbers them after its own, about 2,000, in alphabetical order. On the 10gen_ maps smacv2 takes
-# the number of all types less nine for the first of them, elsewhere the lowest that it sees.
+# The agents' unit types exist on the SMAC maps only. The game numbers them after its own, about 2,000, in alphabetical
+# order. smacv2 has to guess the first one's number. On the 10gen_ maps it takes the number of all types less nine,
+# elsewhere the lowest that it sees.
 FIRST_CUSTOM = 200
 PATIENCE = 3000  # loops; smacv2 waits up to 1,000 for units to appear
 
 
 class Kind(NamedTuple):
-    """A unit type: public unit statistics (Liquipedia, and the unit data in the SMAC maps), roughly. Times are seconds at the game speed Normal."""
+    """A unit type. Times are seconds at the game speed Normal.
+
+    The numbers are roughly the public unit statistics (Liquipedia, and the unit data in the SMAC maps).
+    """
 
     type_id: int
     health: float
@@ -97,7 +107,8 @@ HEAL_RATE, HEALTH_PER_ENERGY, FIRST_ENERGY, MAX_ENERGY, ENERGY_RATE = (
 )  # of medivacs; rates are per loop
 SHIELD_REST, SHIELD_RATE = 160, 2 / 16  # loops without a hit before shields grow back, and how fast
 
-# The units that a map places itself: {name: number} and where, for the agents and for their enemies (from the scripts in smacv2's map files).
+# The units that a map places itself: {name: number} and where, first for the agents, then for their enemies.
+# From the scripts in smacv2's map files.
 MAPS = {
     "32x32_flat": ({}, (), {}, ()),  # what every 10gen_ map is to smacv2, which creates the units itself
     "3m": ({"marine": 3}, (9, 16), {"marine": 3}, (23, 16)),
@@ -128,8 +139,12 @@ class Game:
     servers: list["Server"] = field(default_factory=list)  # of every process launched
 
     def crash(self, at: str | None = "step", after: int = 1, error: bool = False):
-        """The `after`-th request from now (of the kind `at`, a method of Server; None: any) kills the game: its socket closes, a ConnectionError to pysc2. With
-        `error` it answers everything with an error, a ProtocolError. A newly launched process works, until the next crash asked for is due."""
+        """The `after`-th request from now kills the game. Only requests of the kind `at`, a method of Server, count.
+
+        With at=None all count.
+        The game's socket closes, which is a ConnectionError to pysc2. With `error` the game answers everything with an
+        error instead, which is a ProtocolError. A newly launched process works until the next crash that was asked for.
+        """
         self.crashes.append(Crash(at, after, error))
 
     @property
@@ -242,7 +257,10 @@ class Battle:
         self.units[tag] = Unit(tag, type_id, kind, owner, xy, kind.health, kind.shield, FIRST_ENERGY * kind.flies)
 
     def command(self, command: raw_pb2.ActionRawUnitCommand):
-        """An order replaces the last one. One that can't be carried out (the target is gone, marauders can't hit medivacs) changes nothing."""
+        """An order replaces the last one. An order that can't be carried out changes nothing.
+
+        Examples: the target is gone, or a marauder is told to hit a medivac, which flies.
+        """
         point, target = command.target_world_space_pos, self.units.get(command.target_unit_tag)
         for unit in [self.units[tag] for tag in command.unit_tags if tag in self.units]:
             if command.ability_id == STOP:
@@ -390,9 +408,8 @@ class Server:
     def game_info(self, request):
         size = common_pb2.Size2DI(x=SIZE, y=SIZE)
         area = common_pb2.RectangleI(p0=common_pb2.PointI(x=0, y=0), p1=common_pb2.PointI(x=SIZE, y=SIZE))
-        pathing = common_pb2.ImageData(
-            bits_per_pixel=1, size=size, data=b"\xff" * (SIZE * SIZE // 8)
-        )  # a bit a cell, set where units can walk
+        # one bit per cell, set where units can walk
+        pathing = common_pb2.ImageData(bits_per_pixel=1, size=size, data=b"\xff" * (SIZE * SIZE // 8))
         height = common_pb2.ImageData(bits_per_pixel=8, size=size, data=b"\x80" * (SIZE * SIZE))
         raw = raw_pb2.StartRaw(map_size=size, playable_area=area, pathing_grid=pathing, terrain_height=height)
         return sc2api_pb2.ResponseGameInfo(map_name=self.map_name, start_raw=raw)

@@ -74,7 +74,7 @@ def make_batch(discrete: bool) -> TensorDict:
     return TensorDict(team | {"agents": TensorDict(now, [B, n]), "next": TensorDict(following, [B])}, [B])
 
 
-# ---------------------------------------------------------------- the same losses in NumPy, one agent and one transition at a time
+# ---------------------------------------------------------------- the same losses in NumPy: one agent, one transition
 
 
 def dense(net: nn.Sequential, x: np.ndarray) -> np.ndarray:
@@ -221,9 +221,8 @@ def cql_losses(net, target, batch, args, calls) -> dict:
                         )
                     )
                 )
-            assert (
-                np.abs(new[b]) < 1
-            ).all()  # see the test; the actor's loss outside of the box is checked by hand below
+            # see the test; the actor's loss outside of the box is checked by hand below
+            assert (np.abs(new[b]) < 1).all()
             t = net.log_temperature.exp().item()
             actor.append(
                 sum(
@@ -266,9 +265,8 @@ def omar_losses(net, target, batch, args, calls) -> dict:
                     )
                     for q in net.q
                 ]
-                np.testing.assert_allclose(
-                    candidates[-1, b, i], mean.clip(-1, 1)
-                )  # the policy's own action is a candidate
+                # the policy's own action is a candidate
+                np.testing.assert_allclose(candidates[-1, b, i], mean.clip(-1, 1))
                 a_hat = max(candidates[:, b, i], key=lambda x: q_value(net.q[0], i, o[i], x))
                 actor.append(-(1 - c) * q_value(net.q[0], i, o[i], mean.clip(-1, 1)) + c * ((mean - a_hat) ** 2).sum())
             td.append(sum((r + (0 if terminated else GAMMA * q_next) - x) ** 2 for x in q))
@@ -319,7 +317,10 @@ def bcq_losses(net, target, batch, args, calls) -> dict:
 
 
 def updated(name: str, discrete: bool, batch: TensorDict, change=None, lr: float = 1e-3, **flags):
-    """One update of networks and of targets that differ from them: (metrics, networks and targets before, after, what modules were fed)."""
+    """One update of networks and of targets that differ from them.
+
+    Returns (metrics, networks and targets before, the same after, what modules were fed).
+    """
     module = METHODS[name]
     args = resolved(module, discrete, **flags)
     net, target = make_networks(module, discrete, args, 1), make_networks(module, discrete, args, 2)
@@ -366,7 +367,7 @@ def test_actor_loss_of_cql_inside_and_outside_of_the_box():
 
 
 def test_sampled_log_sum_exp_is_the_integral():
-    """log of the integral of exp(3x) over [-1, 1], from uniform samples and from a Gaussian's that fall into the box."""
+    """log of the integral of exp(3x) over [-1, 1], from uniform samples and a Gaussian's samples inside the box."""
     g = torch.Generator().manual_seed(0)
     uniform, drawn = torch.rand(200_000, generator=g) * 2 - 1, 0.3 + 0.8 * torch.randn(200_000, generator=g)
     density = torch.distributions.Normal(0.3, 0.8).log_prob(drawn).masked_fill(drawn.abs() > 1, torch.inf)
@@ -381,7 +382,10 @@ def test_sampled_log_sum_exp_is_the_integral():
 
 
 def test_value_of_omiga_is_the_soft_maximum():
-    """At the loss's minimum v = alpha / w log E[exp(w q / alpha)], which makes exp(z) a policy over the data's actions; far off it still leads there."""
+    """The loss is least at v = alpha / w log E[exp(w q / alpha)]. There exp(z) is a policy over the data's actions.
+
+    Far from the minimum the gradient still leads to it.
+    """
     q, w, alpha = torch.tensor([[0.0], [1.0], [4.0], [4.0]]), torch.full((4, 1), 2.0), 1.5
     v = torch.tensor(-100.0, requires_grad=True)  # z is far beyond its bound
     (slope,) = torch.autograd.grad(omiga.v_loss(w, q, v.expand(4, 1), alpha), v)
@@ -509,7 +513,10 @@ def test_update_waits_for_nothing(name, discrete):
 def train(
     name: str, discrete: bool, device: str, enabled: bool
 ) -> tuple[list[torch.Tensor], Graph, list[tuple[int, ...]], TensorDict]:
-    """Eight updates through a Graph: (the tensors that were trained, the graph, where they lay after each step, its last batch)."""
+    """Eight updates through a Graph.
+
+    Returns (the tensors that were trained, the graph, their addresses after each step, the graph's last batch).
+    """
     module = METHODS[name]
     args = resolved(module, discrete)
     net, target = (make_networks(module, discrete, args, seed).to(device) for seed in (1, 2))
@@ -558,7 +565,7 @@ def test_graph_trains_as_eager_does(name, discrete):
 @both
 @pytest.mark.parametrize("name", ["omiga", "icq"])
 def test_temperatures_are_in_units_of_the_reward(name, discrete, tmp_path):
-    """Ten times the rewards: the policy is the same, with the defaults, and with temperatures that are ten times as large."""
+    """With ten times the rewards the policy is the same: with the defaults, and with ten times the temperatures."""
     generator = torch.Generator().manual_seed(0)
     rewards = torch.randn(8, 6, 1, generator=generator)
     module, policies, configs = METHODS[name], [], []
@@ -611,7 +618,7 @@ def test_temperatures_are_in_units_of_the_reward(name, discrete, tmp_path):
 
 @each
 def test_methods_are_on_equal_terms(name):
-    """The same target step, discount and LayerNorm in every q and v as ComaDICE's default, and rewards of 0.2 on average."""
+    """Every q and v has the target step, discount and LayerNorm of ComaDICE's default. Rewards are 0.2 on average."""
     for discrete in (False, True):
         args, comadice = resolved(METHODS[name], discrete), comadice_train.resolve(comadice_train.Args(), 0.4)
         fresh = METHODS[name].Args()
@@ -633,7 +640,10 @@ def test_methods_are_on_equal_terms(name):
 
 
 def test_published_values_of_omar_and_bcq():
-    """Pan et al.'s coefficient goes by the data's quality; BCQ plays the best of 100 candidates and backs up the best of 10."""
+    """Pan et al.'s coefficient depends on the data's quality.
+
+    BCQ plays the best of 100 candidates and backs up the best of 10.
+    """
     quality = lambda name: omar.defaults({"quality": name}, 1.0)["rectification"]
     assert [quality(name) for name in ("medium-replay", "medium", "expert", "demo")] == [0.5, 0.7, 0.9, 0.5]
     args = bcq.Args(hidden=6)
@@ -667,7 +677,7 @@ def test_actions_of_bcq(discrete):
 
 
 def game(path, joint_actions: list, reward, n_actions: int) -> str:
-    """One-step episodes of two agents that see nothing, with one more action than the game has, which is never available."""
+    """One-step episodes of two agents that see nothing. One action more than the game has is never available."""
     writer = DatasetWriter(path)
     mask = (torch.arange(n_actions + 1) < n_actions).expand(2, 2, -1).clone()
     end = torch.tensor([[True], [False]])
@@ -695,7 +705,8 @@ def game(path, joint_actions: list, reward, n_actions: int) -> str:
 
 
 MODULES = METHODS | {"comadice": comadice_train, "bc": comadice_bc}
-# Beside each method's own defaults: what makes 150 steps enough, and alphas that fit rewards of 1 to 8 a game instead of hundreds.
+# What differs from each method's own defaults. With QUICK, 150 steps are enough.
+# The alpha in FLAGS fits rewards of 1 to 8 a game instead of hundreds.
 QUICK = {"device": "cpu", "hidden": 16, "batch_size": 32, "steps": 150, "evals": 1, "lr": 1e-2}
 FLAGS = {
     "bc": {},
@@ -710,7 +721,10 @@ FLAGS = {
 
 @torch.no_grad()
 def solve(name: str, data: str, out, seeds: int, **flags) -> tuple[list[tuple], list[float]]:
-    """Trains by the method's own script: each seed's joint action, and the chance that both agents, drawing from its policy, act differently."""
+    """Trains by the method's own script. Returns each seed's joint action, and how often the two agents differ.
+
+    The second is the chance that the agents act differently when they draw from the policy.
+    """
     module = MODULES[name]
     with torch.enable_grad():
         module.main(module.Args(**QUICK | FLAGS[name] | flags, data=data, out=str(out), seeds=list(range(seeds))))
@@ -732,9 +746,10 @@ BEST = (1, 1)
 
 @pytest.mark.parametrize("name", MODULES)
 def test_matrix_game(name, tmp_path):
-    """All nine joint actions equally often: every method that looks at rewards finds the best one with at least 19 of 20 seeds.
+    """The data hold all nine joint actions equally often.
 
-    Measured: all 20 for each. BC, to which the data are uniform, ends anywhere: 5 of 20.
+    Every method that looks at rewards must find the best one with at least 19 of 20 seeds. Measured: all 20 for each.
+    To BC the data are uniform, so it ends anywhere: it found the best one with 5 of 20.
     """
     data = game(tmp_path / "data", [(i, j) for i in range(3) for j in range(3)], lambda i, j: REWARDS[i][j], 3)
     actions, _ = solve(name, data, tmp_path, 20)
@@ -746,13 +761,14 @@ def test_matrix_game(name, tmp_path):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_xor_game(name, tmp_path):
-    """Reward 1 if the actions differ; the data hold (0, 1) and (1, 0) equally often: no method here passes, ComaDICE included.
+    """Reward 1 if the actions differ. The data hold (0, 1) and (1, 0) equally often. No method here passes.
 
-    To each agent alone both of its actions are as frequent and as good, so agents that choose independently agree on nothing: a joint
-    action is a draw of two coins. The policies that are distributions say it exactly: drawing from them pays 0.50 for BC and ComaDICE, 0.45 to
-    0.50 for OMIGA, 0.13 to 0.5 for ICQ, where the optimum, one of the two pairs, pays 1; only OMAR's actor may commit, to a wrong pair as well.
-    The most likely actions are how ties break. Those of BC and ComaDICE make a pair of the data with all of ten seeds: both agents imitate the
-    same draws, and the pair that was drawn more often of late is ahead by a hair for both.
+    Seen by one agent, both of its actions are equally frequent and equally good. So agents that choose independently
+    agree on nothing: a joint action is like two coins. Policies that are distributions show it exactly. The optimum,
+    one of the two pairs, pays 1. Drawing from the policy pays 0.50 for BC and ComaDICE, 0.45 to 0.50 for OMIGA and 0.13
+    to 0.5 for ICQ. Only OMAR's actor may commit, but it may commit to a wrong pair as well.
+    The most likely actions only say how ties break. Those of BC and ComaDICE make a pair of the data with all of ten
+    seeds. Both agents imitate the same draws, so the pair that was drawn more often of late is slightly ahead for both.
     """
     data = game(tmp_path / "data", [(0, 1), (1, 0)], lambda i, j: i != j, 2)
     actions, differ = solve(name, data, tmp_path, 10)
@@ -773,11 +789,8 @@ def test_xor_game(name, tmp_path):
         ("omiga", {"alpha": 10.0}, (0, 0)),  # as published: at rewards of 1 that is BC
         ("omiga", {}, (0, 1)),
         ("omiga", {"alpha": 0.1}, (1, 1)),  # greedy in an additive q: out of the data
-        (
-            "comadice",
-            {"alpha": 1.5},
-            (0, 1),
-        ),  # at its default of 5 mean absolute rewards, 3.25, (0, 0) is ahead by a hair
+        # at its default of 5 mean absolute rewards, 3.25, (0, 0) is slightly ahead
+        ("comadice", {"alpha": 1.5}, (0, 1)),
         ("bcq", {}, (0, 1)),  # agent 0's action 1 is too rare to be a candidate
         ("cql", {}, (0, 0)),  # at rewards of 0.2 its default is near BC
         ("cql", {"cql_alpha": 0.5}, (0, 1)),
@@ -790,10 +803,11 @@ def test_xor_game(name, tmp_path):
 def test_skewed_xor_game(name, flags, chosen, tmp_path):
     """The same rewards, and data of 7 (0, 0), 9 (0, 1) and 4 (1, 0): symmetry is broken, and methods differ.
 
-    (0, 1) is the good pair that the data favour. Imitation takes each agent's most frequent action, (0, 0). Local values are those of an
-    additive fit, whose best pair is (1, 1), which the data never hold; what keeps a method off it is its regularisation: the joint ratio
-    (ComaDICE), the pull to the data (OMIGA at alpha 1), the threshold (BCQ), the conservative term (CQL, OMAR).
-    Measured: the pair named here with all of ten seeds, in every line; six of them are run.
+    (0, 1) is the good pair that the data favour. Imitation takes each agent's most frequent action, (0, 0). Local
+    values are an additive fit. Its best pair is (1, 1), which the data never hold. A method's regularisation keeps it
+    off that pair: the joint ratio (ComaDICE), the pull to the data (OMIGA at alpha 1), the threshold (BCQ), the
+    conservative term (CQL, OMAR).
+    Measured: the pair named here with all of ten seeds, in every line. Six of the seeds are run.
     """
     data = game(tmp_path / "data", [(0, 0)] * 7 + [(0, 1)] * 9 + [(1, 0)] * 4, lambda i, j: i != j, 2)
     actions, _ = solve(name, data, tmp_path, 6, **flags)
@@ -802,7 +816,10 @@ def test_skewed_xor_game(name, flags, chosen, tmp_path):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_continuous_game(name, tmp_path):
-    """Reward 10 (1 - (a - 0.4)^2 - (b + 0.3)^2) and uniform actions: all but BC come near (0.4, -0.3); BC stays at the data's mean, 0."""
+    """The reward is 10 (1 - (a - 0.4)^2 - (b + 0.3)^2), the data's actions are uniform.
+
+    All methods but BC come near (0.4, -0.3). BC stays at the data's mean, 0.
+    """
     writer, g = DatasetWriter(tmp_path / "data"), torch.Generator().manual_seed(0)
     end = torch.tensor([[True], [False]])
     for a in 2 * torch.rand(400, 2, 1, generator=g) - 1:
@@ -862,7 +879,10 @@ class Stop(KeyboardInterrupt):
 
 @each
 def test_script(name, kind, data, tmp_path, monkeypatch, capsys):
-    """A complete run directory, rollouts where there is a simulator, and a stopped run that goes on to the same weights and table."""
+    """A run directory is complete, with rollouts where there is a simulator.
+
+    A stopped run goes on to the same weights and table.
+    """
     module = METHODS[name]
     args = module.Args(**TINY, data=data, out=str(tmp_path / "whole"))
     module.main(args)

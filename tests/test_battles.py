@@ -99,9 +99,8 @@ def test_training_reports_winrates_that_evaluation_repeats(collected, tmp_path, 
     run = tmp_path / "smax" / "zerg_5_vs_5" / "medium" / "comadice" / "seed0"
     summary = json.loads((run / "summary.json").read_text())
     policy, state = load_policy(run)
-    seed = int(
-        np.random.SeedSequence((0, 4)).generate_state(1)[0]
-    )  # of run 0's evaluation after step 4, the last half of two
+    # of run 0's evaluation after step 4, the last half of two
+    seed = int(np.random.SeedSequence((0, 4)).generate_state(1)[0])
     again = evaluate(policy, eval_env(state["card"], 6), 6, seed)
     assert (summary["winrate"], summary["return"]) == (again["winrate"], again["return_mean"]) and again[
         "replayed"

@@ -61,9 +61,8 @@ def test_round_trip_of_every_array(recorded):
         value = rows[key(name)]
         assert value.dtype == wanted[key(name)].dtype
         seen = name in ("state", "agents/observation", "agents/action_mask")
-        assert torch.equal(value if seen else value[~last], wanted[key(name)] if seen else wanted[key(name)][~last]), (
-            name
-        )
+        ours, theirs = (value, wanted[key(name)]) if seen else (value[~last], wanted[key(name)][~last])
+        assert torch.equal(ours, theirs), name
         assert seen or not value[last].any(), name
     assert ("action_mask" in rows["agents"].keys()) == card["discrete"]
     assert rows["is_init"][:, 0].nonzero()[:, 0].tolist() == [0, *(last.nonzero()[:-1, 0] + 1).tolist()]
@@ -76,12 +75,8 @@ def test_card_statistics(recorded):
     returns = np.array([e["reward"][:-1].double().sum().item() for e in written])
     actions = torch.cat([e["agents", "action"][:-1] for e in written])
     assert card["trajectories"] == len(written) and card["samples"] == sum(len(e) - 1 for e in written)
-    for name, value in (
-        ("mean", returns.mean()),
-        ("std", returns.std()),
-        ("min", returns.min()),
-        ("max", returns.max()),
-    ):
+    wanted = {"mean": returns.mean(), "std": returns.std(), "min": returns.min(), "max": returns.max()}
+    for name, value in wanted.items():
         assert card[f"return_{name}"] == pytest.approx(value, rel=1e-5), name
     assert (card["action_low"], card["action_high"]) == (actions.min().item(), actions.max().item())
     sizes = [card[k] for k in ("n_agents", "obs_dim", "state_dim", "action_dim", "discrete")]
@@ -252,7 +247,10 @@ def test_samples_are_transitions_and_never_last_rows(recorded):
 
 
 def test_sampling_is_uniform_over_transitions(discrete_data):
-    """Chi-square of 34,000 draws over 17 transitions: mean 16, standard deviation 5.7; 45 is beyond the 99.98th percentile."""
+    """Chi-square of 34,000 draws over 17 transitions.
+
+    Its mean is 16 and its standard deviation 5.7. 45 is beyond the 99.98th percentile.
+    """
     rows, card = open_dataset(discrete_data)
     rows = rows.clone(recurse=False).unlock_()
     rows["number"] = torch.arange(len(rows))
@@ -291,9 +289,8 @@ def test_layout_of_a_transition(recorded):
     here = {key(n) if "/" in n else n for n in FIELDS} | mask
     assert set(batch.keys(True, True)) == here | {("next", *((k,) if isinstance(k, str) else k)) for k in seen}
     assert batch.batch_size == (2,) and batch["next"].batch_size == (2,)
-    assert torch.equal(batch["state"], rows["state"][[0, 3]]) and torch.equal(
-        batch["next", "state"], rows["state"][[1, 4]]
-    )
+    assert torch.equal(batch["state"], rows["state"][[0, 3]])
+    assert torch.equal(batch["next", "state"], rows["state"][[1, 4]])
 
 
 def test_initial_rows(recorded):
@@ -333,11 +330,9 @@ def edit(file, **changes):
 def test_file_of_another_size(copy, name, change):
     file = copy / f"{name}.memmap"
     data = file.read_bytes()
-    file.write_bytes(
-        {"half": data[: len(data) // 2], "one byte less": data[:-1], "one byte more": data + b"\0", "empty": b""}[
-            change
-        ]
-    )
+    half = data[: len(data) // 2]
+    others = {"half": half, "one byte less": data[:-1], "one byte more": data + b"\0", "empty": b""}
+    file.write_bytes(others[change])
     refused(copy, rf"{name}.memmap has {file.stat().st_size} bytes, {len(data)} are needed")
 
 
@@ -574,12 +569,8 @@ def test_dataset_in_the_repository():
     if not path.is_dir():
         pytest.skip("the demo dataset is not here")
     _, card = open_dataset(path, "mamujoco", "hopper")
-    assert card["quality"] == "demo" and (card["n_agents"], card["obs_dim"], card["state_dim"], card["action_dim"]) == (
-        3,
-        14,
-        42,
-        1,
-    )
+    assert card["quality"] == "demo"
+    assert (card["n_agents"], card["obs_dim"], card["state_dim"], card["action_dim"]) == (3, 14, 42, 1)
     assert card["made"]["arguments"] and card["engine"]
 
 
@@ -777,7 +768,7 @@ FLIPS = int(os.environ.get("FLIPS", 40))
 
 
 def test_every_flipped_bit_is_found(game, tmp_path, capsys):
-    """One bit anywhere in a dataset, the card included: `info --verify` names the file. FLIPS=500 tries more of them."""
+    """One bit is flipped anywhere in a dataset, card included. `info --verify` names the file. FLIPS=500 tries more."""
     rng = random.Random(1)
     info(str(game), verify=True)
     assert "checksums: all 12 files" in capsys.readouterr().out
@@ -838,14 +829,11 @@ def test_info_prints_the_row_of_table_3(hopper_data):
     card = json.loads((hopper_data / "card.json").read_text())
     assert done.returncode == 0, done.stderr
     header, _, row = done.stdout.splitlines()[:3]
-    assert (
-        header
-        == "| Instance | Quality | Trajectories | Samples | Agents | State dim | Obs dim | Action dim | Average returns |"
+    assert header == (
+        "| Instance | Quality | Trajectories | Samples | Agents | State dim | Obs dim | Action dim | Average returns |"
     )
-    assert (
-        row
-        == f"| hopper | random | 12 | {card['samples']} | 3 | 42 | 14 | 1 | {card['return_mean']:.1f} ± {card['return_std']:.1f} |"
-    )
+    returns = f"{card['return_mean']:.1f} ± {card['return_std']:.1f}"
+    assert row == f"| hopper | random | 12 | {card['samples']} | 3 | 42 | 14 | 1 | {returns} |"
     assert row == table_row(card).splitlines()[2] and card["engine"] in done.stdout and '"by": "tests"' in done.stdout
 
 

@@ -98,7 +98,8 @@ def test_replay_of_the_single_agent_simulator(make, task, agent_obsk):
     )
     td, (raw, _) = env.reset(), plain.reset(seed=seed)
     assert not any(td[flag].any() for flag in ("done", "terminated", "truncated"))
-    # halfcheetah never falls: it runs into the time limit (once, a whole episode takes a second). Small actions keep ant on its feet for a while.
+    # halfcheetah never falls: it runs into the time limit. A whole episode takes a second, so it is run once.
+    # Small actions keep ant on its feet for a while.
     actions = random_actions(env, 1000 if (task, agent_obsk) == ("halfcheetah", None) else 200) * (
         0.5 if task == "ant" else 1
     )
@@ -149,7 +150,7 @@ def test_replay_of_gymnasium_robotics_local_observations(make, task):
 
 
 def test_ant_contact_forces_are_zero_before_they_are_standardised(make):
-    """The 84 entries of MuJoCo 2.0's contact forces all hold the same number, minus the vector's mean over its deviation."""
+    """The 84 entries of MuJoCo 2.0's contact forces hold one number: minus the vector's mean over its deviation."""
     env = make("ant", 1)
     env.set_seed(0)
     td = play(env, env.reset(), random_actions(env, 30))[1]
@@ -184,7 +185,10 @@ def test_later_resets_differ_and_repeat_for_a_seed(make):
 
 
 def test_parallel_workers_are_the_in_process_environments(make):
-    """Two processes give what two environments in this process give with the seeds that TorchRL hands out, and so repeat."""
+    """Two processes give what two environments give in this process, with the seeds that TorchRL hands out.
+
+    So they repeat, too.
+    """
     parallel, one, two = make("hopper", 2, workers=2), make("hopper", 2), make("hopper", 2)
     assert parallel.batch_size == (2, 2)
     parallel.set_seed(5)
@@ -281,7 +285,8 @@ def test_another_scenario(make, agent_obsk):
 def test_unknown_tasks(task, message, workers):
     with pytest.raises(BadInput, match=message) as error:
         make_env("mamujoco", task, 1, workers)
-    # Training from a dataset of a scenario that nobody simulates goes on without rollouts; a wrong partition is a mistake.
+    # Nobody simulates an unknown scenario: training from a dataset of it goes on without rollouts.
+    # A wrong partition is a mistake.
     assert isinstance(error.value, NoSimulator) == ("unknown" in str(error.value)) and "\n" not in str(error.value)
 
 

@@ -1,8 +1,9 @@
-"""The oracle: Eq. 2-3 of known multi-agent MDPs, solved by a primal interior-point method in numpy, against the project's losses.
+"""The project's losses against the exact solution of Eq. 2-3 of known multi-agent MDPs.
 
-The primal solver shares nothing with comadice_losses: f and its derivatives are written out again below, it works on rho
-and not on nu, and it certifies itself (flow constraint, duality gap). Agents observe the state and the local functions are
-tables, so that nothing but the method stands between the project's answer and the exact one.
+The exact solution comes from a primal interior-point method in numpy. It shares nothing with comadice_losses: f and its
+derivatives are written out again below, and it works on rho and not on nu. It certifies itself (flow constraint,
+duality gap). Agents observe the state and the local functions are tables. So nothing but the method stands between the
+project's answer and the exact one.
 
 Run with `pytest tests/test_exact.py -s` to see the numbers that the tests measure.
 """
@@ -75,16 +76,17 @@ class Model:
     """A known multi-agent MDP of n agents with two actions each, S states and A = 2^n joint actions.
 
     Termination is what P's rows lack to 1, and the pairs in `terminated`, whose rows of P are not to be used.
-    d [S, A] is the behaviour policy's discounted occupancy (1 - gamma) sum_t gamma^t P(s_t, a_t, not over yet). Its mass m
-    is 1 where nothing terminates and less than 1 elsewhere.
+    d [S, A] is the behaviour policy's discounted occupancy (1 - gamma) sum_t gamma^t P(s_t, a_t, not over yet). Its
+    mass m is 1 where nothing terminates and less than 1 elsewhere.
 
-    Normalisation. A loss takes batch means, that is expectations under a probability distribution D; here D = d / m. With
-    w = rho / D and L(nu) = (1 - gamma) E_p0[nu] + E_D[alpha f*(A / alpha)], L is the dual of
+    Normalisation. A loss takes batch means, that is expectations under a probability distribution D. Here D = d / m.
+    With w = rho / D and L(nu) = (1 - gamma) E_p0[nu] + E_D[alpha f*(A / alpha)], L is the dual of
 
-        max_{rho >= 0} sum rho r - alpha sum D f(rho / D)   s.t.   sum_a rho(s, a) = (1 - gamma) p0(s) + gamma sum rho P(s | ., .)
+        max_{rho >= 0}  sum rho r - alpha sum D f(rho / D)
+        s.t.            sum_a rho(s, a) = (1 - gamma) p0(s) + gamma sum rho P(s | ., .)
 
-    for any D: Eq. 2-3 with rho^mu = D in the divergence and (1 - gamma) p0 unscaled in the flow. So E_D[w] is the mass of
-    rho, the optimal policy's discounted lifetime, at most 1; the behaviour itself has w = m everywhere.
+    for any D. This is Eq. 2-3 with rho^mu = D in the divergence and (1 - gamma) p0 unscaled in the flow. So E_D[w] is
+    the mass of rho, the optimal policy's discounted lifetime, at most 1. The behaviour itself has w = m everywhere.
     """
 
     P: np.ndarray
@@ -123,9 +125,8 @@ def random_model(seed, n=2, S=6, gamma=0.95, termination="none", p0=None, determ
     mu = 0.9 * rng.dirichlet(np.ones(A), S) + 0.1 / A  # full support
     if deterministic:
         P = np.eye(S)[rng.integers(S, size=(S, A))]
-    if (
-        additive
-    ):  # rewards add up over agents and nobody's action moves the state, so A(s, a) = sum_i c_i(s, a_i) + const(s)
+    if additive:
+        # rewards add up over agents and nobody's action moves the state, so A(s, a) = sum_i c_i(s, a_i) + const(s)
         P = np.repeat(P[:, :1], A, 1)
         r = sum(rng.normal(size=(S, 2))[:, a_i] for a_i in np.unravel_index(range(A), (2,) * n))
     terminated = np.zeros((S, A), bool)
@@ -223,7 +224,10 @@ def td_form(critics, m):
 
 
 def train_exact(m, name, alpha, trained=("nu", "mixer"), lam=False, mass=1.0):
-    """Minimises the objective `exact`: (critics, w [S, A], the minimum). The data's occupancy has this mass (see Model)."""
+    """Minimises the objective `exact`. Returns (critics, w [S, A], the minimum).
+
+    `mass` is that of the data's occupancy (see Model).
+    """
     f, critics = losses.DIVERGENCES[name], tabular_critics(m.n, m.S, m.S)
     parameters = [p for module in trained for p in getattr(critics, module).parameters()] + [critics.lam] * lam
 
@@ -231,9 +235,8 @@ def train_exact(m, name, alpha, trained=("nu", "mixer"), lam=False, mass=1.0):
         nu_tot, A = td_form(critics, m)
         return losses.dual_loss(nu_tot, A, alpha, f, m.gamma, critics.lam if lam else 0.0, mass, p0=m.t.p0, rho=m.t.D)
 
-    value = minimise(
-        loss, parameters, max_iter=50 if lam else 4000
-    )  # with lambda there is a flat direction to walk along for ever
+    # with lambda there is a flat direction to walk along for ever
+    value = minimise(loss, parameters, max_iter=50 if lam else 4000)
     with torch.no_grad():
         w = losses.occupancy_ratio(td_form(critics, m)[1], alpha, f, critics.lam if lam else 0.0).numpy()
     return critics, w, value
@@ -254,7 +257,10 @@ def fit_q(critics, m):
 
 
 def train_sampled(m, name, alpha):
-    """Minimises the dual with E_{s'} outside of f*, which is what one sampled s' a transition estimates: (w [S, A, S'], the minimum)."""
+    """Minimises the dual with E_{s'} outside of f*. Returns (w [S, A, S'], the minimum).
+
+    This is what one sampled s' per transition estimates.
+    """
     f, critics = losses.DIVERGENCES[name], tabular_critics(m.n, m.S, m.S)
     rho = m.t.D[..., None] * m.t.P
 
@@ -367,10 +373,10 @@ def test_q_is_the_best_additive_advantage(n, name, alpha):
 
 @pytest.mark.parametrize("name", FS)
 def test_gap_of_q_and_bias_of_sampled_next_states(name):
-    """On random MMDPs neither way to read w is exact with samples: q averages over s' but is additive, the TD form is biased.
+    """On random MMDPs neither way to read w is exact with samples. q averages over s' but is additive, TD is biased.
 
-    Errors are means of |w - w*| under D over eight models. Beside them E_D|w* - 1|, how far w* is from plain BC: both
-    errors go to zero as alpha grows, like w* - 1 itself does, so the ratios to it say what part of w*'s message is lost.
+    Errors are means of |w - w*| under D over eight models. Beside them stands E_D|w* - 1|, how far w* is from plain BC.
+    Both errors go to zero as alpha grows, like w* - 1 itself does. So the ratios to it say what part of w* is lost.
     """
     models = [random_model(seed, n) for n in (2, 3) for seed in range(4)]
     means = []
@@ -411,7 +417,10 @@ def test_sampled_next_states_cost_nothing_where_dynamics_are_deterministic(alpha
 
 
 def train_algorithm_1(critics, m, objective, alpha, trained, steps, lr):
-    """Adam on Eq. 9 over psi_q and on L(nu, theta) over `trained`, as Algorithm 1 alternates them: (w [S, A], loss, nu_tot [S])."""
+    """Adam on Eq. 9 over psi_q and on L(nu, theta) over `trained`, as Algorithm 1 alternates them.
+
+    Returns (w [S, A], loss, nu_tot [S]).
+    """
     f = losses.DIVERGENCES["soft_chi2"]
     psi_q, nu_theta = (
         list(critics.q.parameters()),
@@ -452,7 +461,8 @@ def test_printed_objective_misses_the_solution(n, alpha):
         )
         error[objective], mass[objective] = (m.D * abs(w - solution.w)).sum(), (m.D * w).sum()
         print(
-            f"{objective}, n={n} alpha={alpha:g}: E_D[w] {mass[objective]:.3f} ({(m.D * w)[1:].sum() / m.D[1:].sum():.4f} off the initial state), "
+            f"{objective}, n={n} alpha={alpha:g}: E_D[w] {mass[objective]:.3f} "
+            f"({(m.D * w)[1:].sum() / m.D[1:].sum():.4f} off the initial state), "
             f"mean |w - w*| {error[objective]:.3f}, loss {loss[objective]:.3f}, nu_tot(s0) {nu_tot[objective][0]:.1f}"
         )
     signal = (m.D * abs(solution.w - 1)).sum()
@@ -465,9 +475,10 @@ def test_printed_objective_misses_the_solution(n, alpha):
 
 @pytest.mark.parametrize("alpha", [1.0, 10.0])
 def test_printed_objective_leaves_the_solution(alpha):
-    """Started at the exact nu, q and theta, with theta fixed, it goes away: at fixed q, Eq. 3 lacks its inflow gamma sum rho* P.
+    """Started at the exact nu, q and theta, with theta fixed, it goes away.
 
-    So nu's gradient at the solution is minus the inflow, nu rises and w falls.
+    At fixed q, Eq. 3 lacks its inflow gamma sum rho* P. So nu's gradient at the solution is minus the inflow. nu rises
+    and w falls.
     """
     m = random_model(2, additive=True)
     solution = exact_solution(m, "soft_chi2", alpha)
@@ -484,7 +495,8 @@ def test_printed_objective_leaves_the_solution(alpha):
         w, _, nu_tot = train_algorithm_1(copy.deepcopy(exact), m, objective, alpha, ("nu",), 500, 0.05)
         masses[objective], rise[objective] = (m.D * w).sum(), (nu_tot - solution.nu).mean()
         print(
-            f"{objective} from the solution, alpha={alpha:g}: E_D[w] 1 -> {masses[objective]:.3f}, mean |w - w*| {(m.D * abs(w - solution.w)).sum():.3f}, "
+            f"{objective} from the solution, alpha={alpha:g}: E_D[w] 1 -> {masses[objective]:.3f}, "
+            f"mean |w - w*| {(m.D * abs(w - solution.w)).sum():.3f}, "
             f"nu_tot moved by {rise[objective]:.1f}"
         )
     assert abs(masses["exact"] - 1) < 0.01 and abs(rise["exact"]) < 0.1
@@ -498,7 +510,10 @@ def test_printed_objective_leaves_the_solution(alpha):
 @pytest.mark.parametrize("termination", ["none", "random"])
 @pytest.mark.parametrize("name", FS)
 def test_semi_objective_has_mean_ratio_one_in_every_state(name, termination):
-    """Its fixed point (target = the current nu) against value iteration in numpy: V(s) solves E_mu[w((r + gamma V' - V(s)) / alpha)] = 1."""
+    """Its fixed point (target = the current nu) against value iteration in numpy.
+
+    V(s) solves E_mu[w((r + gamma V' - V(s)) / alpha)] = 1.
+    """
     alpha, m = 1.0, random_model(2, gamma=0.9, deterministic=True, termination=termination)
     f, critics = losses.DIVERGENCES[name], tabular_critics(m.n, m.S, m.S)
 
@@ -537,8 +552,9 @@ def test_semi_objective_has_mean_ratio_one_in_every_state(name, termination):
     policy = lambda w: m.D * w / (m.D * w).sum(1, keepdims=True)
     far = lambda w: 0.5 * (m.D.sum(1) @ abs(policy(w) - policy(solution.w)).sum(1))
     print(
-        f"semi, {name}, {termination} termination: E_D[w] {(m.D * w).sum():.4f} (the solution's {solution.rho.sum():.4f}), mean |w - w*| "
-        f"{(m.D * abs(w - solution.w)).sum():.3f}; total variation of policies to the solution's: {far(w):.3f}, of the behaviour's {far(w * 0 + 1):.3f}"
+        f"semi, {name}, {termination} termination: E_D[w] {(m.D * w).sum():.4f} "
+        f"(the solution's {solution.rho.sum():.4f}), mean |w - w*| {(m.D * abs(w - solution.w)).sum():.3f}; "
+        f"total variation of policies to the solution's: {far(w):.3f}, of the behaviour's {far(w * 0 + 1):.3f}"
     )
 
 
@@ -546,7 +562,10 @@ def test_semi_objective_has_mean_ratio_one_in_every_state(name, termination):
 
 
 def variation(weights, count) -> float:
-    """Mean total variation, over states as the data have them, between the weighted policy and the behaviour's: [S, A] each."""
+    """Mean total variation between the weighted policy and the behaviour's, over the data's states.
+
+    weights and count are [S, A].
+    """
     share = count.sum(1) / count.sum()
     weighted = count * weights
     return 0.5 * share @ abs(weighted / weighted.sum(1, keepdims=True) - count / count.sum(1, keepdims=True)).sum(1)
@@ -567,7 +586,8 @@ def test_policy_of_exact_tends_to_the_behaviour(seed, termination):
     }
     right = {alpha: far[m.d.sum(), alpha] for alpha in (1.0, 1000.0)}
     print(
-        f"exact, seed {seed}, {termination} termination: total variation {right[1.0]:.4f} at alpha 1, {right[1000.0]:.5f} at 1000; "
+        f"exact, seed {seed}, {termination} termination: total variation {right[1.0]:.4f} at alpha 1, "
+        f"{right[1000.0]:.5f} at 1000; "
         f"with mass 1 {far[1.0, 1000.0]:.4f} at 1000"
     )
     assert right[1000.0] < 1e-3 < 0.05 < right[1.0]
@@ -575,7 +595,10 @@ def test_policy_of_exact_tends_to_the_behaviour(seed, termination):
 
 
 def sampled_dataset(m, episodes, seed=0):
-    """Rows of a dataset that the behaviour policy recorded in the model, at most 60 transitions an episode, and (s, a) of each transition."""
+    """Rows of a dataset that the behaviour policy recorded in the model, and (s, a) of each transition.
+
+    An episode has at most 60 transitions.
+    """
     rng = np.random.default_rng(seed)
     mu, steps = m.d / m.d.sum(1, keepdims=True), []
     for _ in range(episodes):
@@ -614,7 +637,8 @@ def sampled_dataset(m, episodes, seed=0):
 def test_policy_of_the_default_tends_to_the_behaviour(seed, termination, advantage):
     """Through the code that trains: data of a random MMDP, updates of tabular critics, and w* of the whole dataset.
 
-    Eq. 11's optimum for tabular policies of the team is the weighted share of each action, which is compared with the plain share.
+    For tabular policies of the team, Eq. 11's optimum is the weighted share of each action. It is compared with the
+    plain share.
     """
     m = random_model(seed, termination=termination)
     rows, s, a = sampled_dataset(m, 60)
@@ -635,9 +659,8 @@ def test_policy_of_the_default_tends_to_the_behaviour(seed, termination, advanta
         for _ in range(300):
             update(batch, init)
         w = comadice_train.dataset_ratio(target, rows, args, data).numpy()
-        draws = comadice_bc.episode_weights(
-            rows, args.episode_alpha, args.f
-        ).numpy()  # how often Eq. 11 draws a transition
+        # how often Eq. 11 draws a transition
+        draws = comadice_bc.episode_weights(rows, args.episode_alpha, args.f).numpy()
         for far, weights in ((alone, w), (both, w * draws)):
             weighted = np.zeros((m.S, m.A))
             np.add.at(weighted, (s, a), weights)
@@ -645,7 +668,8 @@ def test_policy_of_the_default_tends_to_the_behaviour(seed, termination, advanta
         mean_w = w.mean()
     show = lambda far: ", ".join(f"{value:.5f} at alpha {alpha:g}" for alpha, value in far.items())
     print(
-        f"semi, seed {seed}, {termination} termination, w* from {advantage}: total variation {show(alone)}; with the episodes' ratio {show(both)}; "
+        f"semi, seed {seed}, {termination} termination, w* from {advantage}: total variation {show(alone)}; "
+        f"with the episodes' ratio {show(both)}; "
         f"E[w] {mean_w:.4f}"
     )
     assert alone[1000.0] < 1e-3 < 0.05 < alone[0.5]
@@ -661,7 +685,10 @@ FREE = DataFacts(-np.inf, np.inf, 1.0)  # nothing is clipped, nothing terminates
 
 
 def random_setting(seed=0, lam=0.2):
-    """Random tables, a target that differs from the critics, and batches of one-hot states and (other) local observations."""
+    """Random tables, a target that differs from the critics, and batches.
+
+    States are one-hot. Local observations are one-hot, too, and independent of the states.
+    """
     g = torch.Generator().manual_seed(seed)
     one_hot = lambda high, *shape: torch.eye(high, dtype=torch.float64)[torch.randint(high, shape, generator=g)]
     critics = tabular_critics(N_AGENTS, N_OBS, N_STATES, N_ACTIONS, seed)
@@ -678,7 +705,7 @@ def random_setting(seed=0, lam=0.2):
 
 
 def by_hand(critics, target, batch, init, objective, name, lam, data=FREE):
-    """L_q, L_nu, w and their gradients, written out in numpy for tables and the 1-layer mixer, with q (--advantage q)."""
+    """L_q, L_nu, w and their gradients in numpy, for tables and the 1-layer mixer, with q (--advantage q)."""
     f = NUMPY_F[name]
     array = lambda x: x.detach().numpy()
 
@@ -800,7 +827,10 @@ def test_critic_losses_and_gradients_by_hand(objective, lambda_scale, data, name
 @pytest.mark.parametrize("mixer_layers", [1, 2])
 @pytest.mark.parametrize("objective", ["exact", "printed", "semi", "released_nu"])
 def test_no_parameter_is_in_both_losses(objective, mixer_layers, lambda_scale):
-    """Who is trained by which loss; their sum has each one's gradient only because q, nu and theta are constants in the other loss."""
+    """Which loss trains which part. q, nu and theta are constants in the loss that does not train them.
+
+    That is why one backward pass through the losses' sum gives each part the gradient of its own loss.
+    """
     if (objective, mixer_layers) == ("released_nu", 2) or (objective == "semi" and lambda_scale):
         return  # refused by comadice_train.py
     critics, target, batch, init = random_setting()

@@ -1,4 +1,7 @@
-"""Conversion and download: what the formats' own libraries write is read back exactly, and what is damaged is refused in one line."""
+"""Conversion and download.
+
+What the formats' own libraries write is read back exactly. What is damaged is refused in one line.
+"""
 
 import http.server
 import json
@@ -34,7 +37,10 @@ LIMIT = 7  # the step limit of the recordings below
 def record(
     discrete: bool, lengths: list[int], seed: int = 0, n: int = 3, O: int = 14, A: int = 1, S: int = 42
 ) -> list[dict]:
-    """Made-up episodes of T transitions: observation, state and mask [T + 1, ...], action and reward [T, ...]; cut at LIMIT, else terminated."""
+    """Made-up episodes of T transitions. An episode of LIMIT steps is cut, any other is terminated.
+
+    observation, state and mask are [T + 1, ...], action and reward are [T, ...].
+    """
     generator, recorded = np.random.default_rng(seed), []
     for T in lengths:
         e = {
@@ -61,7 +67,10 @@ def battles(lengths=(3, LIMIT, 1, 5)) -> list[dict]:
 
 
 def read_back(path, recorded: list[dict], last_observation: bool, rewards=None):
-    """The dataset at `path` holds exactly these episodes; without `last_observation` each ends with a copy of its row before."""
+    """The dataset at `path` holds exactly these episodes.
+
+    Without `last_observation` the last row of each is a copy of the row before.
+    """
     rows, card = open_dataset(path)
     read = list(episodes(rows))
     assert [len(e) - 1 for e in read] == [len(e["reward"]) for e in recorded]
@@ -83,7 +92,10 @@ def read_back(path, recorded: list[dict], last_observation: bool, rewards=None):
 
 
 def flat(recorded: list[dict], last_row: str) -> dict[str, np.ndarray]:
-    """The episodes one after another with a done flag; with last_row "observation" each has T + 1 rows, the last one done."""
+    """The episodes one after another with a done flag.
+
+    With last_row "observation" each has T + 1 rows, and the last one is done.
+    """
     extra = last_row == "observation"
     out = {key: [] for key in recorded[0] if key != "terminated"} | {"done": []}
     for e in recorded:
@@ -143,7 +155,10 @@ def npz_arrays(recorded) -> dict:
 
 
 def pymarl_arrays(recorded) -> dict:
-    """EpisodeBatch of PyMARL: one length for all, the last step is filled and not played, terminated is false on a time limit."""
+    """EpisodeBatch of PyMARL: one length for all. `terminated` is false on a time limit.
+
+    The last step is filled and not played.
+    """
     arrays = padded(recorded, LIMIT)
     longer = lambda x: np.concatenate([x, np.zeros_like(x[:, :1])], 1)
     terminated, filled = np.zeros((len(recorded), LIMIT + 1, 1), "u1"), np.zeros((len(recorded), LIMIT + 1, 1), "i8")
@@ -219,7 +234,10 @@ def write_npy(path, arrays):
 
 
 def write_vault(path, arrays):
-    """A vault as flashbax lays it out, written with tensorstore alone (test_vault_written_by_flashbax has the library's own)."""
+    """A vault as flashbax lays it out, written with tensorstore alone.
+
+    test_vault_written_by_flashbax has the library's own.
+    """
     ts = pytest.importorskip("tensorstore")
     path.mkdir(parents=True)
     arrays = {"vault_index": np.array([next(iter(arrays.values())).shape[1]], "i4")} | arrays
@@ -657,7 +675,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("name", HOSTILE, ids=ascii)
 def test_hostile_names_in_files(name, tmp_path, capsys):
-    """Whatever a file's own names are: one printable line, and nothing is written but the dataset's place, which stays empty."""
+    """Whatever names a file holds, the answer is one printable line, and nothing is written."""
     recorded, out = robots(), tmp_path / "out"
     write_omiga(tmp_path / "a.hdf5", recorded)
     with h5py.File(tmp_path / "a.hdf5", "a") as file:
@@ -1078,7 +1096,10 @@ def attempt(kind: str, source, out) -> str:
 
 
 def fuzz(folder, first: int):
-    """Reads the copies from the first one on and prints two lines for each: in a process of its own, since a C library may crash on one."""
+    """Reads the copies from number `first` on and prints two lines for each.
+
+    It runs in a process of its own, since a C library may crash on a copy.
+    """
     resource.setrlimit(resource.RLIMIT_DATA, (formats.CHILD_MEMORY, formats.CHILD_MEMORY))
     for k, kind in enumerate(KINDS):
         (folder / kind).mkdir(exist_ok=True)
@@ -1090,11 +1111,17 @@ def fuzz(folder, first: int):
 
 
 def test_damaged_copies(tmp_path):
-    """Each copy is read or refused in one line. One that crashes or hangs a library must come out of `convert` as one line, too."""
+    """Each copy is read or refused in one line.
+
+    If a copy crashes or hangs a library, `convert` must refuse it in one line, too.
+    """
     pytest.importorskip("tensorstore")
     said, first, crashes = {}, 0, 0
     while first < len(KINDS) * COPIES:
-        code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import test_formats as t; from pathlib import Path; "
+        code = (
+            f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; "
+            "import test_formats as t; from pathlib import Path; "
+        )
         done = subprocess.run(
             [sys.executable, "-c", code + f"t.fuzz(Path({str(tmp_path)!r}), {first})"],
             capture_output=True,
@@ -1147,7 +1174,10 @@ def vault_zip(tmp_path):
 
 @pytest.fixture
 def server(tmp_path):
-    """Serves tmp_path/served on loopback; `cuts` are the numbers of bytes after which its next answers break off. Yields (base URL, requests, cuts)."""
+    """Serves tmp_path/served on loopback. Yields (base URL, requests, cuts).
+
+    `cuts` are the numbers of bytes after which the next answers break off.
+    """
     requests, cuts = [], []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -1183,7 +1213,7 @@ def server(tmp_path):
 
 @pytest.fixture
 def download(server, tmp_path, monkeypatch):
-    """download() of hopper from the server; conversion stays in this process, and --limit is the made-up recording's."""
+    """download() of hopper from the server. It converts in this process, with the made-up recording's --limit."""
     pytest.importorskip("tensorstore")
     monkeypatch.setattr(offline_data.download, "WAIT", 0)
     monkeypatch.setitem(formats.LIMITS, "mamujoco", LIMIT)

@@ -1,4 +1,7 @@
-"""benchmarks/soak.py with as many kills as the time of a test allows: training in both stages, collecting, converting, downloading."""
+"""benchmarks/soak.py with as many kills as the time of a test allows.
+
+It kills training in both stages, collecting, converting and downloading.
+"""
 
 import importlib.util
 import re

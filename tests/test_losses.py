@@ -116,7 +116,10 @@ def test_gradient_of_prop_4_1(name, alpha):
 
 @pytest.mark.parametrize("name", FS)
 def test_semi_and_released_nu_gradients(name):
-    """semi: 1 - w at nu_tot(s). released_nu: r'(y) y / (B n) at A, whatever f's value is, and lambda's part beside it."""
+    """semi: 1 - w at nu_tot(s). released_nu: r'(y) y / (B n) at A, with y = (A - lambda) / alpha.
+
+    The value of f has no part in it.
+    """
     g = torch.Generator().manual_seed(0)
     A, nu, nu_init = (torch.randn(7, 3, generator=g, dtype=torch.float64).requires_grad_() for _ in range(3))
     alpha, lam, f = 0.7, 0.2, DIVERGENCES[name]
@@ -132,7 +135,10 @@ def test_semi_and_released_nu_gradients(name):
 
 @pytest.mark.parametrize("name", FS)
 def test_reward_scale(name):
-    """Rewards and alpha times c: nu times c, w unchanged. As an identity of every loss, and for the minimiser of the dual."""
+    """With rewards and alpha times c, nu is times c and w stays the same.
+
+    This is an identity of every loss, and it holds for the minimiser of the dual.
+    """
     reward, terminated, s, s_next, s0 = random_transitions()
     f, gamma, c, alpha = DIVERGENCES[name], 0.9, 0.1, 2.0
     nu = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -221,7 +227,10 @@ def test_loss_is_convex_in_nu(layers, form, name):
 @pytest.mark.parametrize("name", FS)
 @pytest.mark.parametrize("form", ["TD", "semi"])
 def test_td_form_is_not_convex_with_two_layers(form, name):
-    """nu_tot(s) enters with a minus sign, so a mixer that is convex and not linear breaks it: Theorem 4.2 speaks of M[q - nu]."""
+    """Theorem 4.2 speaks of M[q - nu]. Here nu_tot(s) enters with a minus sign.
+
+    So a mixer that is convex and not linear breaks convexity.
+    """
     gaps = midpoint_gaps(2, name, form)
     failed = (gaps < -1e-6).sum().item()
     print(f"{form}, {name}: {failed} of {len(gaps)} midpoint checks fail")
@@ -232,7 +241,7 @@ def test_td_form_is_not_convex_with_two_layers(form, name):
 
 
 def test_local_optima_are_globally_optimal():
-    """Weighted counts, agent by agent, minimise policy_loss (Eq. 8 over product policies, Eq. 11) over all agents together."""
+    """Weighted counts, agent by agent, minimise policy_loss over all agents (Eq. 8 over product policies, Eq. 11)."""
     rng = np.random.default_rng(0)
     B, n, O, A = 200, 2, 2, 3
     obs, w = rng.integers(O, size=(B, n)), torch.tensor(rng.exponential(size=B))

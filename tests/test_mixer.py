@@ -1,4 +1,7 @@
-"""Local networks, policies and mixers: what their docstrings promise, checked against loops, closed forms and finite steps."""
+"""Local networks, policies and mixers keep their docstrings' promises.
+
+They are checked against loops, closed forms and finite steps.
+"""
 
 import math
 
@@ -100,7 +103,7 @@ def test_agents_share_parameters_and_know_their_id(make):
         moved = torch.autograd.grad(net(obs)[:, i].sum(), obs)[0].abs().sum((0, -1)) > 0
         assert moved.tolist() == [j == i for j in range(N)]
 
-    # The id is all that tells agents apart: permuting agents permutes outputs once the ids' weights are zero, and not before.
+    # The id is all that tells agents apart: only once the ids' weights are zero does permuting agents permute outputs.
     order = torch.tensor([2, 0, 1])
     assert not torch.allclose(net(obs[:, order]), net(obs)[:, order])
     with torch.no_grad():

@@ -164,7 +164,10 @@ def undisturbed(tmp_path_factory):
 
 
 def test_a_job_array_trains_the_plan_run_by_run(undisturbed, tmp_path, capsys):
-    """The template's own command for the first run, with the number that Slurm sets, and the others here; the scripts' bits."""
+    """The first run is the template's own command, with the number that Slurm sets. The others run in this process.
+
+    All have the bits of the plain scripts' runs.
+    """
     template = (
         (ROOT / "docs/slurm/array.sbatch").read_text().splitlines()[-1].replace("exec srun python", sys.executable)
     )
@@ -194,7 +197,10 @@ def test_the_templates_are_shell(name):
 
 
 def test_what_becomes_of_a_task(tmp_path, monkeypatch):
-    """Finished; input that can't be used; seeds that diverge; an error of the code; and another process in the run's directory."""
+    """A task can finish or fail.
+
+    It fails by input that can't be used, seeds that diverge, an error of the code, or another process in its directory.
+    """
     (cell,) = cells_of(tmp_path, data=[DEMO], methods=["bc"], seeds=[0, 1], extra={"bc": SMALL})
     assert grid.train(cell, [0], "cpu") == ("finished", "") and cell.finished(0) and not cell.finished(1)
 
@@ -256,7 +262,10 @@ def test_progress_is_read_from_the_run_directories(undisturbed, tmp_path):
         state | {"step": 0, "critic_step": 30, "critic_seconds": 10.0, "wall": 0.0},
         folder / "comadice/seed0/checkpoint.pt",
     )
-    code = f"import sys, time; from pathlib import Path; from offline_data.lock import lock; lock(Path({str(folder / 'comadice/seed0')!r})); print('held', flush=True); time.sleep(60)"
+    code = (
+        "import sys, time; from pathlib import Path; from offline_data.lock import lock; "
+        f"lock(Path({str(folder / 'comadice/seed0')!r})); print('held', flush=True); time.sleep(60)"
+    )
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
         now = time.time()

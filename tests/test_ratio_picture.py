@@ -1,4 +1,7 @@
-"""ratio.png says which episodes the method prefers: on made datasets whose good episodes are known, and on a real run."""
+"""ratio.png shows which episodes the method prefers.
+
+Tested on made datasets whose good episodes are known, and on a real run.
+"""
 
 import math
 

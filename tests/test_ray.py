@@ -1,4 +1,7 @@
-"""The benchmark on Ray: a killed worker, a killed command and bad input change no bit of the other runs. Skipped without Ray."""
+"""The benchmark on Ray. Skipped without Ray.
+
+A killed worker, a killed command and bad input change no bit of the other runs.
+"""
 
 import importlib.metadata
 import os
@@ -61,7 +64,10 @@ def kill_one(out: Path, process, driver: bool):
 
 
 def test_a_lost_worker_and_bad_input(undisturbed, tmp_path):
-    """The killed worker's task is begun again and ends with the same bits. The cells of a missing dataset fail once, with their line."""
+    """The killed worker's task is begun again and ends with the same bits.
+
+    The cells of a missing dataset fail once, with their line.
+    """
     process = command(tmp_path, "--only", "smax/no_such_task/medium")
     kill_one(tmp_path, process, driver=False)
     said = finish(process)
@@ -90,7 +96,7 @@ def test_a_killed_driver(undisturbed, tmp_path):
 
 
 def test_ray_beside_the_protobuf_of_smacv2():
-    """smacv2 pins protobuf below 3.21. Where that is installed, the tests above ran with it; this says whether it is."""
+    """smacv2 pins protobuf below 3.21. This test says whether it is installed. If so, the tests above ran with it."""
     protobuf = pytest.importorskip("google.protobuf", reason="protobuf is not installed")
     if tuple(map(int, protobuf.__version__.split(".")[:2])) >= (3, 21):
         pytest.skip(

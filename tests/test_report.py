@@ -73,7 +73,10 @@ def report(root, **flags) -> tuple[str, list[dict]]:
 
 
 def test_means_and_deviations_over_seeds(tmp_path):
-    """A seed's score is its mean over the last share of evaluations; 30, 50 and 100: mean 60, sample standard deviation sqrt(2600 / 2)."""
+    """A seed's score is its mean over the last share of evaluations.
+
+    The scores are 30, 50 and 100: mean 60, sample standard deviation sqrt(2600 / 2).
+    """
     for seed, last in enumerate((30.0, 50.0, 100.0)):
         make_run(tmp_path, "comadice", seed, [-1000.0] * 8 + [last - 10, last + 10], alpha=1.0)
         make_run(tmp_path, "bc", seed, [40.0] * 10)
@@ -129,7 +132,8 @@ def test_winrates_have_a_table_of_their_own(tmp_path):
         f"{env}: {m}" for env in ("smacv2", "smax") for m in ("return", "winrate (% of battles won)")
     ]
     assert "**50.0 ± 35.4**" in parts[2] and "31.2 ± 7.7" in parts[2]  # Table 9
-    assert "**50.0 ± 35.4**" in parts[4] and "the paper's" not in parts[3] + parts[4]  # another engine than the paper's
+    assert "**50.0 ± 35.4**" in parts[4]
+    assert "the paper's" not in parts[3] + parts[4]  # another engine than the paper's
     assert {row["paper_mean"] for row in rows if row["env"] == "smax"} == {""}
     assert {path.name for path in (tmp_path / "report").glob("*.png")} == {
         f"curves_{e}_{m}.png" for e in ("smacv2", "smax") for m in ("return", "winrate")
@@ -137,7 +141,10 @@ def test_winrates_have_a_table_of_their_own(tmp_path):
 
 
 def test_other_arguments_are_never_averaged(tmp_path):
-    """alpha 0.1 and 10 stand in columns of their own beside the paper's ablation (Table 12) and are drawn; the place of the run makes no difference."""
+    """alpha 0.1 and 10 are drawn and stand in columns of their own, beside the paper's ablation (Table 12).
+
+    The place of the run makes no difference.
+    """
     for alpha in (0.1, 10.0):
         for seed in (0, 1):
             make_run(tmp_path / f"alpha{alpha:g}", seed=seed, returns=[alpha * 10 + seed], alpha=alpha, f="soft_chi2")
@@ -263,14 +270,16 @@ def test_odd_arguments_leave_a_run_out(change, tmp_path):
 
 
 def test_arguments_that_are_new_or_null_are_told_apart(tmp_path):
-    """Runs from before an argument existed, with null, and with close numbers are four cells, whatever their columns are called."""
+    """Four cells: runs from before an argument existed, with null, and with two close numbers.
+
+    They stay apart, whatever their columns are called.
+    """
     make_run(tmp_path / "a", returns=[1.0])
     for i, mass in enumerate((None, 0.5, 0.5 + 1e-12)):
         make_run(tmp_path / f"b{i}", returns=[2.0 + i], mass=mass)
     text, rows = report(tmp_path)
-    assert sorted(float(row["mean"]) for row in rows) == [1, 2, 3, 4] and all(
-        f"{x}.000 (1 seed)" in text for x in (1, 2, 3, 4)
-    )
+    assert sorted(float(row["mean"]) for row in rows) == [1, 2, 3, 4]
+    assert all(f"{x}.000 (1 seed)" in text for x in (1, 2, 3, 4))
     assert {row["paper_mean"] for row in rows} == {""}  # which of them would be the paper's?
 
 

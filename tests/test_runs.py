@@ -175,11 +175,8 @@ def test_stop_saves_and_goes_on_to_the_same_bits(
             f"^stopped by {who}; to go on: python script.py --data 'a b' --resume$",
         )
     stopped = load_checkpoint(folder(tmp_path, algo)) if (folder(tmp_path, algo) / "checkpoint.pt").exists() else None
-    if name in (
-        "critic_losses",
-        "policy_losses",
-        "policy_loss",
-    ):  # the state at the end of the group of batches is kept
+    # the state at the end of the group of batches is kept
+    if name in ("critic_losses", "policy_losses", "policy_loss"):
         step = stopped["critic_step"] if name == "critic_losses" else stopped["step"]
         assert step == {3: 16, 7: 16, 20: 20, 24: 36, 33: 36, 40: 40}[call]
     torch.manual_seed(1234)  # a new process has another random state
@@ -301,7 +298,10 @@ def test_batches_end_where_a_stop_is_asked_for(hopper_data, monkeypatch):
 
 # ---------------------------------------------------------------- one process in a run directory
 
-HOLD = "import sys, time; from pathlib import Path; from offline_data.lock import lock; lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+HOLD = (
+    "import sys, time; from pathlib import Path; from offline_data.lock import lock; "
+    "lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+)
 
 
 @pytest.fixture
@@ -355,7 +355,10 @@ def test_lock_of_a_removed_file(tmp_path):
 
 
 def test_who_holds_a_run_directory(tmp_path, other):
-    """Another process is named while it lives; what it leaves when it is killed counts as nobody. Looking takes nothing away."""
+    """Another process is named while it lives. What it leaves when it is killed counts as nobody.
+
+    Looking takes nothing away.
+    """
     assert lock.holder_of(tmp_path / "run") is None  # there is nothing
     process = other(tmp_path / "run")
     for _ in range(3):
@@ -367,10 +370,12 @@ def test_who_holds_a_run_directory(tmp_path, other):
     assert (tmp_path / "run/LOCK").exists() and lock.holder_of(tmp_path / "run") is None
     lock.lock(tmp_path / "run")
     assert lock.holder_of(tmp_path / "run") == "this process"
-    code = f"from pathlib import Path; from offline_data.lock import holder_of; print(holder_of(Path({str(tmp_path / 'run')!r})))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
-    )  # after that look it is still held
+    code = (
+        "from pathlib import Path; from offline_data.lock import holder_of; "
+        f"print(holder_of(Path({str(tmp_path / 'run')!r})))"
+    )
+    # after that look it is still held
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.startswith(f"process {os.getpid()} on "), done.stderr
     lock.unlock(tmp_path / "run")
 
@@ -399,7 +404,8 @@ def damaged(kind: str, data: bytes, state: dict) -> bytes | dict:
     return {
         "empty": b"", "cut": data[:-1], "half": data[: len(data) // 2], "foreign": b"GIF89a" * 100,
         "zip": b"PK\x05\x06" + bytes(18), "object": state | {"policy": Path("x")}, "card": lacking("card", "obs_dim"),
-        "config": lacking("config", "hidden"), "metrics": state | {"metrics": [1]}, "seconds": state | {"seconds": None},
+        "config": lacking("config", "hidden"), "metrics": state | {"metrics": [1]},
+        "seconds": state | {"seconds": None},
     }[kind]  # fmt: skip
 
 
@@ -458,7 +464,10 @@ FULL = "mount -t tmpfs -o size=SIZEk tmpfs OUT || exit 77; COMMAND; code=$?; cp 
 
 
 def test_full_disks_of_20_sizes(hopper_data, tmp_path, monkeypatch, capsys):
-    """From a disk that holds nothing to one that holds it all. With more space and --resume a run has the bits of one that always had it."""
+    """From a disk that holds nothing to one that holds it all.
+
+    With more space and --resume a run has the bits of one that had enough space all along.
+    """
     monkeypatch.setattr(comadice_train, "try_eval_env", lambda *a: None)  # rollouts write nothing
     whole, disk, outcomes = train("comadice", hopper_data, tmp_path / "whole"), tmp_path / "disk", []
     needed = (
@@ -704,12 +713,16 @@ class Rows:
 @pytest.mark.parametrize("flag, resume, recorded, free, place", [
     ("auto", False, None, 1.0, "device"), ("auto", False, None, 0.1, "cpu"), ("auto", True, None, 0.1, "cpu"),
     ("auto", True, "cpu", None, "cpu"), ("auto", True, "device", None, "device"), ("auto", False, "cpu", 1.0, "device"),
-    ("cpu", True, "device", None, "cpu"), ("device", True, "cpu", None, "device"), ("device", False, None, None, "device"),
+    ("cpu", True, "device", None, "cpu"), ("device", True, "cpu", None, "device"),
+    ("device", False, None, None, "device"),
 ])  # fmt: skip
 def test_where_the_data_go_on_a_gpu(
     flag, resume, recorded, free, place, hopper_data, copy, tmp_path, monkeypatch, capsys
 ):
-    """The flag decides, else the run that goes on, and only for a new run the GPU's free memory, which else is not even asked for."""
+    """The flag decides, else the run that goes on, else the GPU's free memory.
+
+    The free memory is asked for only for a new run.
+    """
     rows, card = Rows(), open_dataset(hopper_data)[1]
     size = sum(card["bytes"].values())
     monkeypatch.setattr(support.runs, "open_dataset", lambda *a: (rows, card))
@@ -779,7 +792,10 @@ def test_config_runs_again(run, tmp_path, monkeypatch, capsys):
 
 
 def test_hostile_configs(run, hopper_data, tmp_path, monkeypatch, capsys):
-    """Each field of a config.json in turn, as --config FILE, and as that of a run to go on with: one line, and nothing is written."""
+    """Each field of a config.json is spoilt in turn: in --config FILE, and in a run to go on with.
+
+    The answer is one line, and nothing is written.
+    """
     config, tried, before = json.loads((run / "config.json").read_text()), 0, sorted(tmp_path.rglob("*"))
     config |= {"data": str(hopper_data), "out": str(tmp_path / "runs")}
     texts = ["a\x1b[2J", "a\nb", "a\0b", "\u202ex"]

@@ -273,7 +273,10 @@ def test_several_seeds_differ_and_each_is_the_run_alone(hopper_data, run, tmp_pa
 
 @pytest.mark.parametrize("call", [1, 3, 6])
 def test_seeds_that_were_stopped_between_their_checkpoints(call, hopper_data, run, tmp_path, monkeypatch):
-    """Seed 0 has its checkpoint and seed 1 has not: they are no longer at the same step, and both finish as they would have."""
+    """Seed 0 has its checkpoint and seed 1 has not, so they are no longer at the same step.
+
+    Both finish as they would have.
+    """
     with monkeypatch.context() as patch:
         stop_at(patch, support.runs, "save_checkpoint", call, True)
         with pytest.raises(Stop):
@@ -294,7 +297,10 @@ def test_same_seed_same_result(module, hopper_data, run, bc_run, tmp_path):
 
 
 def test_demonstration(hopper_data, tmp_path, monkeypatch, capsys):
-    """What `python comadice_train.py` runs, at a toy size: three methods, a table and a plot; the second time nothing is trained again."""
+    """What `python comadice_train.py` runs, at a toy size: three methods, a table and a plot.
+
+    The second time nothing is trained again.
+    """
     demo = dataclasses.replace(
         comadice_train.DEMO,
         data=str(hopper_data),
@@ -516,7 +522,8 @@ def stop_at(monkeypatch, module, name: str, call: int, after: bool = False):
     monkeypatch.setattr(module, name, stopping)
 
 
-# In the run with 20 steps a stage and 2 evaluations in each: calls 1 and 2 of save_checkpoint are in stage one, 3 and 4 in stage two.
+# The run has 20 steps a stage and 2 evaluations in each.
+# So calls 1 and 2 of save_checkpoint are in stage one, 3 and 4 in stage two.
 CUTS = {
     "before any checkpoint": (comadice_train, "critic_losses", 7, False),
     "at the first checkpoint": (support.runs, "save_checkpoint", 1, True),
@@ -1063,7 +1070,7 @@ def test_demo_is_an_even_part_of_medium_replay(collected):
 
 
 def test_training_episodes_hold_all_finished_steps(collected):
-    """Nothing of training is lost but the 4 episodes that were still going on; the curve is the mean of the last 100."""
+    """Nothing of training is lost but the 4 episodes that were still going on. The curve is the last 100's mean."""
     shards = sorted((collected / "behaviour").glob("episodes-*"))
     returns, samples = [], 0
     for point, shard in zip(curve(collected), shards):
@@ -1076,7 +1083,10 @@ def test_training_episodes_hold_all_finished_steps(collected):
 
 
 def test_recorded_episodes_replay_in_the_plain_simulator(collected):
-    """The first robot's first two episodes, from the recording's seed: the recorded actions give the recorded observations and rewards."""
+    """The first robot's first two episodes, from the recording's seed.
+
+    The recorded actions give the recorded observations and rewards.
+    """
     rows, card = open_dataset(collected / "expert")
     env = make_env("mamujoco", "hopper", COLLECT["num_envs"])
     env.set_seed(1 + card["made"]["checkpoint"])  # offline_data.collect.record's
@@ -1319,7 +1329,10 @@ def test_data_facts_of_a_large_dataset_fit_into_memory():
 
 @pytest.mark.parametrize("factor", [0.1, 1.0, 10.0])
 def test_no_alpha_diverges(factor, tmp_path):
-    """On the demonstration's data nu_tot stays near the returns that the data show, at a tenth of the default alpha as at ten times it."""
+    """On the demonstration's data nu_tot stays near the returns that the data show.
+
+    It does at a tenth of the default alpha and at ten times the default.
+    """
     rows, card = open_dataset(ROOT / "data/mamujoco/hopper/demo")
     size = rows["reward"].abs().sum().item() / card["samples"]
     args = comadice_train.resolve(
@@ -1333,11 +1346,11 @@ def test_no_alpha_diverges(factor, tmp_path):
     with torch.no_grad():
         nu = comadice_train.nu_tot(critics, rows)
     w = comadice_train.dataset_ratio(critics, rows, args, data)
-    largest = args.reward_scale * rows["reward"].abs().max().item() + args.gamma * max(
-        abs(data.low), data.high
-    )  # of r + gamma nu_tot(s')
+    # of r + gamma nu_tot(s')
+    largest = args.reward_scale * rows["reward"].abs().max().item() + args.gamma * max(abs(data.low), data.high)
     print(
-        f"alpha {args.alpha:.3g}: nu_tot from {nu.min():.3g} to {nu.max():.3g}, returns from {data.low:.3g} to {data.high:.3g}, E[w] {w.mean():.3f}"
+        f"alpha {args.alpha:.3g}: nu_tot from {nu.min():.3g} to {nu.max():.3g}, "
+        f"returns from {data.low:.3g} to {data.high:.3g}, E[w] {w.mean():.3f}"
     )
     assert nu.isfinite().all() and nu.abs().max() < 1.2 * largest
     assert data.low < nu[rows["is_init"][:, 0]].mean() < data.high
@@ -1370,7 +1383,10 @@ def test_bc_on_the_best_episodes_draws_from_them_alone(hopper_data, tmp_path, mo
 
 
 def test_the_played_policy_is_the_average_of_the_trained_one(monkeypatch):
-    """By hand: the average moves by 1 - ema, but by more early on, when it covers a tenth of the steps so far. The rate falls linearly."""
+    """By hand: the average moves by 1 - ema, but by more early on, when it covers a tenth of the steps so far.
+
+    The learning rate falls linearly.
+    """
     torch.manual_seed(0)
     policy = torch.nn.Linear(2, 1)
     average, weight = torch.nn.Linear(2, 1), torch.ones(())

@@ -246,7 +246,10 @@ def test_graph_is_the_function_on_a_cpu():
 @pytest.mark.parametrize("seeds", [[0], SEEDS], ids=len)
 @pytest.mark.parametrize("stage", ["critics", "policies"])
 def test_an_update_can_be_captured(stage, seeds, monkeypatch):
-    """What a CUDA graph asks for, seen on a CPU: no waiting, the same tensors all along, inputs that are read and not changed."""
+    """What a CUDA graph asks for, tested on a CPU.
+
+    There is no waiting, the tensors stay the same all along, and inputs are read and not changed.
+    """
     monkeypatch.setattr(support.seeds, "VMAPPED", ("cuda", "cpu"))
     rows = data(False)
 

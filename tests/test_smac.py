@@ -228,8 +228,10 @@ def test_each_battle_has_its_own_reward_scale(make, game):
 @pytest.mark.parametrize("task", ["5m_vs_6m", "zerg_5_vs_5"])
 @pytest.mark.parametrize("delay", [0, 3])
 def test_resets_neither_hang_nor_launch_another_game(make, game, task, delay):
-    """Twice before a battle began, in the middle of one and after its end: smacv2 launches a second game in the first case, and
-    on a SMAC map waits forever in the others (its issue 55)."""
+    """Resets twice before a battle began, in the middle of one and after its end.
+
+    smacv2 itself launches a second game in the first case. On a SMAC map it waits forever in the others (its issue 55).
+    """
     game.spawn_delay = delay
     env = make(task)
     env.reset()
@@ -401,7 +403,10 @@ def unit(x, y, health, health_max=50, cooldown=0.0, shield=0.0):
 
 
 def small_battle():
-    """Two allies with shields, 5 apart (3 east, 4 north), the second hurt; one enemy 6 west of the first, one far away, one dead."""
+    """Two allies with shields, 5 apart (3 east, 4 north). The second is hurt.
+
+    One enemy is 6 west of the first ally, one is far away, and one is dead.
+    """
     available = {0: [0, 1, 1, 0, 1, 1, 1, 0, 0], 1: [0, 1, 1, 1, 1, 0, 0, 0, 0]}
     return SimpleNamespace(
         n_agents=2, n_enemies=3, n_actions=9, n_actions_no_attack=6, unit_type_bits=0, map_type="zealots",
@@ -422,18 +427,8 @@ def test_benchmark_observation_of_a_small_battle_by_hand():
     np.testing.assert_allclose(observation[0], [*ally, *enemies, 1, 0, 1, 1, *own, 1, 0], atol=1e-12)
 
     far = np.hypot(20, 18) / 9
-    ally = [
-        1,
-        5 / 9,
-        3 / 9,
-        4 / 9,
-        0.25,
-        0.2,
-        0,
-        -3 / 20,
-        0,
-        *last1,
-    ]  # as above with the cooldown, and where it is from the centre (16, 16)
+    # as above with the cooldown, and where it is from the centre (16, 16)
+    ally = [1, 5 / 9, 3 / 9, 4 / 9, 0.25, 0.2, 0, -3 / 20, 0, *last1]
     enemies = [1, 6 / 9, -6 / 9, 0, 1, 0.5, -12 / 20, -4 / 10, 0, far, 20 / 9, 2, 0, 1, 14 / 20, 14 / 10] + [0] * 8
     own = [1, 0, 0, 0, 1, 0.5, -6 / 20, -4 / 10, *last0]
     np.testing.assert_allclose(state[0], [*ally, *enemies, 1, 0, 1, 1, *own, 1, 0], atol=1e-12)

@@ -40,7 +40,7 @@ def random_actions(td, generator) -> torch.Tensor:
 
 
 def attack(td, n=5, m=5, unit=9) -> torch.Tensor:
-    """[B, n]: shoot the first enemy in range, otherwise walk to the first enemy in sight, otherwise to the middle of the map."""
+    """Actions [B, n]: shoot the first enemy in range, else walk to the first in sight, else to the map's middle."""
     obs, mask = td["agents", "observation"], td["agents", "action_mask"]
     enemies, own = (
         obs[..., (n - 1) * unit : (n - 1 + m) * unit].unflatten(-1, (m, unit)),
@@ -137,7 +137,10 @@ def test_engine():
 @needs_jaxmarl
 @pytest.mark.parametrize("task", TASKS)
 def test_sizes(task):
-    """What an agent sees of another unit are 7 entries and its type, of itself 4 and its type; the state has 6 and the type of every unit."""
+    """An agent sees 7 entries and the type of each other unit, and 4 entries and the type of itself.
+
+    The state has 6 entries and the type of every unit.
+    """
     check_task(task)
     simulator = make_simulator(task)
     n, m = (sum(team.values()) for team in SMACV1_TASKS[task]) if task in SMACV1_TASKS else SIZES[task.split("_", 1)[1]]
@@ -200,9 +203,8 @@ def test_teams_are_mirrored_and_further_enemies_drawn(task):
     allies, mirror, further = types[:, :n], types[:, n : 2 * n], types[:, 2 * n :]
     assert types.dtype == np.uint8 and set(types.flatten()) == {0, 1}
     np.testing.assert_array_equal(allies, mirror)
-    assert (abs(allies.mean(0) - 0.5) < 0.04).all() and (
-        abs(further.mean(0) - 0.5) < 0.04
-    ).all()  # five standard deviations
+    # 0.04 is five standard deviations
+    assert (abs(allies.mean(0) - 0.5) < 0.04).all() and (abs(further.mean(0) - 0.5) < 0.04).all()
     drawn = np.hstack([allies, further])
     correlation = np.corrcoef(drawn.T) - np.eye(drawn.shape[1])
     assert (abs(correlation) < 0.09).all()
@@ -244,7 +246,7 @@ def raw_environment(task: str):
 @needs_jaxmarl
 @pytest.mark.parametrize("task, width", [("zerg_5_vs_5", B), ("3s_vs_5z", 2)])
 def test_agrees_with_jaxmarl_step_by_step(task, width):
-    """Two battles of random play to their ends, with JaxMARL stepped one battle at a time and the keys as documented."""
+    """Two battles of random play to their ends. JaxMARL plays them one at a time, with the keys as documented."""
     env = SMAXEnv(task, width)
     import jax
 
@@ -294,7 +296,10 @@ def test_agrees_with_jaxmarl_step_by_step(task, width):
 
 @needs_jaxmarl
 def test_time_limit_and_decided_battles_and_who_won(env):
-    """Standing still runs some battles into the time limit, attacking wins some and loses some; what is true of which is read off the units' health."""
+    """Standing still runs some battles into the time limit. Attacking wins some and loses some.
+
+    Which battle ended how is read off the units' health.
+    """
     seen = set()
     for act in (stop, attack):
         wins, steps = play(env, act, seed=2)

@@ -19,7 +19,10 @@ def random_scores(seed: int, counts=(5, 5, 5)) -> list[np.ndarray]:
 
 
 def test_known_scores():
-    """Of eight scores the middle four are 2, 3, 10 and 20. Against scores shifted by 1.5 six of the 16 pairs of the first task are won."""
+    """Of eight scores the middle four are 2, 3, 10 and 20.
+
+    Against scores shifted by 1.5, six of the 16 pairs of the first task are won.
+    """
     assert iqm(KNOWN) == 35 / 4
     other = [KNOWN[0] + 1.5, KNOWN[1] - 100]
     won = np.mean([[a > b for b in other[0]] for a in KNOWN[0]])
@@ -129,8 +132,8 @@ def known_report(root) -> str:
 def test_the_section_of_a_report(tmp_path):
     text = known_report(tmp_path)
     assert (
-        "**mamujoco, return / mean return of the data**: 2 instances, 100 steps per stage, 1 evaluations of 32 episodes."
-        in text
+        "**mamujoco, return / mean return of the data**: 2 instances, 100 steps per stage, "
+        "1 evaluations of 32 episodes." in text
     )
     rows = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith(("| bc |", "| comadice |"))}
     assert (
@@ -138,9 +141,8 @@ def test_the_section_of_a_report(tmp_path):
         and rows["| bc"].startswith("| bc | 7.8 [")
         and rows["| bc"].endswith("|  |")
     )
-    better = probability_of_improvement(
-        KNOWN, [task - 1 for task in KNOWN]
-    )  # 10 of 16 pairs and 3 ties in the first task
+    # 10 of 16 pairs and 3 ties in the first task
+    better = probability_of_improvement(KNOWN, [task - 1 for task in KNOWN])
     assert f"| {better:.2f} [" in rows["| comadice"]
     assert {path.name for path in (tmp_path / "report").iterdir()} >= {
         "intervals.png",
@@ -191,7 +193,10 @@ def test_instances_that_are_not_shared_or_have_no_unit_are_named(tmp_path):
 
 
 def test_the_exchange_format(tmp_path):
-    """The structure that marl-eval's README asks for: env, task, algorithm, run, step_k with step_count, absolute_metrics last."""
+    """The structure that marl-eval's README asks for: env, task, algorithm, run, step_k with step_count.
+
+    absolute_metrics comes last.
+    """
     for seed in (0, 1):
         make_run(
             tmp_path,

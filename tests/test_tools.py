@@ -124,7 +124,10 @@ def test_a_disk_that_is_full(tmp_path):
 
 
 def test_datasets_on_a_disk_that_is_full(hopper_episodes, tmp_path):
-    """20 sizes of a disk, from one that holds nothing to one that holds it all: a whole dataset, or one line and nothing."""
+    """20 sizes of a disk, from one that holds nothing to one that holds it all.
+
+    There is a whole dataset in the end, or one line and nothing.
+    """
     disk, outcomes = tmp_path / "disk", []
     for kib in range(8, 168, 8):
         with small_disk(disk, kib):
@@ -271,8 +274,9 @@ def test_the_notice_about_adroit_hands_is_not_shown():
 
 def test_other_notices_of_gymnasium_robotics_stay():
     code = (
-        "from farama_notifications import notifications as n; import importlib.metadata as m; v = m.version('gymnasium_robotics'); "
-        "n.setdefault('gymnasium_robotics', {})[v] = 'a notice of weight'; from environments.mamujoco import import_robotics; import_robotics()"
+        "from farama_notifications import notifications as n; import importlib.metadata as m; "
+        "v = m.version('gymnasium_robotics'); n.setdefault('gymnasium_robotics', {})[v] = 'a notice of weight'; "
+        "from environments.mamujoco import import_robotics; import_robotics()"
     )
     if importlib.util.find_spec("farama_notifications") is None:
         pytest.skip("farama_notifications is not installed")
@@ -424,7 +428,10 @@ def test_a_folder_removed_under_collect(tmp_path, monkeypatch):
         offline_data.collect.main(replace(COLLECT, out=str(tmp_path / "data")))
 
 
-HOLD = "import sys, time; from pathlib import Path; from offline_data.lock import lock; lock(Path(sys.argv[1]), sys.argv[2] == 'beside'); print('held', flush=True); time.sleep(60)"
+HOLD = (
+    "import sys, time; from pathlib import Path; from offline_data.lock import lock; "
+    "lock(Path(sys.argv[1]), sys.argv[2] == 'beside'); print('held', flush=True); time.sleep(60)"
+)
 
 
 @pytest.mark.parametrize("name", ["collect", "convert"])
@@ -453,10 +460,11 @@ def test_a_second_command_that_writes_the_same_data_is_refused(name, tmp_path):
     finally:
         holder.kill()
         holder.wait()
+    # the stale LOCK is in nobody's way
     with (
         lock.locked(folder, beside=name == "convert"),
         lock.locked(folder, beside=name == "convert"),
-    ):  # the stale LOCK is in nobody's way
+    ):
         assert folder.absolute() in lock.HELD
     assert not list(tmp_path.rglob("*LOCK")) and folder.absolute() not in lock.HELD
 
@@ -491,7 +499,10 @@ def test_flipped_bits_in_the_training_state_are_found(copied, monkeypatch):
     "body", ["time.sleep(60)", "try: time.sleep(60)\n    finally: raise RuntimeError('a library, surprised')"]
 )
 def test_signals_end_a_script_in_one_line(body, number, code):
-    script = f"import time\nfrom environments.checks import run_script\ndef main():\n    print('now', flush=True)\n    {body}\nrun_script(main, go_on='again')"
+    script = (
+        "import time\nfrom environments.checks import run_script\n"
+        f"def main():\n    print('now', flush=True)\n    {body}\nrun_script(main, go_on='again')"
+    )
     command = subprocess.Popen(
         [sys.executable, "-c", script],
         cwd=ROOT,

@@ -90,7 +90,7 @@ def test_robots_move(task, seconds, opengl, tmp_path, monkeypatch, capsys):
 
 
 def test_recorded_poses_are_the_simulators(hopper_data, opengl, monkeypatch):
-    """An episode is recorded from a simulator. The poses that are drawn of its rows are those that the simulator had."""
+    """An episode is recorded from a simulator. The poses that are drawn from its rows are the simulator's own."""
     env = make_env("mamujoco", "hopper", 1)
     env.set_seed(3)
     simulator, poses, raws = env.simulators[0].unwrapped, [], []

@@ -1,4 +1,4 @@
-"""docs/walkthrough.ipynb: every cell runs, the key numbers hold, and the committed file holds the figures of such a run.
+"""docs/walkthrough.ipynb: every cell runs and the key numbers hold. The committed file holds such a run's figures.
 
 The notebook ends with a dict `numbers`. It is read from a fresh run here, and from the output that was committed.
 """
