@@ -18,6 +18,7 @@ from test_report import make_run
 import comadice_bc
 import comadice_train
 from benchmarks import estimate, grid, paper
+from benchmarks.disturb import same
 from benchmarks.progress import Board, duration, show
 from environments.checks import BadInput
 from support.runs import load_checkpoint
@@ -26,7 +27,6 @@ DEMO = str(ROOT / "data/mamujoco/hopper/demo")
 SMALL = {"hidden": 8, "batch_size": 16}
 WORDS = "--steps 30 --evals 2 --eval-episodes 1 -- --hidden 8 --batch-size 16".split()
 BUDGET = {"steps": 30, "evals": 2, "eval_episodes": 1}
-CLOCKS = {"seconds", "wall", "critic_seconds", "config"}  # of a checkpoint; the config has another --out
 
 
 def cells_of(
@@ -41,15 +41,6 @@ def cells_of(
         budget,
         extra or {},
     )
-
-
-def same(a, b) -> bool:
-    """Whether two states hold the same bits, clocks apart."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(key in CLOCKS or same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b or (a != a and b != b)
 
 
 def assert_same_runs(one: Path, other: Path):
