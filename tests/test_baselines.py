@@ -889,13 +889,11 @@ def test_script(name, kind, data, tmp_path, monkeypatch, capsys):
     whole = tmp_path / "whole" / RUN[kind] / name / "seed0"
     assert sorted(p.name for p in whole.iterdir()) == ["checkpoint.pt", "config.json", "metrics.csv", "summary.json"]
     config, summary = (json.loads((whole / f"{part}.json").read_text()) for part in ("config", "summary"))
-    assert {f.name for f in dataclasses.fields(module.Args)} <= set(config) and config["algo"] == summary[
-        "algo"
-    ] == name
+    assert {f.name for f in dataclasses.fields(module.Args)} <= set(config)
+    assert config["algo"] == summary["algo"] == name
     state = torch.load(whole / "checkpoint.pt", weights_only=True)
-    assert [row["step"] for row in state["metrics"]] == [10, 20] and all(
-        row["stage"] == "policy" for row in state["metrics"]
-    )
+    assert [row["step"] for row in state["metrics"]] == [10, 20]
+    assert all(row["stage"] == "policy" for row in state["metrics"])
     assert all(math.isfinite(v) for row in state["metrics"] for k, v in row.items() if k.endswith("_loss"))
     assert summary["return"] is None if kind == "discrete" else math.isfinite(summary["return"])
 
@@ -974,6 +972,5 @@ def test_scripts_run_from_the_repository(name, tmp_path):
     """Bad input of a script ends in one line and exit code 2."""
     command = [sys.executable, "-m", f"baselines.{name}", "--gamma", "1", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: --gamma"), (
-        done.stderr
-    )
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("error: --gamma"), done.stderr

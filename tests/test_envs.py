@@ -216,17 +216,15 @@ def test_partial_step_leaves_the_other_robots_where_they_are(make):
     free, _ = play(twin, start, actions)
     for t in range(6):
         for robot in (0, 2):
-            assert torch.equal(held[t]["state"][robot], free[t]["state"][robot]) and torch.equal(
-                held[t]["reward"][robot], free[t]["reward"][robot]
-            )
+            assert torch.equal(held[t]["state"][robot], free[t]["state"][robot])
+            assert torch.equal(held[t]["reward"][robot], free[t]["reward"][robot])
         assert torch.equal(held[t]["state"][1], start["state"][1]) and held[t]["reward"][1] == 0
         assert torch.equal(held[t]["agents", "observation"][1], start["agents", "observation"][1])
     # The robot that stood still now goes through its first steps, as the twin's did.
     later, _ = play(env, td, actions[:4])
     for t in range(4):
-        assert torch.equal(later[t]["state"][1], free[t]["state"][1]) and torch.equal(
-            later[t]["reward"][1], free[t]["reward"][1]
-        )
+        assert torch.equal(later[t]["state"][1], free[t]["state"][1])
+        assert torch.equal(later[t]["reward"][1], free[t]["reward"][1])
 
 
 def test_partial_reset_leaves_the_other_robots_where_they_are(make):

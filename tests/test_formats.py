@@ -277,10 +277,8 @@ def convert(source, format, out, env="mamujoco", task="hopper", quality="x", lim
 def test_omiga(tmp_path):
     recorded = robots()
     card = read_back(convert(write_omiga(tmp_path / "a.hdf5", recorded), "omiga", tmp_path / "out"), recorded, True)
-    assert (
-        card["made"]["last_row"].startswith("observation")
-        and card["made"]["rewards_beside_last_observations_left_out"]["rows"] == 4
-    )
+    assert card["made"]["last_row"].startswith("observation")
+    assert card["made"]["rewards_beside_last_observations_left_out"]["rows"] == 4
     assert (card["n_agents"], card["obs_dim"], card["state_dim"], card["action_dim"], card["discrete"]) == (
         3,
         14,
@@ -894,15 +892,11 @@ def test_command_line(tmp_path):
     done = command("convert", source, *args)
     assert done.returncode == 0, done.stderr
     read_back(tmp_path / "out", recorded, True)
-    assert (
-        "| Table 3 | expert | 1.5K | 999K |" in done.stdout
-        and "published: DIFFERS in trajectories: 4, OG-MARL 1481" in done.stdout
-    )
+    assert "| Table 3 | expert | 1.5K | 999K |" in done.stdout
+    assert "published: DIFFERS in trajectories: 4, OG-MARL 1481" in done.stdout
     again = command("convert", source, *args)
-    assert (
-        again.returncode == 2
-        and again.stderr == f"error: {tmp_path / 'out'} is already there: give another --out or --overwrite\n"
-    )
+    assert again.returncode == 2
+    assert again.stderr == f"error: {tmp_path / 'out'} is already there: give another --out or --overwrite\n"
     before = files_hash(tmp_path / "out")
     source.write_bytes(source.read_bytes()[:3000])
     with pytest.raises(BadInput, match="can't be read as omiga"):
@@ -915,9 +909,8 @@ def test_command_line(tmp_path):
 def test_plot(tmp_path, capsys):
     path = convert(write_omiga(tmp_path / "a.hdf5", robots()), "omiga", tmp_path / "out")
     offline_data.published.plot(str(path))
-    assert (path / "returns.png").read_bytes()[:4] == b"\x89PNG" and str(
-        path / "returns.png"
-    ) in capsys.readouterr().out
+    assert (path / "returns.png").read_bytes()[:4] == b"\x89PNG"
+    assert str(path / "returns.png") in capsys.readouterr().out
     offline_data.published.plot(str(path), str(tmp_path / "elsewhere.png"))
     assert (tmp_path / "elsewhere.png").read_bytes() == (path / "returns.png").read_bytes()
     read_back(path, robots(), True)
@@ -961,10 +954,8 @@ def test_published_numbers_agree_with_each_other():
         card |= dict(zip(("n_agents", "state_dim", "obs_dim", "action_dim"), map(int, sizes)))
         shown, wrong = offline_data.published.differences(card)
         assert len(shown) == 2 and not wrong, (env, task, quality, wrong)
-        assert (
-            offline_data.published.differences(card | {"return_mean": mean + 1})[1]
-            and offline_data.published.differences(card | {"obs_dim": 1})[1]
-        )
+        assert offline_data.published.differences(card | {"return_mean": mean + 1})[1]
+        assert offline_data.published.differences(card | {"obs_dim": 1})[1]
     assert len(offline_data.published.published()) == 39 + 4
 
 
@@ -1151,9 +1142,8 @@ def test_damaged_copies(tmp_path):
         print(f"{kind}: {counts[0]} read, {counts[1]} refused")
         assert counts[0] > 3 and counts[1] > 30, kind
     print("crashes:", crashes)
-    assert len(said) == len(KINDS) * COPIES >= 500 and not {
-        i: what for i, what in said.items() if what not in ("read", "refused")
-    }
+    assert len(said) == len(KINDS) * COPIES >= 500
+    assert not {i: what for i, what in said.items() if what not in ("read", "refused")}
 
 
 # ---------------------------------------------------------------- download
@@ -1258,13 +1248,10 @@ def test_download_command_line(vault_zip, server, tmp_path):
     done = command("download", *args, "--out", tmp_path / "out" / "medium", "--downloads", tmp_path / "zips")
     assert done.returncode == 0, done.stderr
     read_back(tmp_path / "out" / "medium", robots((3, 5)), True)
-    assert (
-        "| OG-MARL | medium | 4000 | 919391 rows |" in done.stdout
-        and "DIFFERS in rows: 10, OG-MARL 919391" in done.stdout
-    )
-    assert (
-        left(tmp_path)[-1] == "zips/mamujoco/3hopper.zip" and not (tmp_path / "out" / "medium.vault.partial").exists()
-    )
+    assert "| OG-MARL | medium | 4000 | 919391 rows |" in done.stdout
+    assert "DIFFERS in rows: 10, OG-MARL 919391" in done.stdout
+    assert left(tmp_path)[-1] == "zips/mamujoco/3hopper.zip"
+    assert not (tmp_path / "out" / "medium.vault.partial").exists()
 
 
 def test_download_that_breaks_off_is_resumed(vault_zip, server, download, tmp_path):

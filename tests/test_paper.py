@@ -101,9 +101,8 @@ def test_flags_that_are_passed_on():
         "--hidden 64 --tau=0.01 --no-lr-decay --objective exact".split(), ["bc", "omiga", "comadice"]
     )
     assert given["bc"] == {"hidden": 64, "lr_decay": False}
-    assert given["omiga"] == given["bc"] | {"tau": 0.01} and given["comadice"] == given["omiga"] | {
-        "objective": "exact"
-    }
+    assert given["omiga"] == given["bc"] | {"tau": 0.01}
+    assert given["comadice"] == given["omiga"] | {"objective": "exact"}
     for words, why in (
         (["--steps", "5"], "--steps is set by this command"),
         (["--objective", "exact"], "none of bc has"),
@@ -118,11 +117,8 @@ def test_the_plan_is_printed_and_nothing_is_written(tmp_path, monkeypatch, capsy
     paper.main(paper.Args(plan=True, ablation=["mixer"], out=str(tmp_path / "out")), [])
     said = capsys.readouterr().out
     assert sum(line.endswith("  2.0 h") for line in said.splitlines()) == 1365 + 39 * 5
-    assert (
-        "1,560 runs, of which 1,560 are to be done" in said
-        and "  main: 1,365 runs, 2,730.0 " in said
-        and "--array=0-1559" in said
-    )
+    assert "1,560 runs, of which 1,560 are to be done" in said and "  main: 1,365 runs, 2,730.0 " in said
+    assert "--array=0-1559" in said
     assert "no dataset here for 39 of the instances" in said and not (tmp_path / "out").exists()
 
 
@@ -197,31 +193,23 @@ def test_what_becomes_of_a_task(tmp_path, monkeypatch):
 
     (other,) = cells_of(tmp_path, data=[DEMO], methods=["bc"], seeds=[0, 1], extra={"bc": SMALL | {"lr": 0.1}})
     outcome, line = grid.train(other, [0], "cpu")
-    assert (
-        not other.finished(0) and outcome == "input" and "was started with other arguments (lr 0.001, not 0.1)" in line
-    )
+    assert not other.finished(0) and outcome == "input"
+    assert "was started with other arguments (lr 0.001, not 0.1)" in line
     assert other.failure().read_text() == line + "\n"
     assert {run.state for run in Board(tmp_path).read()} == {"done"}  # that failure is not this run's
 
     (lost,) = cells_of(tmp_path / "b", data=[DEMO], methods=["bc"], seeds=[0, 1], extra={"bc": SMALL | {"lr": 1e30}})
     outcome, line = grid.train(lost, [1], "cpu")
-    assert (
-        outcome == "failed"
-        and line.startswith("seed 1 diverged")
-        and lost.failure(1).exists()
-        and not lost.failure().exists()
-    )
+    assert outcome == "failed" and line.startswith("seed 1 diverged") and lost.failure(1).exists()
+    assert not lost.failure().exists()
 
     def broken(args):
         raise RuntimeError("a bug\nin two lines")
 
     monkeypatch.setattr(comadice_bc, "main", broken)
     outcome, line = grid.train(cell, [1], "cpu")
-    assert (
-        outcome == "failed"
-        and line.startswith("RuntimeError: a bug (traceback: ")
-        and "in broken" in Path(line.split(": ")[-1].rstrip(")")).read_text()
-    )
+    assert outcome == "failed" and line.startswith("RuntimeError: a bug (traceback: ")
+    assert "in broken" in Path(line.split(": ")[-1].rstrip(")")).read_text()
     monkeypatch.setattr(grid, "PATIENCE", 1)
     monkeypatch.setattr(grid, "holder_of", lambda path: "process 5 on moon")
     assert grid.train(cell, [1], "cpu") == ("stopped", f"{cell.path(1)} is in use by process 5 on moon")
@@ -231,9 +219,8 @@ def test_the_demonstrations_data_are_data_like_any_other(tmp_path):
     """comadice_train.py given that folder's full path runs the demonstration, with BC beside it."""
     data = str(ROOT / "data/mamujoco/hopper/few-good")
     (cell,) = cells_of(tmp_path, data=[data], methods=["comadice"], seeds=[0], extra={"comadice": SMALL})
-    assert grid.train(cell, [0], "cpu")[0] == "finished" and [
-        p.name for p in (tmp_path / "main/mamujoco/hopper/few-good").iterdir() if p.is_dir()
-    ] == ["comadice"]
+    assert grid.train(cell, [0], "cpu")[0] == "finished"
+    assert [p.name for p in (tmp_path / "main/mamujoco/hopper/few-good").iterdir() if p.is_dir()] == ["comadice"]
 
 
 # ---------------------------------------------------------------- progress
@@ -277,10 +264,8 @@ def test_progress_is_read_from_the_run_directories(undisturbed, tmp_path):
     assert runs["comadice/seed0"].text == "step 30 of 60" and runs["comadice/seed0"].left == pytest.approx(10, abs=5)
     assert runs["comadice/seed1"].text == "goes on at step 60 of 60" and runs["bc/seed2"].text == "no dataset"
     lines = show(list(runs.values()))
-    assert (
-        lines[0].split() == ["done", "running", "failed", "waiting"]
-        and "failed   main/mamujoco/hopper/demo/bc/seed2 and 1 more: no dataset" in lines
-    )
+    assert lines[0].split() == ["done", "running", "failed", "waiting"]
+    assert "failed   main/mamujoco/hopper/demo/bc/seed2 and 1 more: no dataset" in lines
     again = Board(tmp_path).look("main/mamujoco/hopper/demo/comadice/seed0")  # its process was killed
     assert (again.state, again.text) == ("waiting", "goes on at step 30 of 60")
 
@@ -307,9 +292,8 @@ def test_ablation_reports_have_the_default_beside_them(tmp_path, capsys):
         == "| instance | data | comadice alpha=0.1 | comadice alpha=10 | comadice alpha=default |"
     )
     assert header("report-f") == "| instance | data | comadice f=kl | comadice f=soft_chi2 |"
-    assert (tmp_path / "report-alpha/ablation_alpha_mamujoco_return.png").exists() and (
-        tmp_path / "report-f/ablation_f_mamujoco_return.png"
-    ).exists()
+    assert (tmp_path / "report-alpha/ablation_alpha_mamujoco_return.png").exists()
+    assert (tmp_path / "report-f/ablation_f_mamujoco_return.png").exists()
     again = {path: path.read_bytes() for path in tmp_path.rglob("report*/*.csv")}
     paper.write_reports(str(tmp_path))
     assert again == {path: path.read_bytes() for path in tmp_path.rglob("report*/*.csv")}

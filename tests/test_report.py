@@ -99,9 +99,8 @@ def test_a_method_whose_name_has_a_dot(tmp_path):
     for algo in ("bc-best2.5", "bc-best10", "bc"):
         make_run(tmp_path, algo, returns=[3.0])
     text, rows = report(tmp_path)
-    assert [row["method"] for row in rows] == ["bc-best2.5", "bc", "bc-best10"] and text.endswith(
-        "## Missing and left out\n\n- nothing\n"
-    )
+    assert [row["method"] for row in rows] == ["bc-best2.5", "bc", "bc-best10"]
+    assert text.endswith("## Missing and left out\n\n- nothing\n")
 
 
 def test_winrates_have_a_table_of_their_own(tmp_path):
@@ -244,11 +243,8 @@ def test_foreign_folders_and_copies(tmp_path):
     make_run(tmp_path / "copy", returns=[9.0])
     text, rows = report(tmp_path)
     assert len(rows) == 1 and rows[0]["seeds"] == "0"
-    assert (
-        f"- left out {tmp_path}/notes: not a run directory of this project" in text
-        and text.count("- left out") == 2
-        and "the same run as" in text
-    )
+    assert f"- left out {tmp_path}/notes: not a run directory of this project" in text
+    assert text.count("- left out") == 2 and "the same run as" in text
     again, _ = report(tmp_path)  # the report of the first time is no run
     assert again == text
 
@@ -335,9 +331,8 @@ def test_runs_of_a_training_script(hopper_data, tmp_path):
         json.loads((tmp_path / f"mamujoco/hopper/random/bc/seed{seed}/summary.json").read_text())["return"]
         for seed in (0, 1)
     ]
-    assert [row["method"] for row in rows] == ["bc"] and float(rows[0]["mean"]) == pytest.approx(
-        sum(returns) / 2, rel=1e-6
-    )
+    assert [row["method"] for row in rows] == ["bc"]
+    assert float(rows[0]["mean"]) == pytest.approx(sum(returns) / 2, rel=1e-6)
 
 
 # ---------------------------------------------------------------- the paper's numbers
@@ -451,7 +446,6 @@ def test_paper_tables_cover_the_39_instances():
     for number in (5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 18, 19, 20, 21, 22, 23, 24):
         methods = 7 if number < 10 else 5 if number < 15 else 3 if number < 20 else 2
         instances = {key[:3] for key in tables[number]}
-        assert len(instances) == (15 if ("smacv2", "zerg_5_vs_5", "medium") in instances else 12) and len(
-            tables[number]
-        ) == methods * len(instances), number
+        assert len(instances) == (15 if ("smacv2", "zerg_5_vs_5", "medium") in instances else 12), number
+        assert len(tables[number]) == methods * len(instances), number
     assert 17 not in tables and len(tables[10]) == 57

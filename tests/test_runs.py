@@ -195,11 +195,8 @@ def test_the_row_of_an_evaluation_that_was_cut_short_leaves_the_state_alone(
         stop_in(patch, comadice_bc, "evaluation", 1)
         ends(capsys, "bc", hopper_data, tmp_path, 143, "stopped by SIGTERM", seeds=seeds)
     before = load_checkpoint(folder(tmp_path, "bc"))
-    assert (
-        [own["row"]["step"] for own in before["unplayed"]] == [20]
-        and not before["metrics"]
-        and 20 <= before["step"] < 40
-    )
+    assert [own["row"]["step"] for own in before["unplayed"]] == [20] and not before["metrics"]
+    assert 20 <= before["step"] < 40
     saved = []
     with monkeypatch.context() as patch:
         original = support.runs.save_checkpoint
@@ -218,11 +215,8 @@ def test_the_row_of_an_evaluation_that_was_cut_short_leaves_the_state_alone(
         child.start()
         child.join()
     after = load_checkpoint(folder(tmp_path, "bc"))
-    assert (
-        child.exitcode == -signal.SIGKILL
-        and [row["step"] for row in after["metrics"]] == [20]
-        and after["unplayed"] == []
-    )
+    assert child.exitcode == -signal.SIGKILL and [row["step"] for row in after["metrics"]] == [20]
+    assert after["unplayed"] == []
     assert all(same(after[part], before[part]) for part in ("step", "policy", "eta", "policy_optimizer", "generator"))
     train("bc", hopper_data, tmp_path, resume=True, seeds=seeds)
     for seed in seeds:
@@ -494,9 +488,8 @@ def test_full_disks_of_20_sizes(hopper_data, tmp_path, monkeypatch, capsys):
                 lock.unlock(folder(disk, "comadice"))  # as the end of the process does
                 train("comadice", hopper_data, disk, resume=True)
             assert same_run(folder(disk, "comadice"), whole)
-    assert set(outcomes) == {"full", "checkpoint", "finished"} and outcomes == sorted(
-        outcomes, key=["full", "checkpoint", "finished"].index
-    ), outcomes
+    assert set(outcomes) == {"full", "checkpoint", "finished"}, outcomes
+    assert outcomes == sorted(outcomes, key=["full", "checkpoint", "finished"].index), outcomes
 
 
 def test_a_disk_that_is_mounted_read_only(hopper_data, tmp_path, capsys):
@@ -662,10 +655,8 @@ def test_files_are_restored_from_the_checkpoint(file, damage, hopper_data, copy,
 
 def test_config_says_what_a_result_depends_on(hopper_data, copy, tmp_path, capsys):
     config = json.loads((copy / "config.json").read_text())
-    assert (
-        config["versions"]["torch"] == torch.__version__
-        and {"torchrl", "tensordict", "numpy", "mujoco"} <= config["versions"].keys()
-    )
+    assert config["versions"]["torch"] == torch.__version__
+    assert {"torchrl", "tensordict", "numpy", "mujoco"} <= config["versions"].keys()
     assert re.fullmatch(r"sha256 of the card [0-9a-f]{64}", config["dataset"]) and config["commit"] == flags.commit()
     (copy / "config.json").write_text(json.dumps(config | {"versions": "none"}))
     train("comadice", hopper_data, tmp_path, resume=True)
@@ -913,7 +904,8 @@ def test_lines_where_there_is_no_terminal(capsys, monkeypatch):
         assert batch == "batch"
         bar.say([{"nu_loss": step, "ess": 0.5}, {"nu_loss": step + 1.0, "return": None}])
     lines = capsys.readouterr().err.splitlines()
-    assert 1 < len(lines) < 8 and all(
+    assert 1 < len(lines) < 8
+    assert all(
         re.fullmatch(r"critics seed 0: step \d+ of 20, \d+ per second, loss [\d.]+, ess 0.5", line) for line in lines
     )
     quiet = Bar("critics seed 0", 20, quiet=True)

@@ -140,18 +140,14 @@ def test_summary(run, bc_run, algo, hopper_data):
         "device": "cpu",
     }
     assert {k: summary[k] for k in wanted} == wanted
-    assert (
-        summary["dataset_return"] == card["return_mean"]
-        and summary["updates_per_second"] > 0
-        and 50 < summary["peak_rss_mb"] < 20_000
-    )
+    assert summary["dataset_return"] == card["return_mean"] and summary["updates_per_second"] > 0
+    assert 50 < summary["peak_rss_mb"] < 20_000
     last = table(path)[-1]
     assert (summary["return"], summary["evaluations"]) == (float(last["return"]), 1)  # the last half of two
     config = json.loads((path / "config.json").read_text())
     names = {"preset", "objective", "advantage", "alpha", "tau", "lr"} & set(config)
-    assert len(names) == (6 if algo == "comadice" else 1) and all(
-        summary[name] == config[name] is not None for name in names
-    )
+    assert len(names) == (6 if algo == "comadice" else 1)
+    assert all(summary[name] == config[name] is not None for name in names)
 
 
 def test_metrics_of_comadice(run):
@@ -164,9 +160,8 @@ def test_metrics_of_comadice(run):
     ]
     w = checkpoint(run)["w"]
     for row in rows[2:]:
-        assert (
-            float(row["mean_w"]) == pytest.approx(w.mean().item()) and float(row["w_zero"]) == (w == 0).float().mean()
-        )
+        assert float(row["mean_w"]) == pytest.approx(w.mean().item())
+        assert float(row["w_zero"]) == (w == 0).float().mean()
         assert float(row["ess"]) == pytest.approx((w.sum() ** 2 / (len(w) * (w**2).sum())).item(), rel=1e-5)
     assert all(math.isfinite(float(r[k])) for r in rows[:2] for k in ("q_loss", "nu_loss", "mean_nu", "mean_w", "ess"))
     assert all(r["return"] == "" for r in rows[:2]) and all(math.isfinite(float(r["return"])) for r in rows[2:])
@@ -415,9 +410,8 @@ def test_evaluate_plays_whole_episodes_of_the_plain_simulator():
     assert torch.equal(random_state, torch.get_rng_state())
     returns = np.array([total for total, _ in alone])
     np.testing.assert_allclose(result["returns"], returns, rtol=1e-5)
-    assert result["return_mean"] == pytest.approx(returns.mean(), rel=1e-5) and result["return_std"] == pytest.approx(
-        returns.std(ddof=1), rel=1e-4
-    )
+    assert result["return_mean"] == pytest.approx(returns.mean(), rel=1e-5)
+    assert result["return_std"] == pytest.approx(returns.std(ddof=1), rel=1e-4)
     assert result["length"] == pytest.approx(np.mean([length for _, length in alone]))
     assert comadice_eval.evaluate(policy, env, 4, 5) == result and comadice_eval.evaluate(policy, env, 4, 6) != result
     env.close()
@@ -452,9 +446,8 @@ def test_evaluations_of_two_steps_start_from_different_states():
     first = [td["state"] for td in starts]
     assert len(first) == 4 and not any(torch.equal(first[i], first[j]) for i in range(4) for j in range(i))
     assert len({result["return"] for result in results.values()}) == 4
-    assert comadice_eval.evaluation(policy, env, 3, 0, 10) == results[0, 10] and torch.equal(
-        starts[-1]["state"], first[0]
-    )
+    assert comadice_eval.evaluation(policy, env, 3, 0, 10) == results[0, 10]
+    assert torch.equal(starts[-1]["state"], first[0])
     assert set(results[0, 10]) == {"return", "return_std", "winrate", "replayed"}
     assert comadice_eval.evaluation(policy, None, 3, 0, 10) == {}
     env.close()
@@ -490,9 +483,8 @@ def test_eval_script_averages_over_seeds(bc_run, tmp_path, capsys):
         )
     )
     means = np.array([r["return_mean"] for r in json.loads((tmp_path / "result.json").read_text())])
-    assert (
-        means.std() > 0 and f"{means.mean():.2f} ± {means.std(ddof=1):.2f}" in capsys.readouterr().out.splitlines()[-1]
-    )
+    assert means.std() > 0
+    assert f"{means.mean():.2f} ± {means.std(ddof=1):.2f}" in capsys.readouterr().out.splitlines()[-1]
     for other in (bc_run, tmp_path):  # the same run twice, a run of other arguments
         comadice_eval.main(comadice_eval.Args(run=[str(bc_run), str(other)], episodes=2, device="cpu"))
         assert "over runs" not in capsys.readouterr().out
@@ -1101,9 +1093,8 @@ def test_recorded_episodes_replay_in_the_plain_simulator(collected):
             np.testing.assert_array_equal(episode["agents", "observation"][t].numpy(), views.astype(np.float32))
             if t < len(episode) - 1:
                 obs, reward, terminated, *_ = plain.step(episode["agents", "action"][t].double().numpy().reshape(-1))
-                assert (
-                    episode["reward"][t].item() == np.float32(reward) and episode["terminated"][t].item() == terminated
-                )
+                assert episode["reward"][t].item() == np.float32(reward)
+                assert episode["terminated"][t].item() == terminated
     plain.close()
     env.close()
 
@@ -1243,7 +1234,8 @@ def test_the_default_is_semi():
     default, semi = (
         comadice_train.resolve(comadice_train.Args(objective=objective), 1.5) for objective in (None, "semi")
     )
-    assert default == semi and None not in (
+    assert default == semi
+    assert None not in (
         getattr(default, f.name)
         for f in dataclasses.fields(default)
         if f.name not in ("env", "task", "quality", "data")
@@ -1277,11 +1269,8 @@ def test_preset_paper_trains(hopper_data, tmp_path, capsys):
     )
     state, summary = checkpoint(run), json.loads((run / "summary.json").read_text())
     assert summary["preset"] == "paper" and math.isfinite(summary["return"])
-    assert (
-        state["w"].isfinite().all()
-        and state["critics"]["lam"] != 0
-        and any(key.startswith("q.") for key in state["critics"])
-    )
+    assert state["w"].isfinite().all() and state["critics"]["lam"] != 0
+    assert any(key.startswith("q.") for key in state["critics"])
     # A_tot has the mixer's bias: with q = nu it is b(s).
     rows, card = open_dataset(hopper_data)
     arguments = comadice_train.Args(**state["config"])

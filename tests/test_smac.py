@@ -142,10 +142,8 @@ def test_a_dead_agent_has_its_no_op_alone_and_sees_nothing(make):
     mask, n = before_last["agents", "action_mask"], 5
     gone = ~before_last["agents", "observation"][:, :-n].any(-1)  # all but the id
     assert dead.all() and gone.any() and not gone.all()
-    assert (
-        torch.equal(mask[gone], torch.eye(12, dtype=torch.bool)[:1].expand(int(gone.sum()), 12))
-        and not mask[~gone, 0].any()
-    )
+    assert torch.equal(mask[gone], torch.eye(12, dtype=torch.bool)[:1].expand(int(gone.sum()), 12))
+    assert not mask[~gone, 0].any()
 
 
 def test_a_forbidden_action_is_refused(make):
@@ -343,9 +341,8 @@ def test_evaluation_in_parallel_games(game):
     env = ParallelEnv(2, functools.partial(worker, "5m_vs_6m", {"peaceful": True}))
     try:
         result = evaluate(Fight(), env, 3, 0)
-        assert (
-            result["winrate"] == 1 and result["replayed"] == 0 and result["return_mean"] == pytest.approx(20, abs=1e-3)
-        )
+        assert result["winrate"] == 1 and result["replayed"] == 0
+        assert result["return_mean"] == pytest.approx(20, abs=1e-3)
         assert len(result["returns"]) == 3
         lost = evaluate(Stand(), env, 2, 0)
         assert lost["winrate"] == 0 and lost["length"] == 70

@@ -178,11 +178,8 @@ def test_a_race_has_its_own_units_alone(race):
     from jaxmarl.environments.smax import SMAX
 
     ours, all_units = make_simulator(f"{race}_5_vs_5"), SMAX()
-    assert (
-        ours.unit_type_names == list(RACES[race])
-        and ours.smacv2_position_generation
-        and ours.smacv2_unit_type_generation
-    )
+    assert ours.unit_type_names == list(RACES[race]) and ours.smacv2_position_generation
+    assert ours.smacv2_unit_type_generation
     rows = [all_units.unit_type_names.index(name) for name in RACES[race]]
     for table in ("velocities", "attacks", "attack_ranges", "sight_ranges", "radiuses", "health", "weapon_cooldowns"):
         np.testing.assert_array_equal(
@@ -310,10 +307,8 @@ def test_time_limit_and_decided_battles_and_who_won(env):
         won_before = torch.zeros(B, dtype=torch.bool)
         for step in steps:
             after = step["next"][step["_step"]]
-            assert (
-                torch.equal(after["done"], after["terminated"] | after["truncated"])
-                and not (after["terminated"] & after["truncated"]).any()
-            )
+            assert torch.equal(after["done"], after["terminated"] | after["truncated"])
+            assert not (after["terminated"] & after["truncated"]).any()
             for name in ended:
                 ended[name][step["_step"]] |= after[name][:, 0]
             won = step["next", "battle_won"][:, 0]
@@ -381,11 +376,8 @@ def test_forbidden_actions_pass_as_a_stop(env, twin):
 def test_seeds(env, twin):
     wins, steps = play(env, attack, seed=3)
     again, repeated = play(twin, attack, seed=3)
-    assert (
-        torch.equal(wins, again)
-        and len(steps) == len(repeated)
-        and all(same(a["next"], b["next"]) for a, b in zip(steps, repeated))
-    )
+    assert torch.equal(wins, again) and len(steps) == len(repeated)
+    assert all(same(a["next"], b["next"]) for a, b in zip(steps, repeated))
     assert torch.equal(play(env, attack, seed=3)[0], wins)
     start, other = steps[0], play(env, attack, seed=4)[1][0]
     assert not torch.equal(start["state"], other["state"])
@@ -420,9 +412,8 @@ def test_partial_step_leaves_the_other_battles_where_they_are(env, twin):
         td["agents", "action"], free["agents", "action"] = attack(td), attack(free)
         held, free = env.step(td.set("_step", moving if t % 2 else moving[:, None]))["next"], step_mdp(twin.step(free))
         assert same(held, free, moving) and same(held, start, ~moving)
-        assert (
-            (held["reward"][~moving] == 0).all() and held["terminated"][~moving].all() and not held["truncated"].any()
-        )
+        assert (held["reward"][~moving] == 0).all() and held["terminated"][~moving].all()
+        assert not held["truncated"].any()
         td = held.select(*KEYS)
     # The battles that stood still now go through their first steps, as the twin's did.
     twin.set_seed(0)

@@ -136,11 +136,8 @@ def test_the_section_of_a_report(tmp_path):
         "1 evaluations of 32 episodes." in text
     )
     rows = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith(("| bc |", "| comadice |"))}
-    assert (
-        rows["| comadice"].startswith("| comadice | 8.8 [")
-        and rows["| bc"].startswith("| bc | 7.8 [")
-        and rows["| bc"].endswith("|  |")
-    )
+    assert rows["| comadice"].startswith("| comadice | 8.8 [") and rows["| bc"].startswith("| bc | 7.8 [")
+    assert rows["| bc"].endswith("|  |")
     # 10 of 16 pairs and 3 ties in the first task
     better = probability_of_improvement(KNOWN, [task - 1 for task in KNOWN])
     assert f"| {better:.2f} [" in rows["| comadice"]
@@ -152,7 +149,8 @@ def test_the_section_of_a_report(tmp_path):
     }
     with open(tmp_path / "report/seeds.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 16 and all(
+    assert len(rows) == 16
+    assert all(
         float(row["normalised"]) == pytest.approx(float(row["score"]) / float(row["data_return"])) for row in rows
     )
     assert [float(row["score"]) for row in rows if row["method"] == "comadice" and row["quality"] == "medium"] == [
@@ -171,10 +169,8 @@ def test_other_budgets_are_not_mixed(tmp_path):
             make_run(tmp_path, algo, seed, [5.0 + seed], quality="expert", eval_episodes=8, steps=200)
     text = report(tmp_path)[0]
     assert "There are runs of several budgets." in text and text.count("**mamujoco, return") == 2
-    assert (
-        "1 instance, 100 steps per stage, 1 evaluations of 32 episodes" in text
-        and "1 instance, 200 steps per stage, 1 evaluations of 8 episodes" in text
-    )
+    assert "1 instance, 100 steps per stage, 1 evaluations of 32 episodes" in text
+    assert "1 instance, 200 steps per stage, 1 evaluations of 8 episodes" in text
     assert {path.name for path in (tmp_path / "report").glob("*.json")} == {
         "marl_eval_100_1_32.json",
         "marl_eval_200_1_8.json",
@@ -210,13 +206,11 @@ def test_the_exchange_format(tmp_path):
         )
     report(tmp_path)
     found = json.loads((tmp_path / "report/marl_eval.json").read_text())
-    assert (
-        found.keys() == {"smax"}
-        and found["smax"].keys() == {"zerg_5_vs_5_medium"}
-        and found["smax"]["zerg_5_vs_5_medium"].keys() == {"comadice"}
-    )
+    assert found.keys() == {"smax"} and found["smax"].keys() == {"zerg_5_vs_5_medium"}
+    assert found["smax"]["zerg_5_vs_5_medium"].keys() == {"comadice"}
     runs = found["smax"]["zerg_5_vs_5_medium"]["comadice"]
-    assert list(runs) == ["seed_0", "seed_1"] and list(runs["seed_1"]) == [
+    assert list(runs) == ["seed_0", "seed_1"]
+    assert list(runs["seed_1"]) == [
         "step_1",
         "step_2",
         "step_3",

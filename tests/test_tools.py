@@ -56,9 +56,8 @@ def test_files_are_flushed_before_they_are_renamed(tmp_path, monkeypatch):
     assert sorted(calls[:4]) == sorted(
         map(str, (partial, partial / "agents", partial / "one", partial / "agents" / "two"))
     )
-    assert (
-        calls[4:] == [f"{partial} -> {path}", str(tmp_path)] and (path / "agents" / "two").read_text() == "agents/two"
-    )
+    assert calls[4:] == [f"{partial} -> {path}", str(tmp_path)]
+    assert (path / "agents" / "two").read_text() == "agents/two"
 
 
 @pytest.mark.parametrize("there", ["folder", "file"])
@@ -160,15 +159,11 @@ def test_list_of_datasets(hopper_data, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     card = json.loads((here / "card.json").read_text())
     (found,) = [line for line in lines if str(here) in line]
-    assert (
-        found.split()[:3] == ["mamujoco", "hopper", "random"]
-        and f"{card['return_mean']:.1f}" in found
-        and " 12 " in found
-    )
+    assert found.split()[:3] == ["mamujoco", "hopper", "random"] and f"{card['return_mean']:.1f}" in found
+    assert " 12 " in found
     assert sum("comes with the code" in line for line in lines) == len(offline_data.list.SHIPPED) == 3
-    assert sum("unusable: can't be read as JSON" in line for line in lines) == 1 and not any(
-        "partial" in line for line in lines
-    )
+    assert sum("unusable: can't be read as JSON" in line for line in lines) == 1
+    assert not any("partial" in line for line in lines)
     for env, task, quality in (
         ("mamujoco", "ant", "expert"),
         ("smacv2", "zerg_5_vs_5", "replay"),
@@ -259,11 +254,8 @@ def test_listed_tasks_say_what_is_missing(monkeypatch, capsys):
     )
     environments.__main__.main()
     said = capsys.readouterr().out
-    assert (
-        "smax needs jaxmarl: pip install -r requirements-smax.txt" in said
-        and "smacv2 needs smacv2: " in said
-        and "mamujoco needs" not in said
-    )
+    assert "smax needs jaxmarl: pip install -r requirements-smax.txt" in said
+    assert "smacv2 needs smacv2: " in said and "mamujoco needs" not in said
     assert [line.split()[-2:] for line in said.splitlines() if "27m_vs_30m" in line] == [["needs", "jaxmarl"]]
 
 
@@ -389,9 +381,8 @@ def collect_on(disk, capsys, **changes) -> str:
         return "done"
     except SystemExit as end:
         said = capsys.readouterr().err.strip().splitlines()[-1]
-        assert end.code == 2 and re.search(
-            f"^error: no space left on {disk}; free some and run the command again", said
-        ), said
+        assert end.code == 2, said
+        assert re.search(f"^error: no space left on {disk}; free some and run the command again", said), said
         return "no space"
 
 
@@ -514,10 +505,8 @@ def test_signals_end_a_script_in_one_line(body, number, code):
     assert command.stdout.readline() == "now\n"
     command.send_signal(number)
     said = command.communicate(timeout=20)[1]
-    assert (
-        command.returncode == code
-        and said == f"\nstopped by {'Ctrl-C' if code == 130 else 'SIGTERM'}; to go on: again\n"
-    )
+    assert command.returncode == code
+    assert said == f"\nstopped by {'Ctrl-C' if code == 130 else 'SIGTERM'}; to go on: again\n"
 
 
 def test_a_scripts_own_bug_is_still_a_traceback():
