@@ -279,13 +279,8 @@ def test_omiga(tmp_path):
     card = read_back(convert(write_omiga(tmp_path / "a.hdf5", recorded), "omiga", tmp_path / "out"), recorded, True)
     assert card["made"]["last_row"].startswith("observation")
     assert card["made"]["rewards_beside_last_observations_left_out"]["rows"] == 4
-    assert (card["n_agents"], card["obs_dim"], card["state_dim"], card["action_dim"], card["discrete"]) == (
-        3,
-        14,
-        42,
-        1,
-        False,
-    )
+    sizes = [card[name] for name in ("n_agents", "obs_dim", "state_dim", "action_dim", "discrete")]
+    assert sizes == [3, 14, 42, 1, False]
     assert card["action_high"] > 1 and card["action_low"] < -1
     card = read_back(
         convert(write_omiga(tmp_path / "b.hdf5", recorded, "transition"), "omiga", tmp_path / "b"), recorded, False
@@ -332,12 +327,8 @@ def test_what_the_state_is(tmp_path):
     arrays = npz_arrays(game)
     arrays["states"][:, :, 1] = 7  # the first agent's counts
     np.savez(tmp_path / "game.npz", **arrays)
-    assert (
-        read_back(convert(tmp_path / "game.npz", "npz", tmp_path / "game", "smacv1", "corridor"), game, True)["made"][
-            "state"
-        ]
-        == "the first agent's"
-    )
+    converted = convert(tmp_path / "game.npz", "npz", tmp_path / "game", "smacv1", "corridor")
+    assert read_back(converted, game, True)["made"]["state"] == "the first agent's"
 
 
 @pytest.mark.parametrize("kind", ["robots", "battles"])

@@ -38,8 +38,8 @@ def wait_for(what, process, seconds=600):
     """Until what() is true."""
     until = time.monotonic() + seconds
     while not (found := what()):
-        assert process.poll() is None, process.stdout.read() if process.poll() is not None else "in vain"
-        assert time.monotonic() < until, process.stdout.read() if process.poll() is not None else "in vain"
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < until, "in vain"
         time.sleep(0.05)
     return found
 
