@@ -151,7 +151,7 @@ def grid(args: Args, out: Path, victim: str | None) -> str:
 
 
 def same(a, b) -> bool:
-    """Whether two checkpoints hold the same bits, clocks apart."""
+    """Whether two checkpoints hold the same bits. Clocks and the config may differ."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(key in CLOCKS or same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):

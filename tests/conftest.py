@@ -29,7 +29,11 @@ def pytest_runtest_setup(item):
 
 def files_hash(folder: Path) -> dict:
     """What every file below a directory holds, to see that nothing changed it."""
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(Path(folder).rglob("*"))
+        if p.is_file()
+    }
 
 
 @contextmanager
@@ -50,10 +54,13 @@ def remount(folder: Path, options: str):
 
 
 def random_episode(env, generator: torch.Generator, limit: int) -> TensorDict:
-    """T + 1 rows of random actions in one robot; an episode that is still going after `limit` steps ends as if by a time limit."""
+    """T + 1 rows of random actions in one robot. After `limit` steps an episode ends as if by a time limit."""
     rows, td = [], env.reset()
     while True:
-        td["agents", "action"] = torch.randn(td["agents", "observation"].shape[:-1] + env.full_action_spec["agents", "action"].shape[-1:], generator=generator)
+        td["agents", "action"] = torch.randn(
+            td["agents", "observation"].shape[:-1] + env.full_action_spec["agents", "action"].shape[-1:],
+            generator=generator,
+        )
         after = env.step(td)["next"]
         row = td.select("state", ("agents", "observation"), ("agents", "action"))[0].clone()
         row["reward"], row["terminated"] = after["reward"][0], after["terminated"][0]
@@ -69,7 +76,14 @@ def random_episode(env, generator: torch.Generator, limit: int) -> TensorDict:
 
 def hopper_card() -> dict:
     made = {"by": "tests"}
-    return {"env": "mamujoco", "task": "hopper", "quality": "random", "engine": engine("mamujoco"), "interface": "benchmark", "made": made}
+    return {
+        "env": "mamujoco",
+        "task": "hopper",
+        "quality": "random",
+        "engine": engine("mamujoco"),
+        "interface": "benchmark",
+        "made": made,
+    }
 
 
 @pytest.fixture(scope="session")
@@ -104,8 +118,15 @@ def discrete_episodes() -> list[TensorDict]:
         end = torch.zeros(T + 1, 1, dtype=torch.bool)
         end[T - 1] = True
         agents = {"observation": torch.randn(T + 1, 2, 3, generator=generator), "action": action, "action_mask": mask}
-        team = {"state": torch.randn(T + 1, 5, generator=generator), "reward": torch.randn(T + 1, 1, generator=generator)}
-        episodes.append(TensorDict(team | {"terminated": end, "done": end.clone(), "agents": TensorDict(agents, [T + 1, 2])}, [T + 1]))
+        team = {
+            "state": torch.randn(T + 1, 5, generator=generator),
+            "reward": torch.randn(T + 1, 1, generator=generator),
+        }
+        episodes.append(
+            TensorDict(
+                team | {"terminated": end, "done": end.clone(), "agents": TensorDict(agents, [T + 1, 2])}, [T + 1]
+            )
+        )
     return episodes
 
 
@@ -114,4 +135,13 @@ def discrete_data(discrete_episodes, tmp_path_factory) -> Path:
     writer = DatasetWriter(tmp_path_factory.mktemp("data") / "game")
     for episode in discrete_episodes:
         writer.append(episode)
-    return writer.close({"env": "nowhere", "task": "game", "quality": "random", "engine": None, "interface": "benchmark", "made": {"by": "tests"}})
+    return writer.close(
+        {
+            "env": "nowhere",
+            "task": "game",
+            "quality": "random",
+            "engine": None,
+            "interface": "benchmark",
+            "made": {"by": "tests"},
+        }
+    )

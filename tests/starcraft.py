@@ -1,8 +1,8 @@
 """A stand-in for the StarCraft II process, so that the real smacv2 plays battles where the game is not installed.
 
-pysc2 talks to the game over a websocket, in protobuf messages. Here both ends are in one process: pysc2's own controller sends real request bytes, and
-`Server` answers with real response bytes from a small battle of its own. Everything above the socket is the real thing: smacv2's environments, pysc2's
-controller, its state checks and its errors.
+pysc2 talks to the game over a websocket, in protobuf messages. Here both ends are in one process. pysc2's own
+controller sends real request bytes. `Server` answers with real response bytes from a small battle of its own.
+Everything above the socket is the real thing: smacv2's environments, pysc2's controller, its state checks, its errors.
 
     with starcraft.installed() as game:
         env = StarCraft2Env(map_name="10gen_zerg", ...)
@@ -13,18 +13,24 @@ controller, its state checks and its errors.
 
 In a worker process, where nothing has to be undone, starcraft.install() does the same.
 
-Simulated: units with health, shields, armour, range, cooldown, speed and size; move, attack, stop and heal orders, carried out loop by loop (16 a second);
-splash, banelings that explode, medivacs that heal; debug commands that create and kill; the maps' triggers. As on the SMAC maps, the agents' units never act
-unordered. The enemies go for whatever is nearest; on the 10gen_ maps the real ones do so whenever idle, on the others they march to where the agents appeared.
-Hits of one loop are simultaneous. All randomness (a little in where units appear and in cooldowns) comes from the seed in the request to create a game; without
-one it differs each time, as in the game.
+What is simulated:
+- units with health, shields, armour, range, cooldown, speed and size;
+- move, attack, stop and heal orders, carried out loop by loop (16 a second);
+- splash, banelings that explode, medivacs that heal;
+- debug commands that create and kill; the maps' triggers.
 
-On maps with units of their own (SMACv1's) the trigger brings them back as soon as the last has died, so smacv2's reset, which waits to see none, never returns
-from the second one on, with the game as with this (oxwhirl/smacv2, issue 55). The stand-in raises where whoever plays has waited too long; spawn_delay=3 leaves
-a gap that smacv2 sees.
+As on the SMAC maps, the agents' units never act without an order. The enemies go for whatever is nearest. The real ones
+do so whenever they are idle on the 10gen_ maps. On the other maps they march to where the agents appeared.
+Hits of one loop are simultaneous. The only randomness is a little in where units appear and in cooldowns. It comes from
+the seed in the request to create a game. Without a seed it differs each time, as in the game.
 
-Not simulated: StarCraft II's combat model. No turning, acceleration, projectiles, cliffs, walls or path finding: every map is a flat square. Wins here say
-nothing about the game, least of all where terrain decides (corridor; 2c_vs_64zg can't be won).
+SMACv1's maps have units of their own. The trigger brings them back as soon as the last has died. smacv2's reset waits
+to see no unit, so from the second reset on it never returns. This is so with the real game, too (oxwhirl/smacv2, issue
+55). The stand-in raises an error when the player has waited too long. spawn_delay=3 leaves a gap that smacv2 sees.
+
+What is not simulated: StarCraft II's combat model. There is no turning, acceleration, projectiles, cliffs, walls or
+path finding: every map is a flat square. Wins here say nothing about the game, least of all where terrain decides
+(corridor; 2c_vs_64zg can't be won).
 """
 
 import contextlib
@@ -45,14 +51,18 @@ from s2clientprotocol import common_pb2, data_pb2, raw_pb2, sc2api_pb2
 MOVE, STOP, ATTACK, HEAL = 16, 4, 23, 386  # ability ids
 ALLY, ENEMY = 1, 2  # owners
 SIZE = 32  # of every map
-# The agents' unit types exist on the SMAC maps only; the game numbers them after its own, about 2,000, in alphabetical order. On the 10gen_ maps smacv2 takes
-# the number of all types less nine for the first of them, elsewhere the lowest that it sees.
+# The agents' unit types exist on the SMAC maps only. The game numbers them after its own, about 2,000, in alphabetical
+# order. smacv2 has to guess the first one's number. On the 10gen_ maps it takes the number of all types less nine,
+# elsewhere the lowest that it sees.
 FIRST_CUSTOM = 200
 PATIENCE = 3000  # loops; smacv2 waits up to 1,000 for units to appear
 
 
 class Kind(NamedTuple):
-    """A unit type: public unit statistics (Liquipedia, and the unit data in the SMAC maps), roughly. Times are seconds at the game speed Normal."""
+    """A unit type. Times are seconds at the game speed Normal.
+
+    The numbers are roughly the public unit statistics (Liquipedia, and the unit data in the SMAC maps).
+    """
 
     type_id: int
     health: float
@@ -75,19 +85,30 @@ class Kind(NamedTuple):
 
 KINDS = {
     "marine": Kind(48, 45, 0, 0, 0.375, 2.25, 6, range=5, cooldown=0.86, hits_air=True),
-    "marauder": Kind(51, 125, 0, 1, 0.5625, 2.25, 10, bonus=("armored", 10), range=6, cooldown=1.5, attribute="armored"),
+    "marauder": Kind(51, 125, 0, 1, 0.5625, 2.25, 10, bonus=("armored", 10), range=6, cooldown=1.5,
+                     attribute="armored"),
     "medivac": Kind(54, 150, 0, 1, 0.75, 2.75, range=4, attribute="armored", flies=True, solid=False),
-    "stalker": Kind(74, 80, 80, 1, 0.625, 2.95, 13, bonus=("armored", 5), range=6, cooldown=1.87, attribute="armored", hits_air=True),
+    "stalker": Kind(74, 80, 80, 1, 0.625, 2.95, 13, bonus=("armored", 5), range=6, cooldown=1.87,
+                    attribute="armored", hits_air=True),
     "zealot": Kind(73, 100, 50, 1, 0.5, 2.25, 8, hits=2, range=0.1, cooldown=1.2),
-    "colossus": Kind(4, 200, 150, 1, 1, 2.25, 10, hits=2, bonus=("light", 5), range=7, cooldown=1.5, splash=0.2, attribute="armored", solid=False),
+    "colossus": Kind(4, 200, 150, 1, 1, 2.25, 10, hits=2, bonus=("light", 5), range=7, cooldown=1.5, splash=0.2,
+                     attribute="armored", solid=False),
     "zergling": Kind(105, 35, 0, 0, 0.375, 2.95, 5, range=0.1, cooldown=0.7),
-    "baneling": Kind(9, 30, 0, 0, 0.375, 2.5, 16, bonus=("light", 19), range=0.25, splash=2.2, attribute="", explodes=True),
+    "baneling": Kind(9, 30, 0, 0, 0.375, 2.5, 16, bonus=("light", 19), range=0.25, splash=2.2, attribute="",
+                     explodes=True),
     "hydralisk": Kind(107, 80, 0, 0, 0.625, 2.25, 12, range=5, cooldown=0.83, hits_air=True),
-}
-HEAL_RATE, HEALTH_PER_ENERGY, FIRST_ENERGY, MAX_ENERGY, ENERGY_RATE = 9 / 16, 3, 50, 200, 0.56 / 16  # of medivacs; rates are per loop
+}  # fmt: skip
+HEAL_RATE, HEALTH_PER_ENERGY, FIRST_ENERGY, MAX_ENERGY, ENERGY_RATE = (
+    9 / 16,
+    3,
+    50,
+    200,
+    0.56 / 16,
+)  # of medivacs; rates are per loop
 SHIELD_REST, SHIELD_RATE = 160, 2 / 16  # loops without a hit before shields grow back, and how fast
 
-# The units that a map places itself: {name: number} and where, for the agents and for their enemies (from the scripts in smacv2's map files).
+# The units that a map places itself: {name: number} and where, first for the agents, then for their enemies.
+# From the scripts in smacv2's map files.
 MAPS = {
     "32x32_flat": ({}, (), {}, ()),  # what every 10gen_ map is to smacv2, which creates the units itself
     "3m": ({"marine": 3}, (9, 16), {"marine": 3}, (23, 16)),
@@ -118,8 +139,12 @@ class Game:
     servers: list["Server"] = field(default_factory=list)  # of every process launched
 
     def crash(self, at: str | None = "step", after: int = 1, error: bool = False):
-        """The `after`-th request from now (of the kind `at`, a method of Server; None: any) kills the game: its socket closes, a ConnectionError to pysc2. With
-        `error` it answers everything with an error, a ProtocolError. A newly launched process works, until the next crash asked for is due."""
+        """The `after`-th request from now kills the game. Only requests of the kind `at`, a method of Server, count.
+
+        With at=None all count.
+        The game's socket closes, which is a ConnectionError to pysc2. With `error` the game answers everything with an
+        error instead, which is a ProtocolError. A newly launched process works until the next crash that was asked for.
+        """
         self.crashes.append(Crash(at, after, error))
 
     @property
@@ -167,10 +192,26 @@ class Unit:
 
     def message(self) -> raw_pb2.Unit:
         side = raw_pb2.Self if self.owner == ALLY else raw_pb2.Enemy
-        unit = raw_pb2.Unit(tag=self.tag, unit_type=self.type_id, owner=self.owner, alliance=side, display_type=raw_pb2.Visible, build_progress=1)
+        unit = raw_pb2.Unit(
+            tag=self.tag,
+            unit_type=self.type_id,
+            owner=self.owner,
+            alliance=side,
+            display_type=raw_pb2.Visible,
+            build_progress=1,
+        )
         unit.pos.x, unit.pos.y, unit.pos.z = *self.xy, 10
-        unit.health, unit.shield, unit.energy, unit.weapon_cooldown = self.health, self.shield, self.energy, self.cooldown
-        unit.health_max, unit.shield_max, unit.energy_max = self.kind.health, self.kind.shield, MAX_ENERGY * self.kind.flies
+        unit.health, unit.shield, unit.energy, unit.weapon_cooldown = (
+            self.health,
+            self.shield,
+            self.energy,
+            self.cooldown,
+        )
+        unit.health_max, unit.shield_max, unit.energy_max = (
+            self.kind.health,
+            self.kind.shield,
+            MAX_ENERGY * self.kind.flies,
+        )
         unit.radius, unit.is_flying = self.kind.radius, self.kind.flies
         return unit
 
@@ -181,9 +222,13 @@ class Battle:
     def __init__(self, game: Game, map_name: str, seed: int | None):
         self.game, self.rng, self.loops = game, np.random.default_rng(seed), 0
         allies, here, enemies, there = MAPS[map_name]
-        self.names = {k.type_id: name for name, k in KINDS.items()} | dict(enumerate(sorted(allies or KINDS), FIRST_CUSTOM))
+        self.names = {k.type_id: name for name, k in KINDS.items()} | dict(
+            enumerate(sorted(allies or KINDS), FIRST_CUSTOM)
+        )
         agents = {name: i for i, name in self.names.items() if i >= FIRST_CUSTOM}
-        self.own = [(agents[name], ALLY, here) for name, n in allies.items() for _ in range(n)]  # the map's own units, as (type id, owner, place)
+        self.own = [
+            (agents[name], ALLY, here) for name, n in allies.items() for _ in range(n)
+        ]  # the map's own units, as (type id, owner, place)
         self.own += [(KINDS[name].type_id, ENEMY, there) for name, n in enemies.items() for _ in range(n)]
         self.tags = itertools.count(1 << 32)  # of no unit twice in a game, but the next game begins with the same ones
         self.units: dict[int, Unit] = {}
@@ -203,14 +248,19 @@ class Battle:
         kind = KINDS[self.names[type_id]]
         middle = np.array(at) + self.rng.uniform(-0.2, 0.2, 2)
         for k in itertools.count():
-            xy = np.clip(middle + 0.3 * math.sqrt(k) * np.array([math.cos(2.4 * k), math.sin(2.4 * k)]), 0.25, SIZE - 0.25)
+            xy = np.clip(
+                middle + 0.3 * math.sqrt(k) * np.array([math.cos(2.4 * k), math.sin(2.4 * k)]), 0.25, SIZE - 0.25
+            )
             if all(math.dist(xy, u.xy) >= u.kind.radius + kind.radius for u in self.units.values()):
                 break
         tag = next(self.tags)
         self.units[tag] = Unit(tag, type_id, kind, owner, xy, kind.health, kind.shield, FIRST_ENERGY * kind.flies)
 
     def command(self, command: raw_pb2.ActionRawUnitCommand):
-        """An order replaces the last one. One that can't be carried out (the target is gone, marauders can't hit medivacs) changes nothing."""
+        """An order replaces the last one. An order that can't be carried out changes nothing.
+
+        Examples: the target is gone, or a marauder is told to hit a medivac, which flies.
+        """
         point, target = command.target_world_space_pos, self.units.get(command.target_unit_tag)
         for unit in [self.units[tag] for tag in command.unit_tags if tag in self.units]:
             if command.ability_id == STOP:
@@ -277,7 +327,11 @@ class Battle:
                 unit.energy -= gain / HEALTH_PER_ENERGY
             elif ability == ATTACK and unit.cooldown == 0:
                 near = gaps[i if kind.explodes else j]
-                struck += [(kind, u) for k, u in enumerate(units) if k == j or (near[k] <= kind.splash and kind.splash and unit.can_target(u, ATTACK))]
+                struck += [
+                    (kind, u)
+                    for k, u in enumerate(units)
+                    if k == j or (near[k] <= kind.splash and kind.splash and unit.can_target(u, ATTACK))
+                ]
                 unit.cooldown = 16 * kind.cooldown + self.rng.uniform(-1, 2)
                 self.doomed |= {unit.tag} if kind.explodes else set()
         for kind, victim in struck:
@@ -286,7 +340,9 @@ class Battle:
         xy, solid = np.array([u.xy for u in units]), np.array([u.kind.solid for u in units])
         away = xy[:, None] - xy
         distance = np.hypot(away[..., 0], away[..., 1]) + 1e-6
-        overlap = np.maximum(radius + radius[:, None] - distance, 0) * (solid & solid[:, None] & ~np.eye(len(units), dtype=bool))
+        overlap = np.maximum(radius + radius[:, None] - distance, 0) * (
+            solid & solid[:, None] & ~np.eye(len(units), dtype=bool)
+        )
         xy = np.clip(xy + (away * (overlap / distance / 2)[..., None]).sum(1), 0.25, SIZE - 0.25)
         for unit, place in zip(units, xy):
             unit.xy = place
@@ -319,7 +375,11 @@ class Server:
             crashes[0].left -= 1
             self.died = crashes.pop(0) if crashes[0].left == 0 else None
         self.check()
-        answer = {"error": ["the stand-in's game has died"]} if self.died else {what: getattr(self, what)(getattr(self.request, what))}
+        answer = (
+            {"error": ["the stand-in's game has died"]}
+            if self.died
+            else {what: getattr(self, what)(getattr(self.request, what))}
+        )
         return sc2api_pb2.Response(id=self.request.id, status=self.status, **answer).SerializeToString()
 
     def check(self):
@@ -339,25 +399,32 @@ class Server:
         return sc2api_pb2.ResponseCreateGame()
 
     def join_game(self, request):
-        self.battle = Battle(self.game, self.map_name, self.create.random_seed if self.create.HasField("random_seed") else None)
+        self.battle = Battle(
+            self.game, self.map_name, self.create.random_seed if self.create.HasField("random_seed") else None
+        )
         self.status = sc2api_pb2.in_game
         return sc2api_pb2.ResponseJoinGame(player_id=ALLY)
 
     def game_info(self, request):
         size = common_pb2.Size2DI(x=SIZE, y=SIZE)
         area = common_pb2.RectangleI(p0=common_pb2.PointI(x=0, y=0), p1=common_pb2.PointI(x=SIZE, y=SIZE))
-        pathing = common_pb2.ImageData(bits_per_pixel=1, size=size, data=b"\xff" * (SIZE * SIZE // 8))  # a bit a cell, set where units can walk
+        # one bit per cell, set where units can walk
+        pathing = common_pb2.ImageData(bits_per_pixel=1, size=size, data=b"\xff" * (SIZE * SIZE // 8))
         height = common_pb2.ImageData(bits_per_pixel=8, size=size, data=b"\x80" * (SIZE * SIZE))
         raw = raw_pb2.StartRaw(map_size=size, playable_area=area, pathing_grid=pathing, terrain_height=height)
         return sc2api_pb2.ResponseGameInfo(map_name=self.map_name, start_raw=raw)
 
     def data(self, request):
         names = self.battle.names
-        return sc2api_pb2.ResponseData(units=[data_pb2.UnitTypeData(unit_id=i, name=names.get(i, "")) for i in range(max(names) + 1)])
+        return sc2api_pb2.ResponseData(
+            units=[data_pb2.UnitTypeData(unit_id=i, name=names.get(i, "")) for i in range(max(names) + 1)]
+        )
 
     def observation(self, request):
         raw = raw_pb2.ObservationRaw(units=[u.message() for u in self.battle.units.values()])
-        return sc2api_pb2.ResponseObservation(observation=sc2api_pb2.Observation(game_loop=self.battle.loops, raw_data=raw))
+        return sc2api_pb2.ResponseObservation(
+            observation=sc2api_pb2.Observation(game_loop=self.battle.loops, raw_data=raw)
+        )
 
     def action(self, request):
         self.idle = 0

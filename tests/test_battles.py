@@ -18,7 +18,17 @@ from comadice_eval import eval_env, evaluate, load_policy
 from environments.checks import BadInput
 from offline_data.dataset import episode_returns, episodes, open_dataset
 
-COLLECT = {"env": "smax", "steps": 6144, "checkpoints": 3, "num_envs": 16, "horizon": 64, "epochs": 1, "trajectories": 20, "hidden": 16, "record_every": 2}
+COLLECT = {
+    "env": "smax",
+    "steps": 6144,
+    "checkpoints": 3,
+    "num_envs": 16,
+    "horizon": 64,
+    "epochs": 1,
+    "trajectories": 20,
+    "hidden": 16,
+    "record_every": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +42,15 @@ def collected(tmp_path_factory):
 
 def test_medium_is_so_many_battles_of_the_first_policy_that_wins_enough(collected):
     rows, card = open_dataset(collected / "zerg_5_vs_5" / "medium", "smax", "zerg_5_vs_5")
-    assert card["trajectories"] == 20 and card["discrete"] and card["engine"].startswith("SMAX (jaxmarl") and card["interface"] == "standard"
+    assert card["trajectories"] == 20 and card["discrete"] and card["engine"].startswith("SMAX (jaxmarl")
+    assert card["interface"] == "standard"
     with open(collected / "zerg_5_vs_5" / "behaviour" / "curve.csv", newline="") as file:
         curve = list(csv.DictReader(file))
     rates = [float(point["winrate"]) for point in curve]
     enough = [i for i, rate in enumerate(rates) if rate >= 0.4]
-    assert len(curve) == 3 and card["made"]["checkpoint"] == (enough[0] if enough else rates.index(max(rates))) and all(0 <= rate <= 1 for rate in rates)
+    assert len(curve) == 3
+    assert card["made"]["checkpoint"] == (enough[0] if enough else rates.index(max(rates)))
+    assert all(0 <= rate <= 1 for rate in rates)
     assert (collected / "zerg_5_vs_5" / "behaviour" / "curve.png").is_file()
     assert 0 <= card["return_min"] and card["return_max"] <= 2 + 1e-4  # the enemies' health and 1 for the victory
     # The time limit is the one end that is no termination.
@@ -65,16 +78,26 @@ def test_smacv1_maps_are_cut_into_qualities_by_return(collected):
 
 def test_training_reports_winrates_that_evaluation_repeats(collected, tmp_path, capsys):
     data = str(collected / "zerg_5_vs_5" / "medium")
-    common = {"data": data, "out": str(tmp_path), "steps": 4, "evals": 2, "eval_episodes": 6, "hidden": 16, "device": "cpu"}
+    common = {
+        "data": data,
+        "out": str(tmp_path),
+        "steps": 4,
+        "evals": 2,
+        "eval_episodes": 6,
+        "hidden": 16,
+        "device": "cpu",
+    }
     comadice_train.main(comadice_train.Args(**common))
     printed = capsys.readouterr().out
     assert re.search(r"ComaDICE .*\d% won", printed) and "SMAX" in printed
     run = tmp_path / "smax" / "zerg_5_vs_5" / "medium" / "comadice" / "seed0"
     summary = json.loads((run / "summary.json").read_text())
     policy, state = load_policy(run)
-    seed = int(np.random.SeedSequence((0, 4)).generate_state(1)[0])  # of run 0's evaluation after step 4, the last half of two
+    # of run 0's evaluation after step 4, the last half of two
+    seed = int(np.random.SeedSequence((0, 4)).generate_state(1)[0])
     again = evaluate(policy, eval_env(state["card"], 6), 6, seed)
-    assert (summary["winrate"], summary["return"]) == (again["winrate"], again["return_mean"]) and again["replayed"] == 0
+    assert (summary["winrate"], summary["return"]) == (again["winrate"], again["return_mean"])
+    assert again["replayed"] == 0
     comadice_eval.main(comadice_eval.Args(run=[str(run)], episodes=6, device="cpu", seed=seed))
     assert f"{100 * again['winrate']:.1f}%" in capsys.readouterr().out
     comadice_bc.main(comadice_bc.Args(**common))
@@ -100,4 +123,6 @@ def test_a_winrate_counts_won_battles(collected):
 
 def test_a_dataset_of_another_task_is_refused(collected):
     with pytest.raises(BadInput, match="is a dataset of task 'zerg_5_vs_5', not 'zerg_10_vs_10'"):
-        comadice_train.main(comadice_train.Args(data=str(collected / "zerg_5_vs_5" / "medium"), env="smax", task="zerg_10_vs_10"))
+        comadice_train.main(
+            comadice_train.Args(data=str(collected / "zerg_5_vs_5" / "medium"), env="smax", task="zerg_10_vs_10")
+        )

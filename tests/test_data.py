@@ -61,7 +61,8 @@ def test_round_trip_of_every_array(recorded):
         value = rows[key(name)]
         assert value.dtype == wanted[key(name)].dtype
         seen = name in ("state", "agents/observation", "agents/action_mask")
-        assert torch.equal(value if seen else value[~last], wanted[key(name)] if seen else wanted[key(name)][~last]), name
+        ours, theirs = (value, wanted[key(name)]) if seen else (value[~last], wanted[key(name)][~last])
+        assert torch.equal(ours, theirs), name
         assert seen or not value[last].any(), name
     assert ("action_mask" in rows["agents"].keys()) == card["discrete"]
     assert rows["is_init"][:, 0].nonzero()[:, 0].tolist() == [0, *(last.nonzero()[:-1, 0] + 1).tolist()]
@@ -74,7 +75,8 @@ def test_card_statistics(recorded):
     returns = np.array([e["reward"][:-1].double().sum().item() for e in written])
     actions = torch.cat([e["agents", "action"][:-1] for e in written])
     assert card["trajectories"] == len(written) and card["samples"] == sum(len(e) - 1 for e in written)
-    for name, value in (("mean", returns.mean()), ("std", returns.std()), ("min", returns.min()), ("max", returns.max())):
+    wanted = {"mean": returns.mean(), "std": returns.std(), "min": returns.min(), "max": returns.max()}
+    for name, value in wanted.items():
         assert card[f"return_{name}"] == pytest.approx(value, rel=1e-5), name
     assert (card["action_low"], card["action_high"]) == (actions.min().item(), actions.max().item())
     sizes = [card[k] for k in ("n_agents", "obs_dim", "state_dim", "action_dim", "discrete")]
@@ -159,7 +161,9 @@ def test_writer_leaves_no_dataset_before_close_and_replaces_one_after(copy, hopp
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
 @pytest.mark.parametrize("what", ["a dataset", "a folder", "a file", "a dead link"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_writer_replaces_nothing_unless_it_is_a_dataset_and_told_to(when, what, overwrite, hopper_data, hopper_episodes, tmp_path):
+def test_writer_replaces_nothing_unless_it_is_a_dataset_and_told_to(
+    when, what, overwrite, hopper_data, hopper_episodes, tmp_path
+):
     path = tmp_path / "there"
 
     def put():
@@ -190,7 +194,9 @@ def test_writer_replaces_nothing_unless_it_is_a_dataset_and_told_to(when, what, 
         with pytest.raises(BadInput, match="is no dataset and is left alone" if overwrite else "is already there"):
             write()
         assert before is None or files_hash(tmp_path) == before
-        assert path.is_symlink() or path.is_file() or sorted(p.name for p in path.iterdir())[0] in ("agents", "thesis.tex")
+        assert (
+            path.is_symlink() or path.is_file() or sorted(p.name for p in path.iterdir())[0] in ("agents", "thesis.tex")
+        )
         assert what != "a dataset" or open_dataset(path)[1]["trajectories"] == 12
 
 
@@ -227,7 +233,10 @@ def test_samples_are_transitions_and_never_last_rows(recorded):
         batch = replay.sample(4096)
         number = batch["number"]
         assert batch.batch_size == (4096,) and not last[number].any()
-        for name in ("state", ("agents", "observation"), ("agents", "action"), "reward", "terminated", "done", "is_init", "episode"):
+        for name in (
+            "state", ("agents", "observation"), ("agents", "action"), "reward", "terminated", "done", "is_init",
+            "episode",
+        ):  # fmt: skip
             assert torch.equal(batch[name], rows[name][number]), name
         assert torch.equal(batch["next", "state"], rows["state"][number + 1])
         assert torch.equal(batch["next", "agents", "observation"], rows["agents", "observation"][number + 1])
@@ -238,7 +247,10 @@ def test_samples_are_transitions_and_never_last_rows(recorded):
 
 
 def test_sampling_is_uniform_over_transitions(discrete_data):
-    """Chi-square of 34,000 draws over 17 transitions: mean 16, standard deviation 5.7; 45 is beyond the 99.98th percentile."""
+    """Chi-square of 34,000 draws over 17 transitions.
+
+    Its mean is 16 and its standard deviation 5.7. 45 is beyond the 99.98th percentile.
+    """
     rows, card = open_dataset(discrete_data)
     rows = rows.clone(recurse=False).unlock_()
     rows["number"] = torch.arange(len(rows))
@@ -253,7 +265,9 @@ def test_sampling_is_uniform_over_transitions(discrete_data):
 
 def test_a_generator_makes_sampling_repeatable(hopper_data):
     rows, _ = open_dataset(hopper_data)
-    draws = [make_replay(rows, generators=[torch.Generator().manual_seed(seed)]).sample(64)["state"] for seed in (0, 0, 1)]
+    draws = [
+        make_replay(rows, generators=[torch.Generator().manual_seed(seed)]).sample(64)["state"] for seed in (0, 0, 1)
+    ]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
@@ -275,7 +289,8 @@ def test_layout_of_a_transition(recorded):
     here = {key(n) if "/" in n else n for n in FIELDS} | mask
     assert set(batch.keys(True, True)) == here | {("next", *((k,) if isinstance(k, str) else k)) for k in seen}
     assert batch.batch_size == (2,) and batch["next"].batch_size == (2,)
-    assert torch.equal(batch["state"], rows["state"][[0, 3]]) and torch.equal(batch["next", "state"], rows["state"][[1, 4]])
+    assert torch.equal(batch["state"], rows["state"][[0, 3]])
+    assert torch.equal(batch["next", "state"], rows["state"][[1, 4]])
 
 
 def test_initial_rows(recorded):
@@ -315,7 +330,9 @@ def edit(file, **changes):
 def test_file_of_another_size(copy, name, change):
     file = copy / f"{name}.memmap"
     data = file.read_bytes()
-    file.write_bytes({"half": data[: len(data) // 2], "one byte less": data[:-1], "one byte more": data + b"\0", "empty": b""}[change])
+    half = data[: len(data) // 2]
+    others = {"half": half, "one byte less": data[:-1], "one byte more": data + b"\0", "empty": b""}
+    file.write_bytes(others[change])
     refused(copy, rf"{name}.memmap has {file.stat().st_size} bytes, {len(data)} are needed")
 
 
@@ -370,10 +387,25 @@ def test_number_that_is_not_finite_in_a_last_row(copy):
 @pytest.mark.parametrize("value", [7, 0, -1, 2.0, "3", None, True, 10**30])
 def test_card_with_other_sizes(copy, name, value):
     edit(copy / "card.json", **{name: value})
-    refused(copy, f"'{name}' is" if type(value) is not int or not 1 <= value <= 2**40 else "does not describe|episodes do not close")
+    refused(
+        copy,
+        f"'{name}' is"
+        if type(value) is not int or not 1 <= value <= 2**40
+        else "does not describe|episodes do not close",
+    )
 
 
-@pytest.mark.parametrize("changes", [{"samples": 1, "trajectories": 12}, {"discrete": True}, {"discrete": "no"}, {"bytes": {}}, {"bytes": None}, {"bytes": []}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"samples": 1, "trajectories": 12},
+        {"discrete": True},
+        {"discrete": "no"},
+        {"bytes": {}},
+        {"bytes": None},
+        {"bytes": []},
+    ],
+)
 def test_card_with_another_layout(copy, changes):
     edit(copy / "card.json", **changes)
     refused(copy, "card.json|meta.json")
@@ -395,7 +427,11 @@ def test_meta_that_describes_something_else(copy, name, change):
     if change == "missing":
         del meta[leaf]
     else:
-        other = {"dtype": {"dtype": "torch.float64"}, "shape": {"shape": [2 * shape[0], *shape[1:]]}, "not an object": 3}[change]
+        other = {
+            "dtype": {"dtype": "torch.float64"},
+            "shape": {"shape": [2 * shape[0], *shape[1:]]},
+            "not an object": 3,
+        }[change]
         meta[leaf] = other if change == "not an object" else meta[leaf] | other
     file.write_text(json.dumps(meta))
     refused(copy, rf"meta.json does not describe {name} as")
@@ -533,7 +569,8 @@ def test_dataset_in_the_repository():
     if not path.is_dir():
         pytest.skip("the demo dataset is not here")
     _, card = open_dataset(path, "mamujoco", "hopper")
-    assert card["quality"] == "demo" and (card["n_agents"], card["obs_dim"], card["state_dim"], card["action_dim"]) == (3, 14, 42, 1)
+    assert card["quality"] == "demo"
+    assert (card["n_agents"], card["obs_dim"], card["state_dim"], card["action_dim"]) == (3, 14, 42, 1)
     assert card["made"]["arguments"] and card["engine"]
 
 
@@ -588,11 +625,17 @@ def test_fuzz(game, hopper_data, tmp_path):
 
 def hostile_cards(card: dict):
     """Cards that somebody could send: (field, the card)."""
-    names = ["", ".", "..", "../../../etc", "/tmp/x", "a/b", "a\\b", "C:", "~", "a b", "hopper\n", "\x1b[31mred", "a\0b", "é", "\u202ehopper",
-             "٣", "x" * 65, "x" * 100_000, "$(id)", "%s", "{0}", 3, None, True, ["hopper"], {"env": "hopper"}, 10**30]
+    names = [
+        "", ".", "..", "../../../etc", "/tmp/x", "a/b", "a\\b", "C:", "~", "a b", "hopper\n", "\x1b[31mred", "a\0b",
+        "é", "\u202ehopper", "٣", "x" * 65, "x" * 100_000, "$(id)", "%s", "{0}", 3, None, True, ["hopper"],
+        {"env": "hopper"}, 10**30,
+    ]  # fmt: skip
     for field in ("env", "task", "quality"):
         yield from ((field, card | {field: name}) for name in names)
-    interfaces = ["agent_obsk=99999999999", "agent_obsk=100", "agent_obsk=-1", "agent_obsk=٣", "agent_obsk=1\n", "agent_obsk=1.5", "standard/..", "", 1, []]
+    interfaces = [
+        "agent_obsk=99999999999", "agent_obsk=100", "agent_obsk=-1", "agent_obsk=٣", "agent_obsk=1\n",
+        "agent_obsk=1.5", "standard/..", "", 1, [],
+    ]  # fmt: skip
     yield from (("interface", card | {"interface": interface}) for interface in interfaces)
     counts = [0, -1, 2**41, 10**4000, 1.5, math.nan, math.inf, "12", None, True, [], {}]
     for field in ("n_agents", "state_dim", "obs_dim", "action_dim", "trajectories", "samples"):
@@ -602,18 +645,50 @@ def hostile_cards(card: dict):
         yield from ((field, card | {field: number}) for number in numbers)
     yield from (("discrete", card | {"discrete": value}) for value in (None, 1, "true", []))
     sizes = card["bytes"]
-    others = [None, [], {}, 3, "bytes", sizes | {"../../etc/passwd": 4}, dict.fromkeys(sizes, -1), dict.fromkeys(sizes, 10**4000), dict.fromkeys(sizes, 1.0),
-              dict.fromkeys(sizes, True), dict.fromkeys(sizes)]
+    others = [
+        None,
+        [],
+        {},
+        3,
+        "bytes",
+        sizes | {"../../etc/passwd": 4},
+        dict.fromkeys(sizes, -1),
+        dict.fromkeys(sizes, 10**4000),
+        dict.fromkeys(sizes, 1.0),
+        dict.fromkeys(sizes, True),
+        dict.fromkeys(sizes),
+    ]
     yield from (("bytes", card | {"bytes": value}) for value in others)
     sums = card["sha256"]
-    others = [None, [], 3, "sha256", {"../../../etc/passwd": "0" * 64}, {"card.json": "0"}, {"card.json": 0}, {"card.json": ["0" * 64]}, {}, {"card.json": "0" * 63 + "\n"},
-              sums | {"state.memmap": "0" * 64}, {k: v for k, v in sums.items() if k != "reward.memmap"}]
+    others = [
+        None,
+        [],
+        3,
+        "sha256",
+        {"../../../etc/passwd": "0" * 64},
+        {"card.json": "0"},
+        {"card.json": 0},
+        {"card.json": ["0" * 64]},
+        {},
+        {"card.json": "0" * 63 + "\n"},
+        sums | {"state.memmap": "0" * 64},
+        {k: v for k, v in sums.items() if k != "reward.memmap"},
+    ]
     yield from (("sha256", card | {"sha256": value}) for value in others)
     yield from (("engine", card | {"engine": value}) for value in (3, [], "\x1b]0;title\x07", "a\nb", "x" * 1001, {}))
     deep = "bottom"
     for _ in range(50):
         deep = [deep]
-    for value in ("\x1b[2J", {"by": "a\nb"}, {"by\x07": "a"}, {"x": 10**400}, {"x": math.nan}, {"x": [[math.inf]]}, deep, {"a": {"b": deep}}):
+    for value in (
+        "\x1b[2J",
+        {"by": "a\nb"},
+        {"by\x07": "a"},
+        {"x": 10**400},
+        {"x": math.nan},
+        {"x": [[math.inf]]},
+        deep,
+        {"a": {"b": deep}},
+    ):
         yield "made", card | {"made": value}
 
 
@@ -624,7 +699,10 @@ def test_hostile_cards_are_refused_in_one_line(hopper_data, tmp_path):
     sys.set_int_max_str_digits(0)
     texts = [(field, json.dumps(other)) for field, other in hostile_cards(card)]
     sys.set_int_max_str_digits(4300)
-    texts += [("card.json", text) for text in ("[" * 100_000, '{"env":' * 50_000, '{"a": "' + "x" * 2**20 + '"}', '{"env": "\\ud800"}')]
+    texts += [
+        ("card.json", text)
+        for text in ("[" * 100_000, '{"env":' * 50_000, '{"a": "' + "x" * 2**20 + '"}', '{"env": "\\ud800"}')
+    ]
     for field, text in texts:
         (folder / "card.json").write_text(text)
         with pytest.raises(BadInput) as caught:
@@ -634,7 +712,8 @@ def test_hostile_cards_are_refused_in_one_line(hopper_data, tmp_path):
         assert said.isprintable() and len(said) < 600 + len(str(tmp_path)), said
         tried += 1
     print(tried, "hostile cards")
-    assert tried > 250 and sorted(p.name for p in tmp_path.iterdir()) == ["out"] and sorted(p.name for p in (tmp_path / "out").iterdir()) == ["set"]
+    assert tried > 250 and sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["set"]
 
 
 def test_the_generator_of_hostile_cards_starts_from_a_sound_one(hopper_data):
@@ -643,7 +722,15 @@ def test_the_generator_of_hostile_cards_starts_from_a_sound_one(hopper_data):
     assert all(repr(other) != repr(card) for _, other in hostile_cards(card))
 
 
-@pytest.mark.parametrize("names", [("..", "hopper", "x"), ("mamujoco", "../hopper", "x"), ("mamujoco", "hopper", "/tmp/x"), ("mamujoco", "hopper", "")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("..", "hopper", "x"),
+        ("mamujoco", "../hopper", "x"),
+        ("mamujoco", "hopper", "/tmp/x"),
+        ("mamujoco", "hopper", ""),
+    ],
+)
 def test_names_that_are_paths_make_no_path(names):
     with pytest.raises(BadInput, match="not a name of letters"):
         dataset_path(None, *names)
@@ -678,7 +765,7 @@ FLIPS = int(os.environ.get("FLIPS", 40))
 
 
 def test_every_flipped_bit_is_found(game, tmp_path, capsys):
-    """One bit anywhere in a dataset, the card included: `info --verify` names the file. FLIPS=500 tries more of them."""
+    """One bit is flipped anywhere in a dataset, card included. `info --verify` names the file. FLIPS=500 tries more."""
     rng = random.Random(1)
     info(str(game), verify=True)
     assert "checksums: all 12 files" in capsys.readouterr().out
@@ -729,7 +816,9 @@ def test_the_datasets_in_the_repository_are_as_their_cards_say(capsys):
 
 
 def command(*args) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "offline_data", *map(str, args)], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    return subprocess.run(
+        [sys.executable, "-m", "offline_data", *map(str, args)], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
 
 
 def test_info_prints_the_row_of_table_3(hopper_data):
@@ -737,8 +826,11 @@ def test_info_prints_the_row_of_table_3(hopper_data):
     card = json.loads((hopper_data / "card.json").read_text())
     assert done.returncode == 0, done.stderr
     header, _, row = done.stdout.splitlines()[:3]
-    assert header == "| Instance | Quality | Trajectories | Samples | Agents | State dim | Obs dim | Action dim | Average returns |"
-    assert row == f"| hopper | random | 12 | {card['samples']} | 3 | 42 | 14 | 1 | {card['return_mean']:.1f} ± {card['return_std']:.1f} |"
+    assert header == (
+        "| Instance | Quality | Trajectories | Samples | Agents | State dim | Obs dim | Action dim | Average returns |"
+    )
+    returns = f"{card['return_mean']:.1f} ± {card['return_std']:.1f}"
+    assert row == f"| hopper | random | 12 | {card['samples']} | 3 | 42 | 14 | 1 | {returns} |"
     assert row == table_row(card).splitlines()[2] and card["engine"] in done.stdout and '"by": "tests"' in done.stdout
 
 
@@ -751,7 +843,9 @@ def test_info_of_a_bad_path(tmp_path):
 def test_replay_of_some_keys_of_row_t_alone(hopper_data):
     rows, _ = open_dataset(hopper_data)
     some = [("agents", "action"), "reward", ("agents", "action_mask")]
-    both = [make_replay(rows, keys, keys is None, [torch.Generator().manual_seed(0)]).sample(64) for keys in (None, some)]
+    both = [
+        make_replay(rows, keys, keys is None, [torch.Generator().manual_seed(0)]).sample(64) for keys in (None, some)
+    ]
     assert {k for k in both[1].keys(True, True) if k != "index"} == {("agents", "action"), "reward"}
     for key in (("agents", "action"), "reward"):
         assert torch.equal(both[0][key], both[1][key])

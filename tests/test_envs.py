@@ -12,7 +12,11 @@ from environments.mamujoco import MAMUJOCO_TASKS, MaMuJoCoEnv
 from environments.simulators import make_env
 
 TASKS = list(MAMUJOCO_TASKS)
-TABLE3 = {"hopper": (3, 14, 42, 1), "ant": (2, 113, 226, 4), "halfcheetah": (6, 23, 138, 1)}  # agents, obs, state, action
+TABLE3 = {
+    "hopper": (3, 14, 42, 1),
+    "ant": (2, 113, 226, 4),
+    "halfcheetah": (6, 23, 138, 1),
+}  # agents, obs, state, action
 # What the benchmark's MuJoCo 2.0 did: no contact forces in Ant, in observation and reward.
 BENCHMARK_KWARGS = {"ant": {"include_cfrc_ext_in_observation": False, "contact_cost_weight": 0}}
 # gymnasium-robotics' partitions: actuator j is driven by entry ORDER[j] of the agents' actions side by side.
@@ -41,7 +45,9 @@ def sizes(env) -> tuple:
 
 def random_actions(env, steps: int, seed: int = 0) -> torch.Tensor:
     """[steps, B, n, A]; many go beyond [-1, 1], as the actions in the public datasets do."""
-    return torch.randn(steps, *env.full_action_spec["agents", "action"].shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        steps, *env.full_action_spec["agents", "action"].shape, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def play(env, td, actions, **flags):
@@ -87,11 +93,16 @@ def test_replay_of_the_single_agent_simulator(make, task, agent_obsk):
     env = make(task, 1, agent_obsk=agent_obsk)
     env.set_seed(7)
     seed = env.seeds[0]
-    plain = gymnasium.make(MAMUJOCO_TASKS[task][0] + "-v5", **(BENCHMARK_KWARGS.get(task, {}) if agent_obsk is None else {}))
+    plain = gymnasium.make(
+        MAMUJOCO_TASKS[task][0] + "-v5", **(BENCHMARK_KWARGS.get(task, {}) if agent_obsk is None else {})
+    )
     td, (raw, _) = env.reset(), plain.reset(seed=seed)
     assert not any(td[flag].any() for flag in ("done", "terminated", "truncated"))
-    # halfcheetah never falls: it runs into the time limit (once, a whole episode takes a second). Small actions keep ant on its feet for a while.
-    actions = random_actions(env, 1000 if (task, agent_obsk) == ("halfcheetah", None) else 200) * (0.5 if task == "ant" else 1)
+    # halfcheetah never falls: it runs into the time limit. A whole episode takes a second, so it is run once.
+    # Small actions keep ant on its feet for a while.
+    actions = random_actions(env, 1000 if (task, agent_obsk) == ("halfcheetah", None) else 200) * (
+        0.5 if task == "ant" else 1
+    )
     steps = 0
     for action in actions:
         if agent_obsk is None:
@@ -139,7 +150,7 @@ def test_replay_of_gymnasium_robotics_local_observations(make, task):
 
 
 def test_ant_contact_forces_are_zero_before_they_are_standardised(make):
-    """The 84 entries of MuJoCo 2.0's contact forces all hold the same number, minus the vector's mean over its deviation."""
+    """The 84 entries of MuJoCo 2.0's contact forces hold one number: minus the vector's mean over its deviation."""
     env = make("ant", 1)
     env.set_seed(0)
     td = play(env, env.reset(), random_actions(env, 30))[1]
@@ -174,7 +185,10 @@ def test_later_resets_differ_and_repeat_for_a_seed(make):
 
 
 def test_parallel_workers_are_the_in_process_environments(make):
-    """Two processes give what two environments in this process give with the seeds that TorchRL hands out, and so repeat."""
+    """Two processes give what two environments give in this process, with the seeds that TorchRL hands out.
+
+    So they repeat, too.
+    """
     parallel, one, two = make("hopper", 2, workers=2), make("hopper", 2), make("hopper", 2)
     assert parallel.batch_size == (2, 2)
     parallel.set_seed(5)
@@ -202,13 +216,15 @@ def test_partial_step_leaves_the_other_robots_where_they_are(make):
     free, _ = play(twin, start, actions)
     for t in range(6):
         for robot in (0, 2):
-            assert torch.equal(held[t]["state"][robot], free[t]["state"][robot]) and torch.equal(held[t]["reward"][robot], free[t]["reward"][robot])
+            assert torch.equal(held[t]["state"][robot], free[t]["state"][robot])
+            assert torch.equal(held[t]["reward"][robot], free[t]["reward"][robot])
         assert torch.equal(held[t]["state"][1], start["state"][1]) and held[t]["reward"][1] == 0
         assert torch.equal(held[t]["agents", "observation"][1], start["agents", "observation"][1])
     # The robot that stood still now goes through its first steps, as the twin's did.
     later, _ = play(env, td, actions[:4])
     for t in range(4):
-        assert torch.equal(later[t]["state"][1], free[t]["state"][1]) and torch.equal(later[t]["reward"][1], free[t]["reward"][1])
+        assert torch.equal(later[t]["state"][1], free[t]["state"][1])
+        assert torch.equal(later[t]["reward"][1], free[t]["reward"][1])
 
 
 def test_partial_reset_leaves_the_other_robots_where_they_are(make):
@@ -267,7 +283,8 @@ def test_another_scenario(make, agent_obsk):
 def test_unknown_tasks(task, message, workers):
     with pytest.raises(BadInput, match=message) as error:
         make_env("mamujoco", task, 1, workers)
-    # Training from a dataset of a scenario that nobody simulates goes on without rollouts; a wrong partition is a mistake.
+    # Nobody simulates an unknown scenario: training from a dataset of it goes on without rollouts.
+    # A wrong partition is a mistake.
     assert isinstance(error.value, NoSimulator) == ("unknown" in str(error.value)) and "\n" not in str(error.value)
 
 
@@ -287,7 +304,10 @@ def test_unknown_env():
         make_env("nowhere", "hopper", 1)
 
 
-@pytest.mark.parametrize("interface", ["agent_obsk=100", "agent_obsk=99999999999", "agent_obsk=-1", "agent_obsk=٣", "agent_obsk=1\n", "agent_obsk="])
+@pytest.mark.parametrize(
+    "interface",
+    ["agent_obsk=100", "agent_obsk=99999999999", "agent_obsk=-1", "agent_obsk=٣", "agent_obsk=1\n", "agent_obsk="],
+)
 def test_interfaces_that_are_refused_at_once(interface):
     with pytest.raises(BadInput, match=r"use benchmark or agent_obsk=K \(0 to 99\)"):
         make_env("mamujoco", "hopper", 1, interface=interface)

@@ -29,8 +29,14 @@ def test_it_solves_the_convex_program(name, alpha):
         x = torch.as_tensor(x)
         return float((alpha * f.f(x) - x * returns).mean())
 
-    solved = minimize(loss, np.ones(5), method="SLSQP", bounds=[(1e-12, None)] * 5, options={"ftol": 1e-14, "maxiter": 500},
-                      constraints={"type": "eq", "fun": lambda x: x.mean() - 1})
+    solved = minimize(
+        loss,
+        np.ones(5),
+        method="SLSQP",
+        bounds=[(1e-12, None)] * 5,
+        options={"ftol": 1e-14, "maxiter": 500},
+        constraints={"type": "eq", "fun": lambda x: x.mean() - 1},
+    )
     assert w.mean().item() == pytest.approx(1, abs=1e-9)
     assert loss(w.numpy()) <= solved.fun + 1e-7
     np.testing.assert_allclose(w.numpy(), solved.x, atol=2e-3)
@@ -44,7 +50,10 @@ def test_limits_of_alpha():
 
 
 def test_neither_shift_nor_scale_of_the_returns_matters():
-    f, returns = DIVERGENCES["soft_chi2"], torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    f, returns = (
+        DIVERGENCES["soft_chi2"],
+        torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+    )
     torch.testing.assert_close(episode_ratio(100 * returns - 7, 30.0, f), episode_ratio(returns, 0.3, f))
 
 
@@ -54,7 +63,9 @@ def test_transitions_are_drawn_in_proportion_to_their_episode_s_ratio():
     weights = comadice_bc.episode_weights(rows, 0.2 * card["return_std"], "soft_chi2")
     assert len(weights) == card["samples"] and comadice_bc.episode_weights(rows, 0.0, "soft_chi2") is None
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-    drawn = make_replay(rows, ["episode", "done"], False, generators, weights=weights).sample(200_000)["episode"][..., 0]
+    drawn = make_replay(rows, ["episode", "done"], False, generators, weights=weights).sample(200_000)["episode"][
+        ..., 0
+    ]
     length = torch.bincount(rows["episode"][transition_rows(rows), 0])
     expected = (w * length / (w * length).sum()).float()
     for own in drawn:

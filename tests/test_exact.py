@@ -1,8 +1,9 @@
-"""The oracle: Eq. 2-3 of known multi-agent MDPs, solved by a primal interior-point method in numpy, against the project's losses.
+"""The project's losses against the exact solution of Eq. 2-3 of known multi-agent MDPs.
 
-The primal solver shares nothing with comadice_losses: f and its derivatives are written out again below, it works on rho
-and not on nu, and it certifies itself (flow constraint, duality gap). Agents observe the state and the local functions are
-tables, so that nothing but the method stands between the project's answer and the exact one.
+The exact solution comes from a primal interior-point method in numpy. It shares nothing with comadice_losses: f and its
+derivatives are written out again below, and it works on rho and not on nu. It certifies itself (flow constraint,
+duality gap). Agents observe the state and the local functions are tables. So nothing but the method stands between the
+project's answer and the exact one.
 
 Run with `pytest tests/test_exact.py -s` to see the numbers that the tests measure.
 """
@@ -49,11 +50,22 @@ def neg(y):
 
 NUMPY_F = {
     "kl": F(lambda t: xlogy(t, t) - t + 1, np.log, lambda t: 1 / t, lambda y: np.exp(y) - 1, np.exp, np.exp),
-    "chi2": F(lambda t: (t - 1) ** 2 / 2, lambda t: t - 1, np.ones_like,
-              lambda y: np.where(y > -1, y + y**2 / 2, -0.5), lambda y: np.where(y > -1, y + 1, 0), lambda y: np.where(y > -1, 1.0, 0)),
-    "soft_chi2": F(lambda t: np.where(t < 1, xlogy(t, t) - t + 1, (t - 1) ** 2 / 2), lambda t: np.where(t < 1, np.log(t), t - 1),
-                   lambda t: np.where(t < 1, 1 / t, 1), lambda y: np.where(y < 0, np.exp(neg(y)) - 1, y + y**2 / 2),
-                   lambda y: np.where(y < 0, np.exp(neg(y)), y + 1), lambda y: np.where(y < 0, np.exp(neg(y)), 1.0)),
+    "chi2": F(
+        lambda t: (t - 1) ** 2 / 2,
+        lambda t: t - 1,
+        np.ones_like,
+        lambda y: np.where(y > -1, y + y**2 / 2, -0.5),
+        lambda y: np.where(y > -1, y + 1, 0),
+        lambda y: np.where(y > -1, 1.0, 0),
+    ),
+    "soft_chi2": F(
+        lambda t: np.where(t < 1, xlogy(t, t) - t + 1, (t - 1) ** 2 / 2),
+        lambda t: np.where(t < 1, np.log(t), t - 1),
+        lambda t: np.where(t < 1, 1 / t, 1),
+        lambda y: np.where(y < 0, np.exp(neg(y)) - 1, y + y**2 / 2),
+        lambda y: np.where(y < 0, np.exp(neg(y)), y + 1),
+        lambda y: np.where(y < 0, np.exp(neg(y)), 1.0),
+    ),
 }
 
 # ---------------------------------------------------------------- models and their exact solution
@@ -64,16 +76,17 @@ class Model:
     """A known multi-agent MDP of n agents with two actions each, S states and A = 2^n joint actions.
 
     Termination is what P's rows lack to 1, and the pairs in `terminated`, whose rows of P are not to be used.
-    d [S, A] is the behaviour policy's discounted occupancy (1 - gamma) sum_t gamma^t P(s_t, a_t, not over yet). Its mass m
-    is 1 where nothing terminates and less than 1 elsewhere.
+    d [S, A] is the behaviour policy's discounted occupancy (1 - gamma) sum_t gamma^t P(s_t, a_t, not over yet). Its
+    mass m is 1 where nothing terminates and less than 1 elsewhere.
 
-    Normalisation. A loss takes batch means, that is expectations under a probability distribution D; here D = d / m. With
-    w = rho / D and L(nu) = (1 - gamma) E_p0[nu] + E_D[alpha f*(A / alpha)], L is the dual of
+    Normalisation. A loss takes batch means, that is expectations under a probability distribution D. Here D = d / m.
+    With w = rho / D and L(nu) = (1 - gamma) E_p0[nu] + E_D[alpha f*(A / alpha)], L is the dual of
 
-        max_{rho >= 0} sum rho r - alpha sum D f(rho / D)   s.t.   sum_a rho(s, a) = (1 - gamma) p0(s) + gamma sum rho P(s | ., .)
+        max_{rho >= 0}  sum rho r - alpha sum D f(rho / D)
+        s.t.            sum_a rho(s, a) = (1 - gamma) p0(s) + gamma sum rho P(s | ., .)
 
-    for any D: Eq. 2-3 with rho^mu = D in the divergence and (1 - gamma) p0 unscaled in the flow. So E_D[w] is the mass of
-    rho, the optimal policy's discounted lifetime, at most 1; the behaviour itself has w = m everywhere.
+    for any D. This is Eq. 2-3 with rho^mu = D in the divergence and (1 - gamma) p0 unscaled in the flow. So E_D[w] is
+    the mass of rho, the optimal policy's discounted lifetime, at most 1. The behaviour itself has w = m everywhere.
     """
 
     P: np.ndarray
@@ -112,7 +125,8 @@ def random_model(seed, n=2, S=6, gamma=0.95, termination="none", p0=None, determ
     mu = 0.9 * rng.dirichlet(np.ones(A), S) + 0.1 / A  # full support
     if deterministic:
         P = np.eye(S)[rng.integers(S, size=(S, A))]
-    if additive:  # rewards add up over agents and nobody's action moves the state, so A(s, a) = sum_i c_i(s, a_i) + const(s)
+    if additive:
+        # rewards add up over agents and nobody's action moves the state, so A(s, a) = sum_i c_i(s, a_i) + const(s)
         P = np.repeat(P[:, :1], A, 1)
         r = sum(rng.normal(size=(S, 2))[:, a_i] for a_i in np.unravel_index(range(A), (2,) * n))
     terminated = np.zeros((S, A), bool)
@@ -184,7 +198,14 @@ def tabular_critics(n, O, S, A=2, seed=0):
 
 
 def minimise(loss, parameters, max_iter=4000):
-    optimizer = torch.optim.LBFGS(parameters, max_iter=max_iter, tolerance_grad=1e-9, tolerance_change=1e-15, history_size=50, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        parameters,
+        max_iter=max_iter,
+        tolerance_grad=1e-9,
+        tolerance_change=1e-15,
+        history_size=50,
+        line_search_fn="strong_wolfe",
+    )
 
     def closure():
         optimizer.zero_grad()
@@ -203,7 +224,10 @@ def td_form(critics, m):
 
 
 def train_exact(m, name, alpha, trained=("nu", "mixer"), lam=False, mass=1.0):
-    """Minimises the objective `exact`: (critics, w [S, A], the minimum). The data's occupancy has this mass (see Model)."""
+    """Minimises the objective `exact`. Returns (critics, w [S, A], the minimum).
+
+    `mass` is that of the data's occupancy (see Model).
+    """
     f, critics = losses.DIVERGENCES[name], tabular_critics(m.n, m.S, m.S)
     parameters = [p for module in trained for p in getattr(critics, module).parameters()] + [critics.lam] * lam
 
@@ -211,7 +235,8 @@ def train_exact(m, name, alpha, trained=("nu", "mixer"), lam=False, mass=1.0):
         nu_tot, A = td_form(critics, m)
         return losses.dual_loss(nu_tot, A, alpha, f, m.gamma, critics.lam if lam else 0.0, mass, p0=m.t.p0, rho=m.t.D)
 
-    value = minimise(loss, parameters, max_iter=50 if lam else 4000)  # with lambda there is a flat direction to walk along for ever
+    # with lambda there is a flat direction to walk along for ever
+    value = minimise(loss, parameters, max_iter=50 if lam else 4000)
     with torch.no_grad():
         w = losses.occupancy_ratio(td_form(critics, m)[1], alpha, f, critics.lam if lam else 0.0).numpy()
     return critics, w, value
@@ -232,13 +257,18 @@ def fit_q(critics, m):
 
 
 def train_sampled(m, name, alpha):
-    """Minimises the dual with E_{s'} outside of f*, which is what one sampled s' a transition estimates: (w [S, A, S'], the minimum)."""
+    """Minimises the dual with E_{s'} outside of f*. Returns (w [S, A, S'], the minimum).
+
+    This is what one sampled s' per transition estimates.
+    """
     f, critics = losses.DIVERGENCES[name], tabular_critics(m.n, m.S, m.S)
     rho = m.t.D[..., None] * m.t.P
 
     def advantage():
         nu_tot = critics.mixer(critics.nu(m.t.obs), m.t.state)
-        return nu_tot, losses.td_advantage(m.t.r[..., None], m.t.terminated[..., None], nu_tot[:, None, None], nu_tot, m.gamma)
+        return nu_tot, losses.td_advantage(
+            m.t.r[..., None], m.t.terminated[..., None], nu_tot[:, None, None], nu_tot, m.gamma
+        )
 
     def loss():
         nu_tot, A = advantage()
@@ -282,7 +312,9 @@ def test_exact_objective_with_termination(name, alpha, termination):
         assert mass < 0.6
         if termination == "constant":  # every policy lives equally long: (1 - gamma) sum_t (gamma 0.9)^t
             assert mass == pytest.approx((1 - m.gamma) / (1 - 0.9 * m.gamma), abs=1e-4)
-        print(f"{termination} termination, n={n} {name} alpha={alpha:g}: E_D[w] = {mass:.4f}, behaviour {m.d.sum():.4f}")
+        print(
+            f"{termination} termination, n={n} {name} alpha={alpha:g}: E_D[w] = {mass:.4f}, behaviour {m.d.sum():.4f}"
+        )
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
@@ -341,10 +373,10 @@ def test_q_is_the_best_additive_advantage(n, name, alpha):
 
 @pytest.mark.parametrize("name", FS)
 def test_gap_of_q_and_bias_of_sampled_next_states(name):
-    """On random MMDPs neither way to read w is exact with samples: q averages over s' but is additive, the TD form is biased.
+    """On random MMDPs neither way to read w is exact with samples. q averages over s' but is additive, TD is biased.
 
-    Errors are means of |w - w*| under D over eight models. Beside them E_D|w* - 1|, how far w* is from plain BC: both
-    errors go to zero as alpha grows, like w* - 1 itself does, so the ratios to it say what part of w*'s message is lost.
+    Errors are means of |w - w*| under D over eight models. Beside them stands E_D|w* - 1|, how far w* is from plain BC.
+    Both errors go to zero as alpha grows, like w* - 1 itself does. So the ratios to it say what part of w* is lost.
     """
     models = [random_model(seed, n) for n in (2, 3) for seed in range(4)]
     means = []
@@ -363,8 +395,10 @@ def test_gap_of_q_and_bias_of_sampled_next_states(name):
             assert averaged <= single + 1e-12
         means.append(np.mean(rows, 0))
         q, averaged, single, signal = means[-1]
-        print(f"{name} alpha={alpha:g}: w through q misses by {q:.3f}, double sampling by {averaged:.3f} "
-              f"({single:.3f} a transition), E|w* - 1| is {signal:.3f}")
+        print(
+            f"{name} alpha={alpha:g}: w through q misses by {q:.3f}, double sampling by {averaged:.3f} "
+            f"({single:.3f} a transition), E|w* - 1| is {signal:.3f}"
+        )
     low, middle, high = means
     assert (low > 2 * middle).all() and (middle > 4 * high).all()
     assert (high[:2] > 1e-3).all()  # they shrink, they don't vanish
@@ -383,14 +417,22 @@ def test_sampled_next_states_cost_nothing_where_dynamics_are_deterministic(alpha
 
 
 def train_algorithm_1(critics, m, objective, alpha, trained, steps, lr):
-    """Adam on Eq. 9 over psi_q and on L(nu, theta) over `trained`, as Algorithm 1 alternates them: (w [S, A], loss, nu_tot [S])."""
+    """Adam on Eq. 9 over psi_q and on L(nu, theta) over `trained`, as Algorithm 1 alternates them.
+
+    Returns (w [S, A], loss, nu_tot [S]).
+    """
     f = losses.DIVERGENCES["soft_chi2"]
-    psi_q, nu_theta = list(critics.q.parameters()), [p for module in trained for p in getattr(critics, module).parameters()]
+    psi_q, nu_theta = (
+        list(critics.q.parameters()),
+        [p for module in trained for p in getattr(critics, module).parameters()],
+    )
     optimizer = torch.optim.Adam(psi_q + nu_theta, lr)
     for _ in range(steps):
         nu_tot, A = td_form(critics, m)
         fixed = nu_tot.detach()
-        q_loss = losses.q_loss(q_advantage(critics, m), m.t.r, m.t.terminated, fixed[:, None], m.t.P @ fixed, m.gamma, m.t.D)
+        q_loss = losses.q_loss(
+            q_advantage(critics, m), m.t.r, m.t.terminated, fixed[:, None], m.t.P @ fixed, m.gamma, m.t.D
+        )
         if objective == "printed":
             q = critics.q(m.t.sa_obs, m.t.sa_action).detach()
             A = critics.mixer.advantage(q - critics.nu(m.t.obs)[:, None], m.t.state[:, None])
@@ -414,10 +456,15 @@ def test_printed_objective_misses_the_solution(n, alpha):
     solution = exact_solution(m, "soft_chi2", alpha)
     error, mass, loss, nu_tot = {}, {}, {}, {}
     for objective in ("printed", "exact"):
-        w, loss[objective], nu_tot[objective] = train_algorithm_1(tabular_critics(n, m.S, m.S), m, objective, alpha, ("nu", "mixer"), 500, 0.01)
+        w, loss[objective], nu_tot[objective] = train_algorithm_1(
+            tabular_critics(n, m.S, m.S), m, objective, alpha, ("nu", "mixer"), 500, 0.01
+        )
         error[objective], mass[objective] = (m.D * abs(w - solution.w)).sum(), (m.D * w).sum()
-        print(f"{objective}, n={n} alpha={alpha:g}: E_D[w] {mass[objective]:.3f} ({(m.D * w)[1:].sum() / m.D[1:].sum():.4f} off the initial state), "
-              f"mean |w - w*| {error[objective]:.3f}, loss {loss[objective]:.3f}, nu_tot(s0) {nu_tot[objective][0]:.1f}")
+        print(
+            f"{objective}, n={n} alpha={alpha:g}: E_D[w] {mass[objective]:.3f} "
+            f"({(m.D * w)[1:].sum() / m.D[1:].sum():.4f} off the initial state), "
+            f"mean |w - w*| {error[objective]:.3f}, loss {loss[objective]:.3f}, nu_tot(s0) {nu_tot[objective][0]:.1f}"
+        )
     signal = (m.D * abs(solution.w - 1)).sum()
     print(f"the solution: E_D|w* - 1| {signal:.3f}, optimum {solution.value:.3f}, nu*(s0) {solution.nu[0]:.2f}")
     assert error["exact"] < 0.01 and abs(mass["exact"] - 1) < 0.01 and loss["exact"] > solution.value - 1e-6
@@ -428,9 +475,10 @@ def test_printed_objective_misses_the_solution(n, alpha):
 
 @pytest.mark.parametrize("alpha", [1.0, 10.0])
 def test_printed_objective_leaves_the_solution(alpha):
-    """Started at the exact nu, q and theta, with theta fixed, it goes away: at fixed q, Eq. 3 lacks its inflow gamma sum rho* P.
+    """Started at the exact nu, q and theta, with theta fixed, it goes away.
 
-    So nu's gradient at the solution is minus the inflow, nu rises and w falls.
+    At fixed q, Eq. 3 lacks its inflow gamma sum rho* P. So nu's gradient at the solution is minus the inflow. nu rises
+    and w falls.
     """
     m = random_model(2, additive=True)
     solution = exact_solution(m, "soft_chi2", alpha)
@@ -446,8 +494,11 @@ def test_printed_objective_leaves_the_solution(alpha):
     for objective in ("printed", "exact"):
         w, _, nu_tot = train_algorithm_1(copy.deepcopy(exact), m, objective, alpha, ("nu",), 500, 0.05)
         masses[objective], rise[objective] = (m.D * w).sum(), (nu_tot - solution.nu).mean()
-        print(f"{objective} from the solution, alpha={alpha:g}: E_D[w] 1 -> {masses[objective]:.3f}, mean |w - w*| {(m.D * abs(w - solution.w)).sum():.3f}, "
-              f"nu_tot moved by {rise[objective]:.1f}")
+        print(
+            f"{objective} from the solution, alpha={alpha:g}: E_D[w] 1 -> {masses[objective]:.3f}, "
+            f"mean |w - w*| {(m.D * abs(w - solution.w)).sum():.3f}, "
+            f"nu_tot moved by {rise[objective]:.1f}"
+        )
     assert abs(masses["exact"] - 1) < 0.01 and abs(rise["exact"]) < 0.1
     assert rise["printed"] > 3
     assert masses["printed"] < (0.8 if alpha == 1 else 0.97)
@@ -459,7 +510,10 @@ def test_printed_objective_leaves_the_solution(alpha):
 @pytest.mark.parametrize("termination", ["none", "random"])
 @pytest.mark.parametrize("name", FS)
 def test_semi_objective_has_mean_ratio_one_in_every_state(name, termination):
-    """Its fixed point (target = the current nu) against value iteration in numpy: V(s) solves E_mu[w((r + gamma V' - V(s)) / alpha)] = 1."""
+    """Its fixed point (target = the current nu) against value iteration in numpy.
+
+    V(s) solves E_mu[w((r + gamma V' - V(s)) / alpha)] = 1.
+    """
     alpha, m = 1.0, random_model(2, gamma=0.9, deterministic=True, termination=termination)
     f, critics = losses.DIVERGENCES[name], tabular_critics(m.n, m.S, m.S)
 
@@ -487,20 +541,31 @@ def test_semi_objective_has_mean_ratio_one_in_every_state(name, termination):
     V = np.zeros(m.S)
     for _ in range(250):
         Q = m.r + m.gamma * m.P_alive @ V
-        V = np.array([brentq(lambda v: mu[s] @ NUMPY_F[name].w((Q[s] - v) / alpha) - 1, Q[s].min() - 1, Q[s].max() + 1) for s in range(m.S)])
+        V = np.array(
+            [
+                brentq(lambda v: mu[s] @ NUMPY_F[name].w((Q[s] - v) / alpha) - 1, Q[s].min() - 1, Q[s].max() + 1)
+                for s in range(m.S)
+            ]
+        )
     assert abs(nu_tot.detach().numpy() - V).max() <= 1e-4
     solution = exact_solution(m, name, alpha)
     policy = lambda w: m.D * w / (m.D * w).sum(1, keepdims=True)
     far = lambda w: 0.5 * (m.D.sum(1) @ abs(policy(w) - policy(solution.w)).sum(1))
-    print(f"semi, {name}, {termination} termination: E_D[w] {(m.D * w).sum():.4f} (the solution's {solution.rho.sum():.4f}), mean |w - w*| "
-          f"{(m.D * abs(w - solution.w)).sum():.3f}; total variation of policies to the solution's: {far(w):.3f}, of the behaviour's {far(w * 0 + 1):.3f}")
+    print(
+        f"semi, {name}, {termination} termination: E_D[w] {(m.D * w).sum():.4f} "
+        f"(the solution's {solution.rho.sum():.4f}), mean |w - w*| {(m.D * abs(w - solution.w)).sum():.3f}; "
+        f"total variation of policies to the solution's: {far(w):.3f}, of the behaviour's {far(w * 0 + 1):.3f}"
+    )
 
 
 # ---------------------------------------------------------------- large alphas
 
 
 def variation(weights, count) -> float:
-    """Mean total variation, over states as the data have them, between the weighted policy and the behaviour's: [S, A] each."""
+    """Mean total variation between the weighted policy and the behaviour's, over the data's states.
+
+    weights and count are [S, A].
+    """
     share = count.sum(1) / count.sum()
     weighted = count * weights
     return 0.5 * share @ abs(weighted / weighted.sum(1, keepdims=True) - count / count.sum(1, keepdims=True)).sum(1)
@@ -514,16 +579,26 @@ def test_policy_of_exact_tends_to_the_behaviour(seed, termination):
     Then the flow of rho has less mass than D, so that w = 1 is not feasible, however dear the divergence is.
     """
     m = random_model(seed, termination=termination)
-    far = {(mass, alpha): variation(train_exact(m, "soft_chi2", alpha, mass=mass)[1], m.D) for mass in (m.d.sum(), 1.0) for alpha in (1.0, 1000.0)}
+    far = {
+        (mass, alpha): variation(train_exact(m, "soft_chi2", alpha, mass=mass)[1], m.D)
+        for mass in (m.d.sum(), 1.0)
+        for alpha in (1.0, 1000.0)
+    }
     right = {alpha: far[m.d.sum(), alpha] for alpha in (1.0, 1000.0)}
-    print(f"exact, seed {seed}, {termination} termination: total variation {right[1.0]:.4f} at alpha 1, {right[1000.0]:.5f} at 1000; "
-          f"with mass 1 {far[1.0, 1000.0]:.4f} at 1000")
+    print(
+        f"exact, seed {seed}, {termination} termination: total variation {right[1.0]:.4f} at alpha 1, "
+        f"{right[1000.0]:.5f} at 1000; "
+        f"with mass 1 {far[1.0, 1000.0]:.4f} at 1000"
+    )
     assert right[1000.0] < 1e-3 < 0.05 < right[1.0]
     assert (far[1.0, 1000.0] > 0.1) == (termination == "random")
 
 
 def sampled_dataset(m, episodes, seed=0):
-    """Rows of a dataset that the behaviour policy recorded in the model, at most 60 transitions an episode, and (s, a) of each transition."""
+    """Rows of a dataset that the behaviour policy recorded in the model, and (s, a) of each transition.
+
+    An episode has at most 60 transitions.
+    """
     rng = np.random.default_rng(seed)
     mu, steps = m.d / m.d.sum(1, keepdims=True), []
     for _ in range(episodes):
@@ -540,7 +615,16 @@ def sampled_dataset(m, episodes, seed=0):
                 break
     s, a, r, terminated, done, first = map(np.array, zip(*steps))
     column = lambda x: torch.as_tensor(x)[:, None]
-    rows = TensorDict({"state": m.t.state[s], "reward": column(r), "terminated": column(terminated), "done": column(done), "is_init": column(first)}, [len(s)])
+    rows = TensorDict(
+        {
+            "state": m.t.state[s],
+            "reward": column(r),
+            "terminated": column(terminated),
+            "done": column(done),
+            "is_init": column(first),
+        },
+        [len(s)],
+    )
     rows["episode"] = column(first).cumsum(0) - 1
     rows["agents"] = TensorDict({"observation": m.t.obs[s], "action": torch.as_tensor(m.actions)[a]}, [len(s), m.n])
     keep = transition_rows(rows).numpy()
@@ -553,7 +637,8 @@ def sampled_dataset(m, episodes, seed=0):
 def test_policy_of_the_default_tends_to_the_behaviour(seed, termination, advantage):
     """Through the code that trains: data of a random MMDP, updates of tabular critics, and w* of the whole dataset.
 
-    Eq. 11's optimum for tabular policies of the team is the weighted share of each action, which is compared with the plain share.
+    For tabular policies of the team, Eq. 11's optimum is the weighted share of each action. It is compared with the
+    plain share.
     """
     m = random_model(seed, termination=termination)
     rows, s, a = sampled_dataset(m, 60)
@@ -574,15 +659,19 @@ def test_policy_of_the_default_tends_to_the_behaviour(seed, termination, advanta
         for _ in range(300):
             update(batch, init)
         w = comadice_train.dataset_ratio(target, rows, args, data).numpy()
-        draws = comadice_bc.episode_weights(rows, args.episode_alpha, args.f).numpy()  # how often Eq. 11 draws a transition
+        # how often Eq. 11 draws a transition
+        draws = comadice_bc.episode_weights(rows, args.episode_alpha, args.f).numpy()
         for far, weights in ((alone, w), (both, w * draws)):
             weighted = np.zeros((m.S, m.A))
             np.add.at(weighted, (s, a), weights)
             far[alpha] = variation(weighted / count.clip(1), count)
         mean_w = w.mean()
     show = lambda far: ", ".join(f"{value:.5f} at alpha {alpha:g}" for alpha, value in far.items())
-    print(f"semi, seed {seed}, {termination} termination, w* from {advantage}: total variation {show(alone)}; with the episodes' ratio {show(both)}; "
-          f"E[w] {mean_w:.4f}")
+    print(
+        f"semi, seed {seed}, {termination} termination, w* from {advantage}: total variation {show(alone)}; "
+        f"with the episodes' ratio {show(both)}; "
+        f"E[w] {mean_w:.4f}"
+    )
     assert alone[1000.0] < 1e-3 < 0.05 < alone[0.5]
     assert both[1000.0] < 1e-3 and both[10_000.0] < 0.2 * both[1000.0]
     assert mean_w == pytest.approx(1, abs=0.02)
@@ -596,7 +685,10 @@ FREE = DataFacts(-np.inf, np.inf, 1.0)  # nothing is clipped, nothing terminates
 
 
 def random_setting(seed=0, lam=0.2):
-    """Random tables, a target that differs from the critics, and batches of one-hot states and (other) local observations."""
+    """Random tables, a target that differs from the critics, and batches.
+
+    States are one-hot. Local observations are one-hot, too, and independent of the states.
+    """
     g = torch.Generator().manual_seed(seed)
     one_hot = lambda high, *shape: torch.eye(high, dtype=torch.float64)[torch.randint(high, shape, generator=g)]
     critics = tabular_critics(N_AGENTS, N_OBS, N_STATES, N_ACTIONS, seed)
@@ -613,16 +705,21 @@ def random_setting(seed=0, lam=0.2):
 
 
 def by_hand(critics, target, batch, init, objective, name, lam, data=FREE):
-    """L_q, L_nu, w and their gradients, written out in numpy for tables and the 1-layer mixer, with q (--advantage q)."""
+    """L_q, L_nu, w and their gradients in numpy, for tables and the 1-layer mixer, with q (--advantage q)."""
     f = NUMPY_F[name]
     array = lambda x: x.detach().numpy()
 
     def mixer(module, state):  # W [., n], sign of its hyper-network's output, b [.]
-        layers = lambda net: np.maximum(state @ array(net[0].weight).T + array(net[0].bias), 0) @ array(net[2].weight).T + array(net[2].bias)
+        layers = lambda net: (
+            np.maximum(state @ array(net[0].weight).T + array(net[0].bias), 0) @ array(net[2].weight).T
+            + array(net[2].bias)
+        )
         return abs(layers(module.W)), np.sign(layers(module.W)), layers(module.b)[:, 0]
 
     obs, next_obs, init_obs = (array(b["agents", "observation"]) for b in (batch, batch["next"], init))
-    (W, sign, b), (W1, sign1, b1), (W0, sign0, b0) = (mixer(critics.mixer, array(x["state"])) for x in (batch, batch["next"], init))
+    (W, sign, b), (W1, sign1, b1), (W0, sign0, b0) = (
+        mixer(critics.mixer, array(x["state"])) for x in (batch, batch["next"], init)
+    )
     Wt, _, bt = mixer(target.mixer, array(batch["next"]["state"]))
     taken = np.eye(N_ACTIONS)[batch["agents", "action"]]
     nu_of = lambda module, o: np.einsum("bio,io->bi", o, array(module.nu.table))
@@ -647,7 +744,9 @@ def by_hand(critics, target, batch, init, objective, name, lam, data=FREE):
         residual = A_q - td_of_target
         A = A_q if objective == "printed" else td
         w = f.w((A - lam) / ALPHA)
-        L_nu = mass * (ALPHA * f.star((A - lam) / ALPHA)).mean() + (tot.mean() if objective == "semi" else (1 - GAMMA) * tot0.mean() + lam)
+        L_nu = mass * (ALPHA * f.star((A - lam) / ALPHA)).mean() + (
+            tot.mean() if objective == "semi" else (1 - GAMMA) * tot0.mean() + lam
+        )
         g = mass * w[:, None]
         init_b, init_W = (0, 0) if objective == "semi" else (1 - GAMMA, (1 - GAMMA) * (nu0 * sign0).mean(0))
         # How L_nu depends on nu_tot(s) and nu_tot(s') (through w, Prop. 4.1), and the same for theta's last biases.
@@ -666,7 +765,9 @@ def by_hand(critics, target, batch, init, objective, name, lam, data=FREE):
 
 
 # The multiplier is no part of semi_loss, so `semi` is tried without it.
-SETTINGS = [(o, lam) for o in ("exact", "printed", "semi", "released_nu") for lam in (0.0, 0.5) if not (o == "semi" and lam)]
+SETTINGS = [
+    (o, lam) for o in ("exact", "printed", "semi", "released_nu") for lam in (0.0, 0.5) if not (o == "semi" and lam)
+]
 
 
 @pytest.mark.parametrize("name", FS)
@@ -675,8 +776,16 @@ SETTINGS = [(o, lam) for o in ("exact", "printed", "semi", "released_nu") for la
 def test_critic_losses_and_gradients_by_hand(objective, lambda_scale, data, name):
     lam = 0.2 if lambda_scale else 0.0
     critics, target, batch, init = random_setting(lam=lam)
-    args = comadice_train.Args(objective=objective, advantage="q", f=name, gamma=GAMMA, alpha=ALPHA / SCALE, reward_scale=SCALE,
-                               lambda_scale=lambda_scale, tau=0.005)
+    args = comadice_train.Args(
+        objective=objective,
+        advantage="q",
+        f=name,
+        gamma=GAMMA,
+        alpha=ALPHA / SCALE,
+        reward_scale=SCALE,
+        lambda_scale=lambda_scale,
+        tau=0.005,
+    )
     hand = by_hand(critics, target, batch, init, objective, name, lam, data)
     if data is not FREE:  # the clip matters to what is compared
         assert hand.L_q != by_hand(critics, target, batch, init, objective, name, lam).L_q
@@ -684,14 +793,22 @@ def test_critic_losses_and_gradients_by_hand(objective, lambda_scale, data, name
     np.testing.assert_allclose([L_q.item(), L_nu.item()], [hand.L_q, hand.L_nu], rtol=1e-9)
     np.testing.assert_allclose(w, hand.w, rtol=1e-9)
     metrics = comadice_train.critic_metrics(L_q, L_nu, w, nu_tot, args)
-    np.testing.assert_allclose([metrics["mean_w"], metrics["mean_nu"]], [hand.w.mean(), nu_tot.mean() / SCALE], rtol=1e-9)
-    np.testing.assert_allclose([metrics["w_zero"], metrics["ess"]], [(hand.w == 0).mean(), hand.w.sum() ** 2 / (B * (hand.w**2).sum())], rtol=1e-6)
+    np.testing.assert_allclose(
+        [metrics["mean_w"], metrics["mean_nu"]], [hand.w.mean(), nu_tot.mean() / SCALE], rtol=1e-9
+    )
+    np.testing.assert_allclose(
+        [metrics["w_zero"], metrics["ess"]],
+        [(hand.w == 0).mean(), hand.w.sum() ** 2 / (B * (hand.w**2).sum())],
+        rtol=1e-6,
+    )
 
     # One update: every parameter gets the gradient of its own loss, then the optimiser and the targets step.
     before, before_target = copy.deepcopy(critics), copy.deepcopy(target)
     for p in (p for name, p in critics.named_parameters() if name != "lam"):
         p.grad = torch.ones_like(p)  # as the last step may have left it
-    comadice_train.make_critic_update(critics, target, torch.optim.SGD(critics.parameters(), 0.1), args, data)(batch, init)
+    comadice_train.make_critic_update(critics, target, torch.optim.SGD(critics.parameters(), 0.1), args, data)(
+        batch, init
+    )
     np.testing.assert_allclose(critics.q.table.grad, hand.psi_q, atol=1e-12)
     np.testing.assert_allclose(critics.nu.table.grad, hand.psi_nu, atol=1e-12)
     np.testing.assert_allclose(critics.mixer.b[2].bias.grad, [hand.theta["b"]], atol=1e-12)
@@ -710,36 +827,62 @@ def test_critic_losses_and_gradients_by_hand(objective, lambda_scale, data, name
 @pytest.mark.parametrize("mixer_layers", [1, 2])
 @pytest.mark.parametrize("objective", ["exact", "printed", "semi", "released_nu"])
 def test_no_parameter_is_in_both_losses(objective, mixer_layers, lambda_scale):
-    """Who is trained by which loss; their sum has each one's gradient only because q, nu and theta are constants in the other loss."""
+    """Which loss trains which part. q, nu and theta are constants in the loss that does not train them.
+
+    That is why one backward pass through the losses' sum gives each part the gradient of its own loss.
+    """
     if (objective, mixer_layers) == ("released_nu", 2) or (objective == "semi" and lambda_scale):
         return  # refused by comadice_train.py
     critics, target, batch, init = random_setting()
-    critics.mixer = target.mixer = comadice_train.Critics(N_AGENTS, 1, batch["state"].shape[-1], 1, True, mixer_layers=mixer_layers).mixer.double()
+    critics.mixer = target.mixer = comadice_train.Critics(
+        N_AGENTS, 1, batch["state"].shape[-1], 1, True, mixer_layers=mixer_layers
+    ).mixer.double()
     args = comadice_train.Args(objective=objective, advantage="q", reward_scale=0.1, lambda_scale=lambda_scale)
     L_q, L_nu, _, _ = comadice_train.critic_losses(critics, target, batch, init, ALPHA, args, FREE)
 
     def trains(loss) -> set[str]:
         parts = {"q": critics.q, "nu": critics.nu, "theta": critics.mixer}
-        used = lambda parameters: any(g is not None for g in torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True))
-        return {name for name, part in parts.items() if used(list(part.parameters()))} | ({"lam"} if used([critics.lam]) else set())
+        used = lambda parameters: any(
+            g is not None for g in torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        )
+        return {name for name, part in parts.items() if used(list(part.parameters()))} | (
+            {"lam"} if used([critics.lam]) else set()
+        )
 
     lam = {"lam"} if objective != "semi" else set()  # which is trained with lambda_scale alone
-    assert (trains(L_q), trains(L_nu)) == (({"q", "theta"}, {"nu"} | lam) if objective == "released_nu" else ({"q"}, {"nu", "theta"} | lam))
+    assert (trains(L_q), trains(L_nu)) == (
+        ({"q", "theta"}, {"nu"} | lam) if objective == "released_nu" else ({"q"}, {"nu", "theta"} | lam)
+    )
 
 
 @pytest.mark.parametrize("objective", ["exact", "semi"])
 def test_without_q_nothing_else_changes(objective):
     """q is there with --advantage q alone; nu, theta and their step are the same without it."""
     critics, target, batch, init = random_setting(lam=0.0)
-    args = comadice_train.Args(objective=objective, advantage="q", gamma=GAMMA, alpha=ALPHA / SCALE, reward_scale=SCALE, lambda_scale=0.0, tau=0.005)
+    args = comadice_train.Args(
+        objective=objective,
+        advantage="q",
+        gamma=GAMMA,
+        alpha=ALPHA / SCALE,
+        reward_scale=SCALE,
+        lambda_scale=0.0,
+        tau=0.005,
+    )
     _, L_nu, w, nu_tot = comadice_train.critic_losses(critics, target, batch, init, ALPHA, args, FREE)
     del critics.q, target.q
     args.advantage = "td"
     L_q, *same = comadice_train.critic_losses(critics, target, batch, init, ALPHA, args, FREE)
     assert L_q == 0 and all(torch.equal(x, y) for x, y in zip(same, (L_nu, w, nu_tot)))
-    comadice_train.make_critic_update(critics, target, torch.optim.SGD(critics.parameters(), 0.1), args, FREE)(batch, init)
+    comadice_train.make_critic_update(critics, target, torch.optim.SGD(critics.parameters(), 0.1), args, FREE)(
+        batch, init
+    )
     card = {"n_agents": 2, "obs_dim": 3, "state_dim": 4, "action_dim": 2, "discrete": True}
-    parts = lambda advantage: {name.split(".")[0] for name, _ in comadice_train.make_critics(card, comadice_train.Args(advantage=advantage, layer_norm=True)).named_parameters()}
+    parts = lambda advantage: {
+        name.split(".")[0]
+        for name, _ in comadice_train.make_critics(
+            card, comadice_train.Args(advantage=advantage, layer_norm=True)
+        ).named_parameters()
+    }
     assert parts("td") == {"nu", "mixer", "lam"} and parts("q") == {"nu", "q", "mixer", "lam"}
 
 
@@ -754,13 +897,23 @@ def two_row_episodes(batch):
     return rows
 
 
-@pytest.mark.parametrize("objective, advantage, bound",
-                         [("exact", "td", False), ("semi", "td", True), ("exact", "q", False), ("printed", "q", False), ("released_nu", "q", False)])
+@pytest.mark.parametrize(
+    "objective, advantage, bound",
+    [
+        ("exact", "td", False),
+        ("semi", "td", True),
+        ("exact", "q", False),
+        ("printed", "q", False),
+        ("released_nu", "q", False),
+    ],
+)
 def test_dataset_ratio_by_hand(objective, advantage, bound, monkeypatch):
     """Section 4.3 over a whole dataset, looked at in pieces of two transitions; all networks are the ones given."""
     monkeypatch.setattr(comadice_train, "CHUNK", 16)
     critics, _, batch, init = random_setting(lam=0.0)
-    args = comadice_train.Args(objective=objective, advantage=advantage, gamma=GAMMA, alpha=ALPHA / SCALE, reward_scale=SCALE, bound=bound)
+    args = comadice_train.Args(
+        objective=objective, advantage=advantage, gamma=GAMMA, alpha=ALPHA / SCALE, reward_scale=SCALE, bound=bound
+    )
     rows = two_row_episodes(batch)
     w = comadice_train.dataset_ratio(critics, rows, args, comadice_train.data_facts(rows, args))
     # Here every transition is an episode, and what follows a state is its one reward.
@@ -792,7 +945,11 @@ def test_training_assembly_solves_a_dataset(name, alpha):
 
     s, a = (torch.as_tensor(i.repeat(count.ravel())) for i in np.unravel_index(range(count.size), count.shape))
     seen = lambda s: {"state": m.t.state[s], "agents": {"observation": m.t.obs[s]}}
-    batch = TensorDict(seen(s) | {"next": seen(m.t.P[s, a].argmax(-1)), "reward": m.t.r[s, a, None], "terminated": m.t.terminated[s, a, None]}, [len(s)])
+    batch = TensorDict(
+        seen(s)
+        | {"next": seen(m.t.P[s, a].argmax(-1)), "reward": m.t.r[s, a, None], "terminated": m.t.terminated[s, a, None]},
+        [len(s)],
+    )
     batch["agents", "action"] = torch.as_tensor(m.actions)[a]
     init = TensorDict(seen(torch.arange(m.S).repeat_interleave(torch.as_tensor(count0))), [int(count0.sum())])
     rows = two_row_episodes(batch)

@@ -1,4 +1,7 @@
-"""Conversion and download: what the formats' own libraries write is read back exactly, and what is damaged is refused in one line."""
+"""Conversion and download.
+
+What the formats' own libraries write is read back exactly. What is damaged is refused in one line.
+"""
 
 import http.server
 import json
@@ -31,11 +34,19 @@ h5py = pytest.importorskip("h5py")
 LIMIT = 7  # the step limit of the recordings below
 
 
-def record(discrete: bool, lengths: list[int], seed: int = 0, n: int = 3, O: int = 14, A: int = 1, S: int = 42) -> list[dict]:
-    """Made-up episodes of T transitions: observation, state and mask [T + 1, ...], action and reward [T, ...]; cut at LIMIT, else terminated."""
+def record(
+    discrete: bool, lengths: list[int], seed: int = 0, n: int = 3, O: int = 14, A: int = 1, S: int = 42
+) -> list[dict]:
+    """Made-up episodes of T transitions. An episode of LIMIT steps is cut, any other is terminated.
+
+    observation, state and mask are [T + 1, ...], action and reward are [T, ...].
+    """
     generator, recorded = np.random.default_rng(seed), []
     for T in lengths:
-        e = {"observation": generator.normal(size=(T + 1, n, O)).astype("f4"), "state": generator.normal(size=(T + 1, S)).astype("f4")}
+        e = {
+            "observation": generator.normal(size=(T + 1, n, O)).astype("f4"),
+            "state": generator.normal(size=(T + 1, S)).astype("f4"),
+        }
         e |= {"reward": generator.normal(size=T).astype("f4"), "terminated": T < LIMIT}
         if discrete:
             e["mask"] = generator.random((T + 1, n, A)) < 0.5
@@ -56,7 +67,10 @@ def battles(lengths=(3, LIMIT, 1, 5)) -> list[dict]:
 
 
 def read_back(path, recorded: list[dict], last_observation: bool, rewards=None):
-    """The dataset at `path` holds exactly these episodes; without `last_observation` each ends with a copy of its row before."""
+    """The dataset at `path` holds exactly these episodes.
+
+    Without `last_observation` the last row of each is a copy of the row before.
+    """
     rows, card = open_dataset(path)
     read = list(episodes(rows))
     assert [len(e) - 1 for e in read] == [len(e["reward"]) for e in recorded]
@@ -78,7 +92,10 @@ def read_back(path, recorded: list[dict], last_observation: bool, rewards=None):
 
 
 def flat(recorded: list[dict], last_row: str) -> dict[str, np.ndarray]:
-    """The episodes one after another with a done flag; with last_row "observation" each has T + 1 rows, the last one done."""
+    """The episodes one after another with a done flag.
+
+    With last_row "observation" each has T + 1 rows, and the last one is done.
+    """
     extra = last_row == "observation"
     out = {key: [] for key in recorded[0] if key != "terminated"} | {"done": []}
     for e in recorded:
@@ -107,7 +124,12 @@ def padded(recorded: list[dict], steps: int) -> dict[str, np.ndarray]:
 
 def omiga_arrays(recorded, last_row="observation") -> dict:
     rows, n = flat(recorded, last_row), recorded[0]["observation"].shape[1]
-    out = {"o": rows["observation"], "s": rows["state"], "a": rows["action"], "r": np.repeat(rows["reward"][:, None], n, 1)[..., None]}
+    out = {
+        "o": rows["observation"],
+        "s": rows["state"],
+        "a": rows["action"],
+        "r": np.repeat(rows["reward"][:, None], n, 1)[..., None],
+    }
     return out | {"d": np.repeat(rows["done"][:, None], n, 1).astype("f4")}
 
 
@@ -117,31 +139,64 @@ def npz_arrays(recorded) -> dict:
     for i, e in enumerate(recorded):
         done[i, len(e["reward"]) - 1] = True
     each = lambda x: np.repeat(x[:, :, None], n, 2)[..., None]
-    out = {"obs": arrays["observation"], "actions": arrays["action"], "rewards": each(arrays["reward"]), "dones": each(done)[..., 0]}
-    out |= {"states": np.repeat(arrays["state"][:, :, None], n, 2), "actives": np.ones((len(recorded), LIMIT + 1, n, 1), "f4")}
-    return out | ({"avails": arrays["mask"].astype("f4"), "actions": arrays["action"][..., None]} if "mask" in arrays else {})
+    out = {
+        "obs": arrays["observation"],
+        "actions": arrays["action"],
+        "rewards": each(arrays["reward"]),
+        "dones": each(done)[..., 0],
+    }
+    out |= {
+        "states": np.repeat(arrays["state"][:, :, None], n, 2),
+        "actives": np.ones((len(recorded), LIMIT + 1, n, 1), "f4"),
+    }
+    return out | (
+        {"avails": arrays["mask"].astype("f4"), "actions": arrays["action"][..., None]} if "mask" in arrays else {}
+    )
 
 
 def pymarl_arrays(recorded) -> dict:
-    """EpisodeBatch of PyMARL: one length for all, the last step is filled and not played, terminated is false on a time limit."""
+    """EpisodeBatch of PyMARL: one length for all. `terminated` is false on a time limit.
+
+    The last step is filled and not played.
+    """
     arrays = padded(recorded, LIMIT)
     longer = lambda x: np.concatenate([x, np.zeros_like(x[:, :1])], 1)
     terminated, filled = np.zeros((len(recorded), LIMIT + 1, 1), "u1"), np.zeros((len(recorded), LIMIT + 1, 1), "i8")
     for i, e in enumerate(recorded):
         T = len(e["reward"])
         terminated[i, T - 1], filled[i, : T + 1] = e["terminated"], 1
-    out = {"obs": arrays["observation"], "state": arrays["state"], "actions": longer(arrays["action"]), "reward": longer(arrays["reward"])[..., None]}
+    out = {
+        "obs": arrays["observation"],
+        "state": arrays["state"],
+        "actions": longer(arrays["action"]),
+        "reward": longer(arrays["reward"])[..., None],
+    }
     out |= {"terminated": terminated, "filled": filled}
-    return out | ({"avail_actions": arrays["mask"].astype("i4"), "actions": longer(arrays["action"])[..., None]} if "mask" in arrays else {})
+    return out | (
+        {"avail_actions": arrays["mask"].astype("i4"), "actions": longer(arrays["action"])[..., None]}
+        if "mask" in arrays
+        else {}
+    )
 
 
 def vault_arrays(recorded, last_row="observation") -> dict:
     """OG-MARL's experience, [1, rows, ...]; names as flashbax flattens them."""
     rows, n = flat(recorded, last_row), recorded[0]["observation"].shape[1]
     each = lambda x: np.repeat(x[None, :, None].astype("f4"), n, 2)
-    out = {"observations.": rows["observation"][None], "actions.": rows["action"][None].astype("i4" if "mask" in rows else "f4")}
-    out |= {"rewards.": each(rows["reward"]), "terminals.": each(rows["done"]), "truncations.": each(np.zeros_like(rows["done"]))}
-    return out | {"infos.state.": rows["state"][None]} | ({"infos.legals.": rows["mask"][None].astype("f4")} if "mask" in rows else {})
+    out = {
+        "observations.": rows["observation"][None],
+        "actions.": rows["action"][None].astype("i4" if "mask" in rows else "f4"),
+    }
+    out |= {
+        "rewards.": each(rows["reward"]),
+        "terminals.": each(rows["done"]),
+        "truncations.": each(np.zeros_like(rows["done"])),
+    }
+    return (
+        out
+        | {"infos.state.": rows["state"][None]}
+        | ({"infos.legals.": rows["mask"][None].astype("f4")} if "mask" in rows else {})
+    )
 
 
 def minari_arrays(recorded) -> dict:
@@ -149,7 +204,11 @@ def minari_arrays(recorded) -> dict:
     out = {}
     for i, e in enumerate(recorded):
         end = np.arange(len(e["reward"])) == len(e["reward"]) - 1
-        arrays = {"observations": e["observation"][:, 0, :11].astype("f8"), "actions": e["action"][..., 0], "rewards": e["reward"]}
+        arrays = {
+            "observations": e["observation"][:, 0, :11].astype("f8"),
+            "actions": e["action"][..., 0],
+            "rewards": e["reward"],
+        }
         arrays |= {"terminations": end & e["terminated"], "truncations": end & (not e["terminated"])}
         out |= {f"episode_{i}/{name}": array for name, array in arrays.items()}
     return out
@@ -175,12 +234,18 @@ def write_npy(path, arrays):
 
 
 def write_vault(path, arrays):
-    """A vault as flashbax lays it out, written with tensorstore alone (test_vault_written_by_flashbax has the library's own)."""
+    """A vault as flashbax lays it out, written with tensorstore alone.
+
+    test_vault_written_by_flashbax has the library's own.
+    """
     ts = pytest.importorskip("tensorstore")
     path.mkdir(parents=True)
     arrays = {"vault_index": np.array([next(iter(arrays.values())).shape[1]], "i4")} | arrays
     for name, value in arrays.items():
-        spec, shape = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"file://{path}", "path": name}}, value.shape
+        spec, shape = (
+            {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"file://{path}", "path": name}},
+            value.shape,
+        )
         if name != "vault_index":
             spec["metadata"], shape = {"compressor": {"id": "gzip", "level": 5}}, (shape[0], 10**13, *shape[2:])
         array = ts.open(spec, shape=shape, dtype=value.dtype.name, create=True).result()
@@ -212,10 +277,14 @@ def convert(source, format, out, env="mamujoco", task="hopper", quality="x", lim
 def test_omiga(tmp_path):
     recorded = robots()
     card = read_back(convert(write_omiga(tmp_path / "a.hdf5", recorded), "omiga", tmp_path / "out"), recorded, True)
-    assert card["made"]["last_row"].startswith("observation") and card["made"]["rewards_beside_last_observations_left_out"]["rows"] == 4
-    assert (card["n_agents"], card["obs_dim"], card["state_dim"], card["action_dim"], card["discrete"]) == (3, 14, 42, 1, False)
+    assert card["made"]["last_row"].startswith("observation")
+    assert card["made"]["rewards_beside_last_observations_left_out"]["rows"] == 4
+    sizes = [card[name] for name in ("n_agents", "obs_dim", "state_dim", "action_dim", "discrete")]
+    assert sizes == [3, 14, 42, 1, False]
     assert card["action_high"] > 1 and card["action_low"] < -1
-    card = read_back(convert(write_omiga(tmp_path / "b.hdf5", recorded, "transition"), "omiga", tmp_path / "b"), recorded, False)
+    card = read_back(
+        convert(write_omiga(tmp_path / "b.hdf5", recorded, "transition"), "omiga", tmp_path / "b"), recorded, False
+    )
     assert card["made"]["last_row"].startswith("transition")
 
 
@@ -258,7 +327,8 @@ def test_what_the_state_is(tmp_path):
     arrays = npz_arrays(game)
     arrays["states"][:, :, 1] = 7  # the first agent's counts
     np.savez(tmp_path / "game.npz", **arrays)
-    assert read_back(convert(tmp_path / "game.npz", "npz", tmp_path / "game", "smacv1", "corridor"), game, True)["made"]["state"] == "the first agent's"
+    converted = convert(tmp_path / "game.npz", "npz", tmp_path / "game", "smacv1", "corridor")
+    assert read_back(converted, game, True)["made"]["state"] == "the first agent's"
 
 
 @pytest.mark.parametrize("kind", ["robots", "battles"])
@@ -342,10 +412,17 @@ def test_vault_truncations_and_agents_that_die_one_by_one(tmp_path):
     arrays["terminals."][0, 8] = 0
     arrays["truncations."][0, 8] = 1
     path = write_vault(tmp_path / "v" / "Good", arrays).rename(tmp_path / "v" / "an odd#name%41?")
-    read_back(convert(path, "vault", tmp_path / "out", "smacv1", "corridor"), [e | {"terminated": i != 1} for i, e in enumerate(recorded)], False)
+    read_back(
+        convert(path, "vault", tmp_path / "out", "smacv1", "corridor"),
+        [e | {"terminated": i != 1} for i, e in enumerate(recorded)],
+        False,
+    )
 
 
-@pytest.mark.parametrize("scenario, task, n, D", [("Hopper", "hopper", 3, 11), ("HalfCheetah", "halfcheetah_2x3", 2, 17), ("Ant", "ant_4x2", 4, 105)])
+@pytest.mark.parametrize(
+    "scenario, task, n, D",
+    [("Hopper", "hopper", 3, 11), ("HalfCheetah", "halfcheetah_2x3", 2, 17), ("Ant", "ant_4x2", 4, 105)],
+)
 def test_minari_written_by_minari(scenario, task, n, D, tmp_path, monkeypatch):
     """What Minari records of a simulator is what environments shows of the same simulator."""
     minari = pytest.importorskip("minari")
@@ -381,8 +458,15 @@ def test_minari_written_by_minari(scenario, task, n, D, tmp_path, monkeypatch):
             ours.raw[0, :width] = raw[:width]
             views.append(ours._view())
         action = np.stack(e["action"]).astype("f4").reshape(len(e["action"]), n, -1)
-        expected.append({"observation": torch.cat([v["agents", "observation"] for v in views]).numpy(), "state": torch.cat([v["state"] for v in views]).numpy(),
-                         "action": action, "reward": np.array(e["reward"], "f4"), "terminated": e["terminated"]})
+        expected.append(
+            {
+                "observation": torch.cat([v["agents", "observation"] for v in views]).numpy(),
+                "state": torch.cat([v["state"] for v in views]).numpy(),
+                "action": action,
+                "reward": np.array(e["reward"], "f4"),
+                "terminated": e["terminated"],
+            }
+        )
     ours.close()
     card = read_back(path, expected, True)
     assert card["made"]["recorded_in"] == f"{scenario}-v5"
@@ -444,17 +528,20 @@ def put(index, value):
     return change
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"obs": put((0, 2, 1, 0), np.nan)}, "observation is not finite at step 2"),
-    ({"rewards": put((1, 0, 1, 0), 9)}, "'rewards' differs between agents"),
-    ({"actions": put((0, 0, 0, 0), 4)}, "not one of 0 to 3"),
-    ({"avails": lambda x: 0 * x}, "its mask forbids"),
-    ({"avails": put((0, 0, 0, 0), 3)}, "other than 0 and 1"),
-    ({"dones": lambda x: x[:, :-1]}, "'dones' is"),
-    ({"obs": np.asfortranarray}, "in Fortran order"),
-    ({"states": lambda x: x[:, :, :1]}, "the state has 1 agents"),
-    ({"obs": lambda x: x[..., None]}, "not \\[time, agents, entries\\]"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"obs": put((0, 2, 1, 0), np.nan)}, "observation is not finite at step 2"),
+        ({"rewards": put((1, 0, 1, 0), 9)}, "'rewards' differs between agents"),
+        ({"actions": put((0, 0, 0, 0), 4)}, "not one of 0 to 3"),
+        ({"avails": lambda x: 0 * x}, "its mask forbids"),
+        ({"avails": put((0, 0, 0, 0), 3)}, "other than 0 and 1"),
+        ({"dones": lambda x: x[:, :-1]}, "'dones' is"),
+        ({"obs": np.asfortranarray}, "in Fortran order"),
+        ({"states": lambda x: x[:, :, :1]}, "the state has 1 agents"),
+        ({"obs": lambda x: x[..., None]}, "not \\[time, agents, entries\\]"),
+    ],
+)
 def test_values_and_shapes_that_are_refused(changes, message, tmp_path):
     with pytest.raises(BadInput, match=message):
         convert(change_npz(tmp_path, **changes), "npz", tmp_path / "out", "smacv1", "corridor")
@@ -464,19 +551,30 @@ def test_values_and_shapes_that_are_refused(changes, message, tmp_path):
 def test_other_input_that_is_refused(tmp_path, monkeypatch):
     recorded = robots()
     good = write_omiga(tmp_path / "a.hdf5", recorded)
-    for kwargs, message in (({"env": "smacv2", "task": "zerg_5_vs_5"}, "no action masks"), ({"env": "atari"}, "unknown env"),
-                            ({"env": "smacv1", "task": "3m", "limit": None}, "give it with --limit")):
+    for kwargs, message in (
+        ({"env": "smacv2", "task": "zerg_5_vs_5"}, "no action masks"),
+        ({"env": "atari"}, "unknown env"),
+        ({"env": "smacv1", "task": "3m", "limit": None}, "give it with --limit"),
+    ):
         with pytest.raises(BadInput, match=message):
             convert(good, "omiga", tmp_path / "out", **kwargs)
-    for source, format, message in ((tmp_path / "none", "omiga", "there is no"), (good, "zarr", "unknown format"), (good, "npz", "of another format"),
-                                    (good, "pymarl", "has no obs"), (tmp_path, "vault", "is no vault"), (tmp_path, "minari", "json is missing")):
+    for source, format, message in (
+        (tmp_path / "none", "omiga", "there is no"),
+        (good, "zarr", "unknown format"),
+        (good, "npz", "of another format"),
+        (good, "pymarl", "has no obs"),
+        (tmp_path, "vault", "is no vault"),
+        (tmp_path, "minari", "json is missing"),
+    ):
         with pytest.raises(BadInput, match=message):
             convert(source, format, tmp_path / "out")
     with pytest.raises(BadInput, match="unknown interface"):
         convert(good, "omiga", tmp_path / "out", interface="mine")
     (tmp_path / "mine").mkdir()
     with pytest.raises(BadInput, match="is no dataset and is left alone"):
-        offline_data.convert.convert(str(good), "omiga", "mamujoco", "hopper", "x", str(tmp_path / "mine"), overwrite=True)
+        offline_data.convert.convert(
+            str(good), "omiga", "mamujoco", "hopper", "x", str(tmp_path / "mine"), overwrite=True
+        )
     (tmp_path / "mine").rmdir()
     with h5py.File(good, "a") as file:
         file["d"][:] = 0
@@ -505,11 +603,16 @@ def change_hdf5(path, change):
         elif change == "soft link":
             file["elsewhere"], file["o"] = arrays["o"], h5py.SoftLink("/elsewhere")
         elif change == "soft link that leads outside":
-            file["elsewhere"], file["o"] = h5py.ExternalLink(str(path.with_name("other.hdf5")), "/"), h5py.SoftLink("/elsewhere/o")
+            file["elsewhere"], file["o"] = (
+                h5py.ExternalLink(str(path.with_name("other.hdf5")), "/"),
+                h5py.SoftLink("/elsewhere/o"),
+            )
         elif change == "soft link to nothing":
             file["o"] = h5py.SoftLink("/nothing")
         elif change == "external storage":
-            file.create_dataset("o", arrays["o"].shape, "f4", external=[(str(path.with_name("raw")), 0, h5py.h5f.UNLIMITED)])
+            file.create_dataset(
+                "o", arrays["o"].shape, "f4", external=[(str(path.with_name("raw")), 0, h5py.h5f.UNLIMITED)]
+            )
         elif change == "virtual":
             layout = h5py.VirtualLayout(arrays["o"].shape, "f4")
             layout[:] = h5py.VirtualSource(str(path.with_name("other.hdf5")), "o", shape=arrays["o"].shape)
@@ -519,11 +622,19 @@ def change_hdf5(path, change):
     return path
 
 
-@pytest.mark.parametrize("change, message", [
-    ("external link", "'o' is a link"), ("external link to a file that is not there", "'o' is a link"), ("soft link", "'o' is a link"),
-    ("soft link that leads outside", "'o' is a link"), ("soft link to nothing", "'o' is a link"), ("external storage", "lies in other files"),
-    ("virtual", "lies in other files"), ("group", "is not an array"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("external link", "'o' is a link"),
+        ("external link to a file that is not there", "'o' is a link"),
+        ("soft link", "'o' is a link"),
+        ("soft link that leads outside", "'o' is a link"),
+        ("soft link to nothing", "'o' is a link"),
+        ("external storage", "lies in other files"),
+        ("virtual", "lies in other files"),
+        ("group", "is not an array"),
+    ],
+)
 def test_hdf5_that_leads_elsewhere(change, message, tmp_path):
     with pytest.raises(BadInput, match=message):
         convert(change_hdf5(tmp_path / "a.hdf5", change), "omiga", tmp_path / "out")
@@ -545,12 +656,15 @@ def test_conversion_on_disks_of_20_sizes(tmp_path):
     assert set(outcomes) == {"written", "no space"} and outcomes == sorted(outcomes), outcomes
 
 
-HOSTILE = ["../x", "/tmp/x", "a/../../x", "..", "a\\..\\x", "C:/x", "\x1b[2J", "a\nerror: b", "a\rb", "\u202ex", "a\x07b", "\x7f", "\u2028", "x" * 3000]
+HOSTILE = [
+    "../x", "/tmp/x", "a/../../x", "..", "a\\..\\x", "C:/x", "\x1b[2J", "a\nerror: b", "a\rb", "\u202ex", "a\x07b",
+    "\x7f", "\u2028", "x" * 3000,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HOSTILE, ids=ascii)
 def test_hostile_names_in_files(name, tmp_path, capsys):
-    """Whatever a file's own names are: one printable line, and nothing is written but the dataset's place, which stays empty."""
+    """Whatever names a file holds, the answer is one printable line, and nothing is written."""
     recorded, out = robots(), tmp_path / "out"
     write_omiga(tmp_path / "a.hdf5", recorded)
     with h5py.File(tmp_path / "a.hdf5", "a") as file:
@@ -558,7 +672,10 @@ def test_hostile_names_in_files(name, tmp_path, capsys):
         file[name.replace("/", "|") if set(name) & set("/.") else name] = 1
     arrays = npz_arrays(battles())
     write_npz(tmp_path / "a.npz", {(name if key == "obs" else key): value for key, value in arrays.items()})
-    for source, format, env, task in (("a.hdf5", "omiga", "mamujoco", "hopper"), ("a.npz", "npz", "smacv1", "corridor")):
+    for source, format, env, task in (
+        ("a.hdf5", "omiga", "mamujoco", "hopper"),
+        ("a.npz", "npz", "smacv1", "corridor"),
+    ):
         with pytest.raises(SystemExit, match="2"):
             run_script(convert, tmp_path / source, format, out, env, task)
         said = capsys.readouterr().err
@@ -575,7 +692,16 @@ def test_hostile_names_in_files(name, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", "osard")
-@pytest.mark.parametrize("link", [h5py.SoftLink("/hidden"), h5py.SoftLink("/"), h5py.ExternalLink("/etc/hostname", "/o"), h5py.ExternalLink("../../a", "/o")], ids=range(4))
+@pytest.mark.parametrize(
+    "link",
+    [
+        h5py.SoftLink("/hidden"),
+        h5py.SoftLink("/"),
+        h5py.ExternalLink("/etc/hostname", "/o"),
+        h5py.ExternalLink("../../a", "/o"),
+    ],
+    ids=range(4),
+)
 def test_every_array_may_be_a_link(name, link, tmp_path):
     write_omiga(tmp_path / "a.hdf5", robots())
     with h5py.File(tmp_path / "a.hdf5", "a") as file:
@@ -615,19 +741,34 @@ def test_compressed_hdf5_of_zeros_is_read(tmp_path):
     recorded = robots()
     for e in recorded:
         e["reward"][:] = 0
-    read_back(convert(write_hdf5(tmp_path / "a.hdf5", omiga_arrays(recorded), compression="gzip", chunks=True), "omiga", tmp_path / "out"), recorded, True)
+    read_back(
+        convert(
+            write_hdf5(tmp_path / "a.hdf5", omiga_arrays(recorded), compression="gzip", chunks=True),
+            "omiga",
+            tmp_path / "out",
+        ),
+        recorded,
+        True,
+    )
 
 
 def test_npz_that_declares_what_it_does_not_hold(tmp_path):
     arrays = npz_arrays(battles())
     write_npz(tmp_path / "a.npz", arrays)
     for name in ("obs", "states", "rewards", "avails"):
-        with zipfile.ZipFile(tmp_path / "a.npz") as good, zipfile.ZipFile(tmp_path / "b.npz", "w", zipfile.ZIP_DEFLATED) as bad:
+        with (
+            zipfile.ZipFile(tmp_path / "a.npz") as good,
+            zipfile.ZipFile(tmp_path / "b.npz", "w", zipfile.ZIP_DEFLATED) as bad,
+        ):
             for member in good.namelist():
                 data = good.read(member)
                 if member == f"{name}.npy":
                     length = data.index(b"\n") + 1
-                    header = {"descr": np.lib.format.dtype_to_descr(arrays[name].dtype), "fortran_order": False, "shape": (10**8, *arrays[name].shape[1:])}
+                    header = {
+                        "descr": np.lib.format.dtype_to_descr(arrays[name].dtype),
+                        "fortran_order": False,
+                        "shape": (10**8, *arrays[name].shape[1:]),
+                    }
                     with open(tmp_path / "h", "wb") as file:
                         np.lib.format.write_array_header_1_0(file, header)
                     data = (tmp_path / "h").read_bytes() + data[length:]
@@ -637,10 +778,20 @@ def test_npz_that_declares_what_it_does_not_hold(tmp_path):
         assert not (tmp_path / "out.partial").exists()
 
 
-@pytest.mark.parametrize("task, quality", [("../../x", "good"), ("corridor", "../x"), ("/tmp/x", "good"), ("corridor", ""), ("corridor", "a\x1b[2J")])
+@pytest.mark.parametrize(
+    "task, quality",
+    [("../../x", "good"), ("corridor", "../x"), ("/tmp/x", "good"), ("corridor", ""), ("corridor", "a\x1b[2J")],
+)
 def test_names_that_are_paths(task, quality, tmp_path):
     with pytest.raises(BadInput, match="not a name of letters"):
-        convert(write_npz(tmp_path / "a.npz", npz_arrays(battles())) or tmp_path / "a.npz", "npz", tmp_path / "out", "smacv1", task, quality)
+        convert(
+            write_npz(tmp_path / "a.npz", npz_arrays(battles())) or tmp_path / "a.npz",
+            "npz",
+            tmp_path / "out",
+            "smacv1",
+            task,
+            quality,
+        )
     with pytest.raises(BadInput, match="not a name of letters"):
         offline_data.convert.convert(str(tmp_path / "a.npz"), "npz", "smacv1", task, quality)
 
@@ -671,9 +822,17 @@ def alive(pid: int) -> bool:
 def test_a_killed_conversion_leaves_no_reader(number, code, tmp_path):
     """The reader hangs at a named pipe that nobody writes to; it goes when the command is gone."""
     os.mkfifo(tmp_path / "pipe")
-    args = ["--format", "npz", "--env", "smacv1", "--task", "corridor", "--quality", "good", "--out", str(tmp_path / "out")]
-    command = subprocess.Popen([sys.executable, "-m", "offline_data", "convert", str(tmp_path / "pipe"), *args], cwd=ROOT, stderr=subprocess.PIPE, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    args = [
+        "--format", "npz", "--env", "smacv1", "--task", "corridor", "--quality", "good",
+        "--out", str(tmp_path / "out"),
+    ]  # fmt: skip
+    command = subprocess.Popen(
+        [sys.executable, "-m", "offline_data", "convert", str(tmp_path / "pipe"), *args],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     try:
         end = time.monotonic() + 120
         while not (tmp_path / "out.partial").exists():  # now the reader reads
@@ -695,7 +854,13 @@ def test_a_killed_conversion_leaves_no_reader(number, code, tmp_path):
 
 def test_a_reader_whose_command_is_gone_ends_before_its_slow_imports(tmp_path):
     job = json.dumps({"out": str(tmp_path / "x")})
-    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "offline_data.formats", job], cwd=ROOT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "offline_data.formats", job],
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert done.returncode == 1 and "threading" in done.stderr and " torch\n" not in done.stderr
 
 
@@ -703,30 +868,40 @@ def test_a_reader_whose_command_is_gone_ends_before_its_slow_imports(tmp_path):
 
 
 def command(*args) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "offline_data", *map(str, args)], capture_output=True, text=True, timeout=240, cwd=ROOT)
+    return subprocess.run(
+        [sys.executable, "-m", "offline_data", *map(str, args)], capture_output=True, text=True, timeout=240, cwd=ROOT
+    )
 
 
 def test_command_line(tmp_path):
     recorded = robots()
     source = write_omiga(tmp_path / "a.hdf5", recorded)
-    args = ["--format", "omiga", "--env", "mamujoco", "--task", "hopper", "--quality", "expert", "--limit", LIMIT, "--out", tmp_path / "out"]
+    args = [
+        "--format", "omiga", "--env", "mamujoco", "--task", "hopper", "--quality", "expert", "--limit", LIMIT,
+        "--out", tmp_path / "out",
+    ]  # fmt: skip
     done = command("convert", source, *args)
     assert done.returncode == 0, done.stderr
     read_back(tmp_path / "out", recorded, True)
-    assert "| Table 3 | expert | 1.5K | 999K |" in done.stdout and "published: DIFFERS in trajectories: 4, OG-MARL 1481" in done.stdout
+    assert "| Table 3 | expert | 1.5K | 999K |" in done.stdout
+    assert "published: DIFFERS in trajectories: 4, OG-MARL 1481" in done.stdout
     again = command("convert", source, *args)
-    assert again.returncode == 2 and again.stderr == f"error: {tmp_path / 'out'} is already there: give another --out or --overwrite\n"
+    assert again.returncode == 2
+    assert again.stderr == f"error: {tmp_path / 'out'} is already there: give another --out or --overwrite\n"
     before = files_hash(tmp_path / "out")
     source.write_bytes(source.read_bytes()[:3000])
     with pytest.raises(BadInput, match="can't be read as omiga"):
-        offline_data.convert.convert(str(source), "omiga", "mamujoco", "hopper", "expert", str(tmp_path / "out"), limit=LIMIT, overwrite=True)
+        offline_data.convert.convert(
+            str(source), "omiga", "mamujoco", "hopper", "expert", str(tmp_path / "out"), limit=LIMIT, overwrite=True
+        )
     assert files_hash(tmp_path / "out") == before and not (tmp_path / "out.partial").exists()
 
 
 def test_plot(tmp_path, capsys):
     path = convert(write_omiga(tmp_path / "a.hdf5", robots()), "omiga", tmp_path / "out")
     offline_data.published.plot(str(path))
-    assert (path / "returns.png").read_bytes()[:4] == b"\x89PNG" and str(path / "returns.png") in capsys.readouterr().out
+    assert (path / "returns.png").read_bytes()[:4] == b"\x89PNG"
+    assert str(path / "returns.png") in capsys.readouterr().out
     offline_data.published.plot(str(path), str(tmp_path / "elsewhere.png"))
     assert (tmp_path / "elsewhere.png").read_bytes() == (path / "returns.png").read_bytes()
     read_back(path, robots(), True)
@@ -734,17 +909,22 @@ def test_plot(tmp_path, capsys):
         offline_data.published.plot(str(path), str(tmp_path / "no" / "returns.png"))
 
 
-@pytest.mark.parametrize("body, message", [
-    ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "the reader crashed"),
-    ("import time; time.sleep(60)", "did nothing for 2 seconds"),
-    ("raise KeyError('a bug')", "the reader crashed"),
-])
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "the reader crashed"),
+        ("import time; time.sleep(60)", "did nothing for 2 seconds"),
+        ("raise KeyError('a bug')", "the reader crashed"),
+    ],
+)
 def test_a_reader_that_crashes_or_hangs(body, message, tmp_path, monkeypatch):
     (tmp_path / "child.py").write_text(body)
     monkeypatch.setattr(offline_data.convert, "CHILD_COMMAND", (sys.executable, str(tmp_path / "child.py")))
     monkeypatch.setattr(offline_data.convert, "STALL", 2)
     with pytest.raises(BadInput, match=message):
-        offline_data.convert.convert(str(tmp_path / "child.py"), "omiga", "mamujoco", "hopper", "x", str(tmp_path / "out"))
+        offline_data.convert.convert(
+            str(tmp_path / "child.py"), "omiga", "mamujoco", "hopper", "x", str(tmp_path / "out")
+        )
 
 
 def test_published_numbers_agree_with_each_other():
@@ -754,12 +934,19 @@ def test_published_numbers_agree_with_each_other():
             continue
         mean, std, low, high, rows, trajectories = map(float, vault)
         samples = rows - trajectories if env == "mamujoco" else rows
-        card = {"env": env, "task": task, "quality": quality, "samples": int(samples), "trajectories": int(trajectories)}
+        card = {
+            "env": env,
+            "task": task,
+            "quality": quality,
+            "samples": int(samples),
+            "trajectories": int(trajectories),
+        }
         card |= {"return_mean": mean, "return_std": std, "return_min": low, "return_max": high}
         card |= dict(zip(("n_agents", "state_dim", "obs_dim", "action_dim"), map(int, sizes)))
         shown, wrong = offline_data.published.differences(card)
         assert len(shown) == 2 and not wrong, (env, task, quality, wrong)
-        assert offline_data.published.differences(card | {"return_mean": mean + 1})[1] and offline_data.published.differences(card | {"obs_dim": 1})[1]
+        assert offline_data.published.differences(card | {"return_mean": mean + 1})[1]
+        assert offline_data.published.differences(card | {"obs_dim": 1})[1]
     assert len(offline_data.published.published()) == 39 + 4
 
 
@@ -767,7 +954,10 @@ def test_published_numbers_agree_with_each_other():
 
 KINDS = ["vault", "omiga", "npz", "pymarl", "npy", "minari", "native"]
 COPIES = 75  # of each kind
-JSONS = ["", "{", "[]", "null", "{}", '{"version": "x"}', '{"total_episodes": 1e9}', '{"total_episodes": 2, "env_spec": "5"}', "[" * 100000, '{"a": ' * 50000]
+JSONS = [
+    "", "{", "[]", "null", "{}", '{"version": "x"}', '{"total_episodes": 1e9}',
+    '{"total_episodes": 2, "env_spec": "5"}', "[" * 100000, '{"a": ' * 50000,
+]  # fmt: skip
 
 
 def write_small(kind: str, path, arrays=None):
@@ -780,8 +970,22 @@ def write_small(kind: str, path, arrays=None):
         del card["sha256"]  # as an older version wrote it: with checksums every copy would be refused
         (path / "card.json").write_text(json.dumps(card))
         return path, None
-    make = {"vault": vault_arrays, "omiga": omiga_arrays, "npz": npz_arrays, "pymarl": pymarl_arrays, "npy": pymarl_arrays, "minari": minari_arrays}[kind]
-    write = {"vault": write_vault, "omiga": write_hdf5, "npz": write_npz, "pymarl": write_hdf5, "npy": write_npy, "minari": write_minari}[kind]
+    make = {
+        "vault": vault_arrays,
+        "omiga": omiga_arrays,
+        "npz": npz_arrays,
+        "pymarl": pymarl_arrays,
+        "npy": pymarl_arrays,
+        "minari": minari_arrays,
+    }[kind]
+    write = {
+        "vault": write_vault,
+        "omiga": write_hdf5,
+        "npz": write_npz,
+        "pymarl": write_hdf5,
+        "npy": write_npy,
+        "minari": write_minari,
+    }[kind]
     arrays = make(recorded) if arrays is None else arrays
     path = path.with_suffix(".npz") if kind == "npz" else path
     return write(path, arrays), arrays
@@ -806,7 +1010,11 @@ def mutate(kind: str, good, arrays, folder, i: int):
             arrays[one] = np.full(arrays[one].shape, b"x")
         else:
             x = arrays[one]
-            shapes = {"shorter": x[:, :-1] if x.ndim > 1 else x[:-1], "wider": np.concatenate([x, x], -1), "flat": x.reshape(len(x), -1)}
+            shapes = {
+                "shorter": x[:, :-1] if x.ndim > 1 else x[:-1],
+                "wider": np.concatenate([x, x], -1),
+                "flat": x.reshape(len(x), -1),
+            }
             shapes |= {"minus": -1 - x * 1.0, "empty": x[:, :0] if kind == "vault" else x[:0]}
             arrays[one] = shapes.get(change, x.astype("f8"))
         try:
@@ -846,7 +1054,11 @@ def mutate(kind: str, good, arrays, folder, i: int):
 def attempt(kind: str, source, out) -> str:
     """Reads one damaged copy: "read", "refused", or what went wrong."""
     before = files_hash(source) if source.is_dir() else source.read_bytes()
-    task = {"env": "mamujoco", "task": "hopper"} if kind in ("omiga", "minari", "native") else {"env": "smacv1", "task": "corridor"}
+    task = (
+        {"env": "mamujoco", "task": "hopper"}
+        if kind in ("omiga", "minari", "native")
+        else {"env": "smacv1", "task": "corridor"}
+    )
     try:
         if kind == "native":
             open_dataset(source)
@@ -866,7 +1078,10 @@ def attempt(kind: str, source, out) -> str:
 
 
 def fuzz(folder, first: int):
-    """Reads the copies from the first one on and prints two lines for each: in a process of its own, since a C library may crash on one."""
+    """Reads the copies from number `first` on and prints two lines for each.
+
+    It runs in a process of its own, since a C library may crash on a copy.
+    """
     resource.setrlimit(resource.RLIMIT_DATA, (formats.CHILD_MEMORY, formats.CHILD_MEMORY))
     for k, kind in enumerate(KINDS):
         (folder / kind).mkdir(exist_ok=True)
@@ -878,13 +1093,28 @@ def fuzz(folder, first: int):
 
 
 def test_damaged_copies(tmp_path):
-    """Each copy is read or refused in one line. One that crashes or hangs a library must come out of `convert` as one line, too."""
+    """Each copy is read or refused in one line.
+
+    If a copy crashes or hangs a library, `convert` must refuse it in one line, too.
+    """
     pytest.importorskip("tensorstore")
     said, first, crashes = {}, 0, 0
     while first < len(KINDS) * COPIES:
-        code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import test_formats as t; from pathlib import Path; "
-        done = subprocess.run([sys.executable, "-c", code + f"t.fuzz(Path({str(tmp_path)!r}), {first})"], capture_output=True, text=True, timeout=300)
-        lines = [line.split(" ", 2) for line in done.stdout.replace("\r", "\n").splitlines() if line.startswith(("copy ", "said "))]
+        code = (
+            f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; "
+            "import test_formats as t; from pathlib import Path; "
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code + f"t.fuzz(Path({str(tmp_path)!r}), {first})"],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        lines = [
+            line.split(" ", 2)
+            for line in done.stdout.replace("\r", "\n").splitlines()
+            if line.startswith(("copy ", "said "))
+        ]
         copies = {int(i): path for word, i, path in lines if word == "copy"}
         said |= {int(i): what for word, i, what in lines if word == "said"}
         last = max(copies, default=-1)
@@ -894,14 +1124,17 @@ def test_damaged_copies(tmp_path):
         kind = KINDS[last // COPIES]
         task = ("mamujoco", "hopper") if kind in ("omiga", "minari") else ("smacv1", "corridor")
         with pytest.raises(BadInput, match="the reader crashed"):
-            offline_data.convert.convert(copies[last], {"npy": "pymarl"}.get(kind, kind), *task, "x", str(tmp_path / "out"), limit=LIMIT)
+            offline_data.convert.convert(
+                copies[last], {"npy": "pymarl"}.get(kind, kind), *task, "x", str(tmp_path / "out"), limit=LIMIT
+            )
         said[last], first, crashes = "refused", last + 1, crashes + 1
     for k, kind in enumerate(KINDS):
         counts = [list(said.values())[k * COPIES : (k + 1) * COPIES].count(what) for what in ("read", "refused")]
         print(f"{kind}: {counts[0]} read, {counts[1]} refused")
         assert counts[0] > 3 and counts[1] > 30, kind
     print("crashes:", crashes)
-    assert len(said) == len(KINDS) * COPIES >= 500 and not {i: what for i, what in said.items() if what not in ("read", "refused")}
+    assert len(said) == len(KINDS) * COPIES >= 500
+    assert not {i: what for i, what in said.items() if what not in ("read", "refused")}
 
 
 # ---------------------------------------------------------------- download
@@ -922,7 +1155,10 @@ def vault_zip(tmp_path):
 
 @pytest.fixture
 def server(tmp_path):
-    """Serves tmp_path/served on loopback; `cuts` are the numbers of bytes after which its next answers break off. Yields (base URL, requests, cuts)."""
+    """Serves tmp_path/served on loopback. Yields (base URL, requests, cuts).
+
+    `cuts` are the numbers of bytes after which the next answers break off.
+    """
     requests, cuts = [], []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -958,7 +1194,7 @@ def server(tmp_path):
 
 @pytest.fixture
 def download(server, tmp_path, monkeypatch):
-    """download() of hopper from the server; conversion stays in this process, and --limit is the made-up recording's."""
+    """download() of hopper from the server. It converts in this process, with the made-up recording's --limit."""
     pytest.importorskip("tensorstore")
     monkeypatch.setattr(offline_data.download, "WAIT", 0)
     monkeypatch.setitem(formats.LIMITS, "mamujoco", LIMIT)
@@ -968,13 +1204,21 @@ def download(server, tmp_path, monkeypatch):
 
     monkeypatch.setattr(offline_data.download, "convert", here)
     return lambda quality="medium", **kwargs: offline_data.download.download(
-        "mamujoco", "hopper", quality, out=str(tmp_path / "out" / quality), downloads=str(tmp_path / "zips"), **{"base_url": server[0]} | kwargs)
+        "mamujoco",
+        "hopper",
+        quality,
+        out=str(tmp_path / "out" / quality),
+        downloads=str(tmp_path / "zips"),
+        **{"base_url": server[0]} | kwargs,
+    )
 
 
 def left(tmp_path) -> list[str]:
     """The files that a download left."""
     folders = [tmp_path / "zips", tmp_path / "out"]
-    return sorted(str(p.relative_to(tmp_path)) for folder in folders if folder.exists() for p in folder.rglob("*") if p.is_file())
+    return sorted(
+        str(p.relative_to(tmp_path)) for folder in folders if folder.exists() for p in folder.rglob("*") if p.is_file()
+    )
 
 
 def test_download(vault_zip, server, download, tmp_path):
@@ -995,8 +1239,10 @@ def test_download_command_line(vault_zip, server, tmp_path):
     done = command("download", *args, "--out", tmp_path / "out" / "medium", "--downloads", tmp_path / "zips")
     assert done.returncode == 0, done.stderr
     read_back(tmp_path / "out" / "medium", robots((3, 5)), True)
-    assert "| OG-MARL | medium | 4000 | 919391 rows |" in done.stdout and "DIFFERS in rows: 10, OG-MARL 919391" in done.stdout
-    assert left(tmp_path)[-1] == "zips/mamujoco/3hopper.zip" and not (tmp_path / "out" / "medium.vault.partial").exists()
+    assert "| OG-MARL | medium | 4000 | 919391 rows |" in done.stdout
+    assert "DIFFERS in rows: 10, OG-MARL 919391" in done.stdout
+    assert left(tmp_path)[-1] == "zips/mamujoco/3hopper.zip"
+    assert not (tmp_path / "out" / "medium.vault.partial").exists()
 
 
 def test_download_that_breaks_off_is_resumed(vault_zip, server, download, tmp_path):
@@ -1036,7 +1282,11 @@ def flip(data: bytes) -> bytes:
     return data[:middle] + bytes([data[middle] ^ 255]) + data[middle + 1 :]
 
 
-@pytest.mark.parametrize("content", [lambda z: z[:-300], lambda z: b"<!DOCTYPE html>", lambda z: b"", flip], ids=["truncated", "a page", "empty", "flipped"])
+@pytest.mark.parametrize(
+    "content",
+    [lambda z: z[:-300], lambda z: b"<!DOCTYPE html>", lambda z: b"", flip],
+    ids=["truncated", "a page", "empty", "flipped"],
+)
 def test_download_of_wrong_content(content, vault_zip, download, tmp_path):
     vault_zip.write_bytes(content(vault_zip.read_bytes()))
     with pytest.raises(BadInput, match=r"did not give a sound zip .*: what came was deleted, run the command again"):
@@ -1054,8 +1304,18 @@ def test_download_from_a_server_that_refuses_or_is_not_there(server, download, t
     assert left(tmp_path) == []
 
 
-@pytest.mark.parametrize("name, mode", [("../escaped", 0), ("/tmp/escaped", 0), ("a/../../escaped", 0), ("C:/escaped", 0), ("a\\..\\escaped", 0),
-                                        ("3hopper.vlt/Medium/link", stat.S_IFLNK | 0o777), ("3hopper.vlt/Medium/pipe", stat.S_IFIFO | 0o644)])
+@pytest.mark.parametrize(
+    "name, mode",
+    [
+        ("../escaped", 0),
+        ("/tmp/escaped", 0),
+        ("a/../../escaped", 0),
+        ("C:/escaped", 0),
+        ("a\\..\\escaped", 0),
+        ("3hopper.vlt/Medium/link", stat.S_IFLNK | 0o777),
+        ("3hopper.vlt/Medium/pipe", stat.S_IFIFO | 0o644),
+    ],
+)
 def test_download_of_a_zip_that_tries_to_escape(name, mode, vault_zip, download, tmp_path):
     with zipfile.ZipFile(vault_zip, "a") as archive:
         member = zipfile.ZipInfo(name)
@@ -1113,15 +1373,29 @@ def test_download_without_disk_space(vault_zip, server, download, tmp_path, monk
 def test_what_nobody_published():
     for env, task, quality, message in (
         ("smacv2", "zerg_20_vs_23", "medium", "python -m offline_data collect --env smacv2 --task zerg_20_vs_23"),
-        ("smacv2", "zerg_5_vs_5", "medium", "was published as replay, not as 'medium'.*offline_data collect --env smacv2 --task zerg_5_vs_5"),
+        (
+            "smacv2",
+            "zerg_5_vs_5",
+            "medium",
+            "was published as replay, not as 'medium'.*offline_data collect --env smacv2 --task zerg_5_vs_5",
+        ),
         ("smacv1", "3m", "good", "nobody published data of smacv1 3m"),
         ("mamujoco", "hopper", "good", "was published as expert, medium, medium-replay, medium-expert"),
     ):
         with pytest.raises(BadInput, match=message):
             offline_data.download.vault_url(env, task, quality)
-    urls = {offline_data.download.vault_url(*name) for name, parts in offline_data.published.published().items() if parts[2]}
+    urls = {
+        offline_data.download.vault_url(*name) for name, parts in offline_data.published.published().items() if parts[2]
+    }
     assert len(urls) == 10
-    assert offline_data.download.vault_url("mamujoco", "ant_4x2", "replay") == f"{offline_data.download.BASE_URL}/core/gymnasium_mamujoco/4ant.zip"
+    assert (
+        offline_data.download.vault_url("mamujoco", "ant_4x2", "replay")
+        == f"{offline_data.download.BASE_URL}/core/gymnasium_mamujoco/4ant.zip"
+    )
     assert {offline_data.download.vault_url(*name) for name in offline_data.published.downloadable()} > urls
-    for part in ("core/smac_v2/terran_10_vs_10.zip", "prior_work/omiga/mamujoco/6halfcheetah.zip", "prior_work/omiga/smac_v1/corridor.zip"):
+    for part in (
+        "core/smac_v2/terran_10_vs_10.zip",
+        "prior_work/omiga/mamujoco/6halfcheetah.zip",
+        "prior_work/omiga/smac_v1/corridor.zip",
+    ):
         assert f"{offline_data.download.BASE_URL}/{part}" in urls

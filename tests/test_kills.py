@@ -1,4 +1,7 @@
-"""benchmarks/soak.py with as many kills as the time of a test allows: training in both stages, collecting, converting, downloading."""
+"""benchmarks/soak.py with as many kills as the time of a test allows.
+
+It kills training in both stages, collecting, converting and downloading.
+"""
 
 import importlib.util
 import re
@@ -16,7 +19,9 @@ KILLS = 40
 def test_killed_commands_end_as_undisturbed_ones(tmp_path):
     jobs = [job for job in JOBS if job != "download" or importlib.util.find_spec("tensorstore")]
     words = [sys.executable, "-m", "benchmarks.soak", "--folder", str(tmp_path), "--each", "4", "--jobs"]
-    done = subprocess.run([*words, *jobs, "--kills", str(KILLS)], capture_output=True, text=True, cwd=ROOT, timeout=2400)
+    done = subprocess.run(
+        [*words, *jobs, "--kills", str(KILLS)], capture_output=True, text=True, cwd=ROOT, timeout=2400
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert re.search(rf"^{KILLS} kills in \d+ s: every result is that of an undisturbed run$", done.stdout, re.M)
     assert not list(tmp_path.iterdir())

@@ -26,14 +26,23 @@ def table(run: Path) -> list[tuple]:
     """metrics.csv as sorted (name, step, float32 value); TensorBoard has no more digits."""
     with open(run / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    cells = [(f"{row['stage']}/{k}", int(row["step"]), v) for row in rows for k, v in row.items() if k not in ("stage", "step")]
+    cells = [
+        (f"{row['stage']}/{k}", int(row["step"]), v)
+        for row in rows
+        for k, v in row.items()
+        if k not in ("stage", "step")
+    ]
     return sorted((name, step, np.float32(v)) for name, step, v in cells if v != "")
 
 
 def record(run: Path, kind: str) -> list[tuple]:
     """The same of a record, read by other code than that of support/loggers.py; duplicates are kept."""
     if kind == "csv":
-        found = [(f"{f.parent.name}/{f.stem}", *line.split(",")) for f in (run / "csv/scalars").rglob("*.csv") for line in f.read_text().split()]
+        found = [
+            (f"{f.parent.name}/{f.stem}", *line.split(","))
+            for f in (run / "csv/scalars").rglob("*.csv")
+            for line in f.read_text().split()
+        ]
         return sorted((name, int(step), np.float32(v)) for name, step, v in found)
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
     from tensorboard.util.tensor_util import make_ndarray
@@ -70,8 +79,11 @@ def test_a_record_that_is_begun_later_and_anew(kind, hopper_data, tmp_path):
     assert record(run, kind) == table(run) and max(step for _, step, _ in record(run, kind)) == 4
 
 
-ROWS = [{"stage": stage, "step": step, "loss": step / 7, "return": None if stage == "critics" else 3.0 * step}
-        for stage in ("critics", "policy") for step in (10, 20, 30)]
+ROWS = [
+    {"stage": stage, "step": step, "loss": step / 7, "return": None if stage == "critics" else 3.0 * step}
+    for stage in ("critics", "policy")
+    for step in (10, 20, 30)
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -83,7 +95,9 @@ def test_after_a_kill_nothing_lacks_or_is_there_twice(kind, written, tmp_path):
     for row in ROWS[:written]:
         loggers.log_row(killed, row)
     loggers.open_logger(kind, tmp_path, ROWS).close()
-    wanted = [(f"{r['stage']}/{k}", r["step"], np.float32(r[k])) for r in ROWS for k in ("loss", "return") if r[k] is not None]
+    wanted = [
+        (f"{r['stage']}/{k}", r["step"], np.float32(r[k])) for r in ROWS for k in ("loss", "return") if r[k] is not None
+    ]
     assert record(tmp_path, kind) == sorted(wanted)
 
 
@@ -100,7 +114,9 @@ def wandb_history(file: Path) -> list[dict]:
             record = Record.FromString(parts)
             parts = b""
             if record.WhichOneof("record_type") == "history":
-                rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
+                rows.append(
+                    {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+                )
     return rows
 
 

@@ -37,9 +37,13 @@ def test_conjugate_and_maximiser_by_brute_force(name):
         objective = t * y - f_of_t
         best = objective.argmax()
         # The grid misses the supremum by about (spacing)^2 f'' / 8, and its maximiser by at most a spacing.
-        assert DIVERGENCES[name].f_star(torch.tensor(y, dtype=torch.float64)).item() == pytest.approx(objective[best], rel=1e-7, abs=1e-6)
+        assert DIVERGENCES[name].f_star(torch.tensor(y, dtype=torch.float64)).item() == pytest.approx(
+            objective[best], rel=1e-7, abs=1e-6
+        )
         spacing = t[min(best + 1, len(t) - 1)] - t[max(best - 1, 0)]
-        assert DIVERGENCES[name].w_star(torch.tensor(y, dtype=torch.float64)).item() == pytest.approx(t[best], abs=spacing)
+        assert DIVERGENCES[name].w_star(torch.tensor(y, dtype=torch.float64)).item() == pytest.approx(
+            t[best], abs=spacing
+        )
 
 
 @pytest.mark.parametrize("name", FS)
@@ -100,7 +104,11 @@ def test_gradient_of_prop_4_1(name, alpha):
 
         visit = lambda index: np.eye(S)[index]
         y = (A.detach().numpy() - 0.3) / alpha
-        w = {"kl": np.exp(np.minimum(y, KL_CAP)), "chi2": np.maximum(y + 1, 0), "soft_chi2": np.where(y < 0, np.exp(np.minimum(y, 0)), y + 1)}[name]
+        w = {
+            "kl": np.exp(np.minimum(y, KL_CAP)),
+            "chi2": np.maximum(y + 1, 0),
+            "soft_chi2": np.where(y < 0, np.exp(np.minimum(y, 0)), y + 1),
+        }[name]
         grad_A = gamma * ~terminated.numpy()[:, None] * visit(s_next) - visit(s)
         np.testing.assert_allclose(gradient, (1 - gamma) * visit(s0).mean(0) + w @ grad_A / B, rtol=1e-10, atol=1e-12)
         assert gradient_lam.item() == pytest.approx(1 - w.mean())
@@ -108,7 +116,10 @@ def test_gradient_of_prop_4_1(name, alpha):
 
 @pytest.mark.parametrize("name", FS)
 def test_semi_and_released_nu_gradients(name):
-    """semi: 1 - w at nu_tot(s). released_nu: r'(y) y / (B n) at A, whatever f's value is, and lambda's part beside it."""
+    """semi: 1 - w at nu_tot(s). released_nu: r'(y) y / (B n) at A, with y = (A - lambda) / alpha.
+
+    The value of f has no part in it.
+    """
     g = torch.Generator().manual_seed(0)
     A, nu, nu_init = (torch.randn(7, 3, generator=g, dtype=torch.float64).requires_grad_() for _ in range(3))
     alpha, lam, f = 0.7, 0.2, DIVERGENCES[name]
@@ -124,16 +135,29 @@ def test_semi_and_released_nu_gradients(name):
 
 @pytest.mark.parametrize("name", FS)
 def test_reward_scale(name):
-    """Rewards and alpha times c: nu times c, w unchanged. As an identity of every loss, and for the minimiser of the dual."""
+    """With rewards and alpha times c, nu is times c and w stays the same.
+
+    This is an identity of every loss, and it holds for the minimiser of the dual.
+    """
     reward, terminated, s, s_next, s0 = random_transitions()
     f, gamma, c, alpha = DIVERGENCES[name], 0.9, 0.1, 2.0
     nu = torch.randn(5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def terms(nu, c):
         A = losses.td_advantage(c * reward, terminated, nu[s], nu[s_next], gamma)
-        value = torch.stack([losses.dual_loss(nu[s0], A, c * alpha, f, gamma, c * 0.2), losses.semi_loss(nu[s], A, c * alpha, f),
-                             losses.released_nu_loss(nu[s0][:, None], A[:, None], c * alpha, f, gamma, c * 0.2)])
-        w = torch.stack([losses.occupancy_ratio(A, c * alpha, f, c * 0.2), losses.released_nu_ratio(A[:, None], c * alpha, f, c * 0.2)])
+        value = torch.stack(
+            [
+                losses.dual_loss(nu[s0], A, c * alpha, f, gamma, c * 0.2),
+                losses.semi_loss(nu[s], A, c * alpha, f),
+                losses.released_nu_loss(nu[s0][:, None], A[:, None], c * alpha, f, gamma, c * 0.2),
+            ]
+        )
+        w = torch.stack(
+            [
+                losses.occupancy_ratio(A, c * alpha, f, c * 0.2),
+                losses.released_nu_ratio(A[:, None], c * alpha, f, c * 0.2),
+            ]
+        )
         return value, w
 
     for one, scaled, factor in zip(terms(nu, 1), terms(c * nu, c), (c, 1)):
@@ -142,7 +166,9 @@ def test_reward_scale(name):
     def solve(c):
         nu = torch.zeros(5, dtype=torch.float64, requires_grad=True)
         advantage = lambda: losses.td_advantage(c * reward, terminated, nu[s], nu[s_next], gamma)
-        optimizer = torch.optim.LBFGS([nu], max_iter=500, tolerance_grad=1e-11, tolerance_change=1e-18, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS(
+            [nu], max_iter=500, tolerance_grad=1e-11, tolerance_change=1e-18, line_search_fn="strong_wolfe"
+        )
 
         def closure():
             optimizer.zero_grad()
@@ -189,7 +215,9 @@ def midpoint_gaps(layers, name, form, pairs=500):
         return (L(one) + L(two)) / 2 - L((one + two) / 2)
 
 
-@pytest.mark.parametrize("layers, form", [(1, "M[q - nu]"), (2, "M[q - nu]"), (1, "Eq. 10"), (2, "Eq. 10"), (1, "TD"), (1, "semi")])
+@pytest.mark.parametrize(
+    "layers, form", [(1, "M[q - nu]"), (2, "M[q - nu]"), (1, "Eq. 10"), (2, "Eq. 10"), (1, "TD"), (1, "semi")]
+)
 @pytest.mark.parametrize("name", FS)
 def test_loss_is_convex_in_nu(layers, form, name):
     gaps = midpoint_gaps(layers, name, form)
@@ -199,7 +227,10 @@ def test_loss_is_convex_in_nu(layers, form, name):
 @pytest.mark.parametrize("name", FS)
 @pytest.mark.parametrize("form", ["TD", "semi"])
 def test_td_form_is_not_convex_with_two_layers(form, name):
-    """nu_tot(s) enters with a minus sign, so a mixer that is convex and not linear breaks it: Theorem 4.2 speaks of M[q - nu]."""
+    """Theorem 4.2 speaks of M[q - nu]. Here nu_tot(s) enters with a minus sign.
+
+    So a mixer that is convex and not linear breaks convexity.
+    """
     gaps = midpoint_gaps(2, name, form)
     failed = (gaps < -1e-6).sum().item()
     print(f"{form}, {name}: {failed} of {len(gaps)} midpoint checks fail")
@@ -210,7 +241,7 @@ def test_td_form_is_not_convex_with_two_layers(form, name):
 
 
 def test_local_optima_are_globally_optimal():
-    """Weighted counts, agent by agent, minimise policy_loss (Eq. 8 over product policies, Eq. 11) over all agents together."""
+    """Weighted counts, agent by agent, minimise policy_loss over all agents (Eq. 8 over product policies, Eq. 11)."""
     rng = np.random.default_rng(0)
     B, n, O, A = 200, 2, 2, 3
     obs, w = rng.integers(O, size=(B, n)), torch.tensor(rng.exponential(size=B))
@@ -226,7 +257,9 @@ def test_local_optima_are_globally_optimal():
             count[i, obs[b, i], action[b, i]] += w[b]
     closed = torch.tensor(count / count.sum(-1, keepdims=True))
     # Its value by hand: minus the weighted mean of log pi_tot, the sum over agents of log pi_i.
-    assert loss(closed.log()).item() == pytest.approx(-sum((count[i] * np.log(closed[i].numpy())).sum() for i in range(n)) / B)
+    assert loss(closed.log()).item() == pytest.approx(
+        -sum((count[i] * np.log(closed[i].numpy())).sum() for i in range(n)) / B
+    )
 
     others = torch.tensor(rng.dirichlet(np.ones(A), size=(500, n, O)))
     nearby = closed * torch.tensor(np.exp(0.01 * rng.normal(size=(500, n, O, A))))
@@ -234,7 +267,9 @@ def test_local_optima_are_globally_optimal():
         assert loss(policy.log()) > loss(closed.log())
 
     logits = torch.zeros(n, O, A, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-10, tolerance_change=1e-15, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [logits], max_iter=200, tolerance_grad=1e-10, tolerance_change=1e-15, line_search_fn="strong_wolfe"
+    )
 
     def closure():
         optimizer.zero_grad()
@@ -260,7 +295,10 @@ def test_expectation_with_probabilities():
     A, nu0, f = torch.tensor([0.3, -1.5, 2.0]), torch.tensor([1.0, 2.0, 3.0]), DIVERGENCES["soft_chi2"]
     sampled = losses.dual_loss(nu0.repeat_interleave(repeats), A.repeat_interleave(repeats), 0.5, f, 0.9, 0.1)
     torch.testing.assert_close(losses.dual_loss(nu0, A, 0.5, f, 0.9, 0.1, p0=p, rho=p), sampled)
-    torch.testing.assert_close(losses.semi_loss(nu0, A, 0.5, f, p), losses.semi_loss(nu0.repeat_interleave(repeats), A.repeat_interleave(repeats), 0.5, f))
+    torch.testing.assert_close(
+        losses.semi_loss(nu0, A, 0.5, f, p),
+        losses.semi_loss(nu0.repeat_interleave(repeats), A.repeat_interleave(repeats), 0.5, f),
+    )
 
 
 def test_termination_cuts_the_bootstrap_and_nothing_else():

@@ -1,4 +1,7 @@
-"""Local networks, policies and mixers: what their docstrings promise, checked against loops, closed forms and finite steps."""
+"""Local networks, policies and mixers keep their docstrings' promises.
+
+They are checked against loops, closed forms and finite steps.
+"""
 
 import math
 
@@ -46,7 +49,11 @@ def available(mask):
 @pytest.mark.parametrize("leading", [(), (6,), (2, 6)])
 def test_shapes(leading, layer_norm):
     obs, state = torch.randn(*leading, N, O), torch.randn(*leading, S)
-    continuous, discrete, mask = torch.randn(*leading, N, A), torch.randint(A, (*leading, N)), torch.ones(*leading, N, A, dtype=torch.bool)
+    continuous, discrete, mask = (
+        torch.randn(*leading, N, A),
+        torch.randint(A, (*leading, N)),
+        torch.ones(*leading, N, A, dtype=torch.bool),
+    )
     assert Nu(N, O, H, layer_norm)(obs).shape == (*leading, N)
     assert Q(N, O, A, H, layer_norm=layer_norm)(obs, continuous).shape == (*leading, N)
     assert Q(N, O, A, H, discrete=True, layer_norm=layer_norm)(obs, discrete).shape == (*leading, N)
@@ -56,7 +63,11 @@ def test_shapes(leading, layer_norm):
     for layers in MIXERS:
         critics = Critics(N, O, S, A, True, H, 8, layers, layer_norm)
         x = critics.nu(obs)
-        assert critics.mixer(x, state).shape == critics.mixer.advantage(critics.q(obs, discrete) - x, state).shape == leading
+        assert (
+            critics.mixer(x, state).shape
+            == critics.mixer.advantage(critics.q(obs, discrete) - x, state).shape
+            == leading
+        )
         assert critics.lam.item() == 0
 
 
@@ -68,11 +79,17 @@ def test_batched_call_is_a_loop_over_agents():
         for i in range(N):
             agent = torch.eye(N)[i]
             torch.testing.assert_close(nu(obs)[b, i], nu.net.layers(torch.cat([obs[b, i], agent]))[0])
-            torch.testing.assert_close(q(obs, action)[b, i], q.net.layers(torch.cat([obs[b, i], action[b, i], agent]))[0])
-            torch.testing.assert_close(q_discrete(obs, index)[b, i], q_discrete.net.layers(torch.cat([obs[b, i], agent]))[index[b, i]])
+            torch.testing.assert_close(
+                q(obs, action)[b, i], q.net.layers(torch.cat([obs[b, i], action[b, i], agent]))[0]
+            )
+            torch.testing.assert_close(
+                q_discrete(obs, index)[b, i], q_discrete.net.layers(torch.cat([obs[b, i], agent]))[index[b, i]]
+            )
 
 
-@pytest.mark.parametrize("make", [lambda: Nu(N, O, H), lambda: GaussianPolicy(N, O, A, H), lambda: CategoricalPolicy(N, O, A, H)])
+@pytest.mark.parametrize(
+    "make", [lambda: Nu(N, O, H), lambda: GaussianPolicy(N, O, A, H), lambda: CategoricalPolicy(N, O, A, H)]
+)
 def test_agents_share_parameters_and_know_their_id(make):
     module = make()
     net, obs = module.net, torch.randn(6, N, O)
@@ -86,7 +103,7 @@ def test_agents_share_parameters_and_know_their_id(make):
         moved = torch.autograd.grad(net(obs)[:, i].sum(), obs)[0].abs().sum((0, -1)) > 0
         assert moved.tolist() == [j == i for j in range(N)]
 
-    # The id is all that tells agents apart: permuting agents permutes outputs once the ids' weights are zero, and not before.
+    # The id is all that tells agents apart: only once the ids' weights are zero does permuting agents permute outputs.
     order = torch.tensor([2, 0, 1])
     assert not torch.allclose(net(obs[:, order]), net(obs)[:, order])
     with torch.no_grad():
@@ -140,7 +157,9 @@ def test_dead_agent_has_no_gradient():
     assert all((g == 0).all() for g in dead) and any((g != 0).any() for g in alive)
 
 
-@pytest.mark.parametrize("shift, std", [(0.0, None), (10.0, math.exp(2)), (-20.0, math.exp(-5))], ids=["inside", "above", "below"])
+@pytest.mark.parametrize(
+    "shift, std", [(0.0, None), (10.0, math.exp(2)), (-20.0, math.exp(-5))], ids=["inside", "above", "below"]
+)
 def test_gaussian_log_prob_in_closed_form(shift, std):
     pi, obs = GaussianPolicy(N, O, A, H).double(), torch.randn(6, N, O).double()
     with torch.no_grad():

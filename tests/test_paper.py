@@ -18,6 +18,7 @@ from test_report import make_run
 import comadice_bc
 import comadice_train
 from benchmarks import estimate, grid, paper
+from benchmarks.disturb import same
 from benchmarks.progress import Board, duration, show
 from environments.checks import BadInput
 from support.runs import load_checkpoint
@@ -26,20 +27,20 @@ DEMO = str(ROOT / "data/mamujoco/hopper/demo")
 SMALL = {"hidden": 8, "batch_size": 16}
 WORDS = "--steps 30 --evals 2 --eval-episodes 1 -- --hidden 8 --batch-size 16".split()
 BUDGET = {"steps": 30, "evals": 2, "eval_episodes": 1}
-CLOCKS = {"seconds", "wall", "critic_seconds", "config"}  # of a checkpoint; the config has another --out
 
 
-def cells_of(out, only=(), data=(), methods=grid.PAPER_METHODS, seeds=(0, 1, 2, 3, 4), ablations=(), extra=None, budget=BUDGET):
-    return grid.make_cells(str(out), grid.choose_instances(list(only), list(data)), list(methods), list(seeds), list(ablations), budget, extra or {})
-
-
-def same(a, b) -> bool:
-    """Whether two states hold the same bits, clocks apart."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(key in CLOCKS or same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b or (a != a and b != b)
+def cells_of(
+    out, only=(), data=(), methods=grid.PAPER_METHODS, seeds=(0, 1, 2, 3, 4), ablations=(), extra=None, budget=BUDGET
+):
+    return grid.make_cells(
+        str(out),
+        grid.choose_instances(list(only), list(data)),
+        list(methods),
+        list(seeds),
+        list(ablations),
+        budget,
+        extra or {},
+    )
 
 
 def assert_same_runs(one: Path, other: Path):
@@ -68,7 +69,11 @@ def test_the_whole_paper_has_1365_runs(tmp_path):
 def test_ablations_have_the_values_of_the_papers_tables():
     with open(ROOT / "support/paper_tables.csv") as file:
         settings = {line.split(",")[6] for line in file} - {"", "setting"}
-    here = {f"{flag}={value:g}" if flag != "f" else f"f={value}" for flag, values in grid.ABLATIONS.values() for value in values}
+    here = {
+        f"{flag}={value:g}" if flag != "f" else f"f={value}"
+        for flag, values in grid.ABLATIONS.values()
+        for value in values
+    }
     assert here | {"f=soft_chi2", "mixer_layers=1"} == settings
     assert (comadice_train.Args().f, comadice_train.Args().mixer_layers) == ("soft_chi2", 1)
 
@@ -76,20 +81,33 @@ def test_ablations_have_the_values_of_the_papers_tables():
 def test_choosing_instances(tmp_path):
     assert len(grid.choose_instances(["hopper", "zerg_5_vs_5"], [])) == 5
     assert list(grid.choose_instances(["hopper/expert"], [])) == [("mamujoco", "hopper", "expert")]
-    assert list(grid.choose_instances(["smax/zerg_5_vs_5/medium-replay"], [])) == [("smax", "zerg_5_vs_5", "medium-replay")]
+    assert list(grid.choose_instances(["smax/zerg_5_vs_5/medium-replay"], [])) == [
+        ("smax", "zerg_5_vs_5", "medium-replay")
+    ]
     assert grid.choose_instances([], [DEMO]) == {("mamujoco", "hopper", "demo"): str(Path(DEMO).absolute())}
-    for only, data, why in ((["hoper"], [], "no env, task or quality"), ([], [DEMO, DEMO], "are both mamujoco hopper demo"),
-                            (["../x/y"], [], "--only: env"), ([], [str(tmp_path)], "card.json")):
+    for only, data, why in (
+        (["hoper"], [], "no env, task or quality"),
+        ([], [DEMO, DEMO], "are both mamujoco hopper demo"),
+        (["../x/y"], [], "--only: env"),
+        ([], [str(tmp_path)], "card.json"),
+    ):
         with pytest.raises(BadInput, match=why):
             grid.choose_instances(only, data)
 
 
 def test_flags_that_are_passed_on():
     """A flag goes to the methods that have it."""
-    given = grid.split_extra("--hidden 64 --tau=0.01 --no-lr-decay --objective exact".split(), ["bc", "omiga", "comadice"])
+    given = grid.split_extra(
+        "--hidden 64 --tau=0.01 --no-lr-decay --objective exact".split(), ["bc", "omiga", "comadice"]
+    )
     assert given["bc"] == {"hidden": 64, "lr_decay": False}
-    assert given["omiga"] == given["bc"] | {"tau": 0.01} and given["comadice"] == given["omiga"] | {"objective": "exact"}
-    for words, why in ((["--steps", "5"], "--steps is set by this command"), (["--objective", "exact"], "none of bc has"), (["5"], "is not one")):
+    assert given["omiga"] == given["bc"] | {"tau": 0.01}
+    assert given["comadice"] == given["omiga"] | {"objective": "exact"}
+    for words, why in (
+        (["--steps", "5"], "--steps is set by this command"),
+        (["--objective", "exact"], "none of bc has"),
+        (["5"], "is not one"),
+    ):
         with pytest.raises(BadInput, match=why):
             grid.split_extra(words, ["bc"])
 
@@ -99,13 +117,20 @@ def test_the_plan_is_printed_and_nothing_is_written(tmp_path, monkeypatch, capsy
     paper.main(paper.Args(plan=True, ablation=["mixer"], out=str(tmp_path / "out")), [])
     said = capsys.readouterr().out
     assert sum(line.endswith("  2.0 h") for line in said.splitlines()) == 1365 + 39 * 5
-    assert "1,560 runs, of which 1,560 are to be done" in said and "  main: 1,365 runs, 2,730.0 " in said and "--array=0-1559" in said
+    assert "1,560 runs, of which 1,560 are to be done" in said and "  main: 1,365 runs, 2,730.0 " in said
+    assert "--array=0-1559" in said
     assert "no dataset here for 39 of the instances" in said and not (tmp_path / "out").exists()
 
 
 def test_the_estimate_grows_with_the_task(tmp_path):
     """Times of real updates: twenty agents take longer than three, and an instance without sizes has none."""
-    cells = cells_of(tmp_path, ["hopper/expert", "smacv2/protoss_20_vs_20", "smax/no_such/medium"], methods=["bc"], seeds=[0], extra={"bc": {"hidden": 32}})
+    cells = cells_of(
+        tmp_path,
+        ["hopper/expert", "smacv2/protoss_20_vs_20", "smax/no_such/medium"],
+        methods=["bc"],
+        seeds=[0],
+        extra={"bc": {"hidden": 32}},
+    )
     hopper, protoss, unknown = (estimate.seconds_per_run(cells)[cell.name] for cell in cells)
     assert 0 < hopper < protoss and unknown is None and not list(tmp_path.iterdir())
 
@@ -119,15 +144,26 @@ def undisturbed(tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed")
     for module in (comadice_bc, comadice_train):
         for seed in (0, 1):
-            module.main(module.Args(data=DEMO, out=str(out / "main"), seeds=[seed], device="cpu", quiet=True, **SMALL, **BUDGET))
+            module.main(
+                module.Args(data=DEMO, out=str(out / "main"), seeds=[seed], device="cpu", quiet=True, **SMALL, **BUDGET)
+            )
     return out
 
 
 def test_a_job_array_trains_the_plan_run_by_run(undisturbed, tmp_path, capsys):
-    """The template's own command for the first run, with the number that Slurm sets, and the others here; the scripts' bits."""
-    template = (ROOT / "docs/slurm/array.sbatch").read_text().splitlines()[-1].replace("exec srun python", sys.executable)
-    line = template.replace('"$@"', f"--data {DEMO} --methods bc comadice --seeds 0 1 --out {tmp_path} {' '.join(WORDS)}")
-    done = subprocess.run(["bash", "-euc", line], cwd=ROOT, env=os.environ | {"SLURM_ARRAY_TASK_ID": "0"}, capture_output=True, text=True)
+    """The first run is the template's own command, with the number that Slurm sets. The others run in this process.
+
+    All have the bits of the plain scripts' runs.
+    """
+    template = (
+        (ROOT / "docs/slurm/array.sbatch").read_text().splitlines()[-1].replace("exec srun python", sys.executable)
+    )
+    line = template.replace(
+        '"$@"', f"--data {DEMO} --methods bc comadice --seeds 0 1 --out {tmp_path} {' '.join(WORDS)}"
+    )
+    done = subprocess.run(
+        ["bash", "-euc", line], cwd=ROOT, env=os.environ | {"SLURM_ARRAY_TASK_ID": "0"}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert Counter(run.state for run in Board(tmp_path).read()) == {"done": 1, "waiting": 3}
     args = paper.Args(data=[DEMO], methods=["bc", "comadice"], seeds=[0, 1], out=str(tmp_path), **BUDGET)
@@ -148,26 +184,32 @@ def test_the_templates_are_shell(name):
 
 
 def test_what_becomes_of_a_task(tmp_path, monkeypatch):
-    """Finished; input that can't be used; seeds that diverge; an error of the code; and another process in the run's directory."""
+    """A task can finish or fail.
+
+    It fails by input that can't be used, seeds that diverge, an error of the code, or another process in its directory.
+    """
     (cell,) = cells_of(tmp_path, data=[DEMO], methods=["bc"], seeds=[0, 1], extra={"bc": SMALL})
     assert grid.train(cell, [0], "cpu") == ("finished", "") and cell.finished(0) and not cell.finished(1)
 
     (other,) = cells_of(tmp_path, data=[DEMO], methods=["bc"], seeds=[0, 1], extra={"bc": SMALL | {"lr": 0.1}})
     outcome, line = grid.train(other, [0], "cpu")
-    assert not other.finished(0) and outcome == "input" and "was started with other arguments (lr 0.001, not 0.1)" in line
+    assert not other.finished(0) and outcome == "input"
+    assert "was started with other arguments (lr 0.001, not 0.1)" in line
     assert other.failure().read_text() == line + "\n"
     assert {run.state for run in Board(tmp_path).read()} == {"done"}  # that failure is not this run's
 
     (lost,) = cells_of(tmp_path / "b", data=[DEMO], methods=["bc"], seeds=[0, 1], extra={"bc": SMALL | {"lr": 1e30}})
     outcome, line = grid.train(lost, [1], "cpu")
-    assert outcome == "failed" and line.startswith("seed 1 diverged") and lost.failure(1).exists() and not lost.failure().exists()
+    assert outcome == "failed" and line.startswith("seed 1 diverged") and lost.failure(1).exists()
+    assert not lost.failure().exists()
 
     def broken(args):
         raise RuntimeError("a bug\nin two lines")
 
     monkeypatch.setattr(comadice_bc, "main", broken)
     outcome, line = grid.train(cell, [1], "cpu")
-    assert outcome == "failed" and line.startswith("RuntimeError: a bug (traceback: ") and "in broken" in Path(line.split(": ")[-1].rstrip(")")).read_text()
+    assert outcome == "failed" and line.startswith("RuntimeError: a bug (traceback: ")
+    assert "in broken" in Path(line.split(": ")[-1].rstrip(")")).read_text()
     monkeypatch.setattr(grid, "PATIENCE", 1)
     monkeypatch.setattr(grid, "holder_of", lambda path: "process 5 on moon")
     assert grid.train(cell, [1], "cpu") == ("stopped", f"{cell.path(1)} is in use by process 5 on moon")
@@ -177,7 +219,8 @@ def test_the_demonstrations_data_are_data_like_any_other(tmp_path):
     """comadice_train.py given that folder's full path runs the demonstration, with BC beside it."""
     data = str(ROOT / "data/mamujoco/hopper/few-good")
     (cell,) = cells_of(tmp_path, data=[data], methods=["comadice"], seeds=[0], extra={"comadice": SMALL})
-    assert grid.train(cell, [0], "cpu")[0] == "finished" and [p.name for p in (tmp_path / "main/mamujoco/hopper/few-good").iterdir() if p.is_dir()] == ["comadice"]
+    assert grid.train(cell, [0], "cpu")[0] == "finished"
+    assert [p.name for p in (tmp_path / "main/mamujoco/hopper/few-good").iterdir() if p.is_dir()] == ["comadice"]
 
 
 # ---------------------------------------------------------------- progress
@@ -193,8 +236,14 @@ def test_progress_is_read_from_the_run_directories(undisturbed, tmp_path):
     (folder / "comadice/seed1/summary.json").unlink()  # stopped at its end
     (folder / "comadice/seed0/summary.json").unlink()
     state = load_checkpoint(folder / "comadice/seed0")  # halfway, after 10 s, and running
-    torch.save(state | {"step": 0, "critic_step": 30, "critic_seconds": 10.0, "wall": 0.0}, folder / "comadice/seed0/checkpoint.pt")
-    code = f"import sys, time; from pathlib import Path; from offline_data.lock import lock; lock(Path({str(folder / 'comadice/seed0')!r})); print('held', flush=True); time.sleep(60)"
+    torch.save(
+        state | {"step": 0, "critic_step": 30, "critic_seconds": 10.0, "wall": 0.0},
+        folder / "comadice/seed0/checkpoint.pt",
+    )
+    code = (
+        "import sys, time; from pathlib import Path; from offline_data.lock import lock; "
+        f"lock(Path({str(folder / 'comadice/seed0')!r})); print('held', flush=True); time.sleep(60)"
+    )
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
         now = time.time()
@@ -202,12 +251,21 @@ def test_progress_is_read_from_the_run_directories(undisturbed, tmp_path):
         runs = {run.name.removeprefix("main/mamujoco/hopper/demo/"): run for run in Board(tmp_path).read()}
         process.kill()
     states = {name: run.state for name, run in runs.items()}
-    assert states == {"bc/seed0": "done", "bc/seed1": "done", "bc/seed2": "failed", "bc/seed3": "failed", "comadice/seed0": "running",
-                      "comadice/seed1": "waiting", "comadice/seed2": "waiting", "comadice/seed3": "waiting"}
+    assert states == {
+        "bc/seed0": "done",
+        "bc/seed1": "done",
+        "bc/seed2": "failed",
+        "bc/seed3": "failed",
+        "comadice/seed0": "running",
+        "comadice/seed1": "waiting",
+        "comadice/seed2": "waiting",
+        "comadice/seed3": "waiting",
+    }
     assert runs["comadice/seed0"].text == "step 30 of 60" and runs["comadice/seed0"].left == pytest.approx(10, abs=5)
     assert runs["comadice/seed1"].text == "goes on at step 60 of 60" and runs["bc/seed2"].text == "no dataset"
     lines = show(list(runs.values()))
-    assert lines[0].split() == ["done", "running", "failed", "waiting"] and "failed   main/mamujoco/hopper/demo/bc/seed2 and 1 more: no dataset" in lines
+    assert lines[0].split() == ["done", "running", "failed", "waiting"]
+    assert "failed   main/mamujoco/hopper/demo/bc/seed2 and 1 more: no dataset" in lines
     again = Board(tmp_path).look("main/mamujoco/hopper/demo/comadice/seed0")  # its process was killed
     assert (again.state, again.text) == ("waiting", "goes on at step 30 of 60")
 
@@ -216,16 +274,26 @@ def test_ablation_reports_have_the_default_beside_them(tmp_path, capsys):
     """ComaDICE's default alpha, and the one between episodes, follow the data; they make no columns of their own."""
     for part, alpha, episodes in (("main", 11.33, 88.84), ("alpha0.1", 0.1, 0.78), ("alpha10", 10.0, 78.4)):
         for quality in ("medium", "expert"):
-            more = {"alpha": alpha * (1 + (part == "main" and quality == "expert")), "episode_alpha": episodes, "f": "soft_chi2"}
+            more = {
+                "alpha": alpha * (1 + (part == "main" and quality == "expert")),
+                "episode_alpha": episodes,
+                "f": "soft_chi2",
+            }
             make_run(tmp_path / part, seed=0, returns=[alpha], quality=quality, **more)
     make_run(tmp_path / "main", "bc", returns=[1.0], quality="expert")
     make_run(tmp_path / "f-kl", seed=0, returns=[3.0], quality="expert", alpha=22.66, episode_alpha=88.84, f="kl")
     paper.write_reports(str(tmp_path))
-    header = lambda name: next(line for line in (tmp_path / name / "report.md").read_text().splitlines() if line.startswith("| instance"))
+    header = lambda name: next(
+        line for line in (tmp_path / name / "report.md").read_text().splitlines() if line.startswith("| instance")
+    )
     assert header("report") == "| instance | data | bc | comadice |"
-    assert header("report-alpha") == "| instance | data | comadice alpha=0.1 | comadice alpha=10 | comadice alpha=default |"
+    assert (
+        header("report-alpha")
+        == "| instance | data | comadice alpha=0.1 | comadice alpha=10 | comadice alpha=default |"
+    )
     assert header("report-f") == "| instance | data | comadice f=kl | comadice f=soft_chi2 |"
-    assert (tmp_path / "report-alpha/ablation_alpha_mamujoco_return.png").exists() and (tmp_path / "report-f/ablation_f_mamujoco_return.png").exists()
+    assert (tmp_path / "report-alpha/ablation_alpha_mamujoco_return.png").exists()
+    assert (tmp_path / "report-f/ablation_f_mamujoco_return.png").exists()
     again = {path: path.read_bytes() for path in tmp_path.rglob("report*/*.csv")}
     paper.write_reports(str(tmp_path))
     assert again == {path: path.read_bytes() for path in tmp_path.rglob("report*/*.csv")}
@@ -239,7 +307,11 @@ def test_durations():
 
 
 def test_without_ray_there_is_one_line(tmp_path):
-    code = "import sys; sys.modules['ray'] = None; import runpy; runpy.run_module('benchmarks.paper', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code, "--data", DEMO, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    code = (
+        "import sys; sys.modules['ray'] = None; import runpy; runpy.run_module('benchmarks.paper', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--data", DEMO, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2 and done.stderr.startswith("error: Ray is missing: pip install -r requirements-ray.txt")
     assert len(done.stderr.splitlines()) == 1

@@ -1,4 +1,7 @@
-"""ratio.png says which episodes the method prefers: on made datasets whose good episodes are known, and on a real run."""
+"""ratio.png shows which episodes the method prefers.
+
+Tested on made datasets whose good episodes are known, and on a real run.
+"""
 
 import math
 
@@ -25,7 +28,11 @@ def made_rows() -> TensorDict:
         done += [False] * (T - 1) + [True, False]
         episode += [e] * (T + 1)
     column = lambda x, dtype: torch.tensor(x, dtype=dtype)[:, None]
-    keys = {"reward": column(reward, torch.float64), "done": column(done, torch.bool), "episode": column(episode, torch.int64)}
+    keys = {
+        "reward": column(reward, torch.float64),
+        "done": column(done, torch.bool),
+        "episode": column(episode, torch.int64),
+    }
     return TensorDict(keys, [len(reward)])
 
 
@@ -76,8 +83,19 @@ def test_a_ratio_that_is_no_weight(w):
 @pytest.fixture(scope="module")
 def run(hopper_data, tmp_path_factory):
     out = tmp_path_factory.mktemp("ratio")
-    comadice_train.main(comadice_train.Args(data=str(hopper_data), out=str(out), steps=4, evals=2, eval_episodes=2, hidden=8,
-                                            quiet=True, device="cpu", seeds=[0, 1]))
+    comadice_train.main(
+        comadice_train.Args(
+            data=str(hopper_data),
+            out=str(out),
+            steps=4,
+            evals=2,
+            eval_episodes=2,
+            hidden=8,
+            quiet=True,
+            device="cpu",
+            seeds=[0, 1],
+        )
+    )
     return out / "mamujoco/hopper/random/comadice/seed1"
 
 
@@ -105,8 +123,18 @@ def test_nu_at_the_initial_states_is_recorded(run, hopper_data):
 
 
 def test_what_has_no_ratio(run, hopper_data, tmp_path):
-    comadice_bc.main(comadice_bc.Args(data=str(hopper_data), out=str(tmp_path), steps=2, evals=1, eval_episodes=1, hidden=8,
-                                      quiet=True, device="cpu"))
+    comadice_bc.main(
+        comadice_bc.Args(
+            data=str(hopper_data),
+            out=str(tmp_path),
+            steps=2,
+            evals=1,
+            eval_episodes=1,
+            hidden=8,
+            quiet=True,
+            device="cpu",
+        )
+    )
     with pytest.raises(BadInput, match="holds no ratio"):
         ratio_picture.main(ratio_picture.Args(str(tmp_path / "mamujoco/hopper/random/bc/seed0")))
     with pytest.raises(BadInput, match="name its directory with --data"):

@@ -1,4 +1,7 @@
-"""The benchmark on Ray: a killed worker, a killed command and bad input change no bit of the other runs. Skipped without Ray."""
+"""The benchmark on Ray. Skipped without Ray.
+
+A killed worker, a killed command and bad input change no bit of the other runs.
+"""
 
 import importlib.metadata
 import os
@@ -22,15 +25,21 @@ ray = pytest.importorskip("ray", reason="Ray is not installed (requirements-ray.
 
 def command(out, *words, **options):
     """python -m benchmarks.paper in a process of its own."""
-    line = [sys.executable, "-m", "benchmarks.paper", "--data", DEMO, "--methods", "bc", "comadice", "--seeds", "0", "1", "--out", str(out), *words, *WORDS]
-    return subprocess.Popen(line, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **options)
+    line = [
+        sys.executable, "-m", "benchmarks.paper", "--data", DEMO, "--methods", "bc", "comadice", "--seeds", "0", "1",
+        "--out", str(out), *words, *WORDS,
+    ]  # fmt: skip
+    return subprocess.Popen(
+        line, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **options
+    )
 
 
 def wait_for(what, process, seconds=600):
     """Until what() is true."""
     until = time.monotonic() + seconds
     while not (found := what()):
-        assert process.poll() is None and time.monotonic() < until, process.stdout.read() if process.poll() is not None else "in vain"
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < until, "in vain"
         time.sleep(0.05)
     return found
 
@@ -54,7 +63,10 @@ def kill_one(out: Path, process, driver: bool):
 
 
 def test_a_lost_worker_and_bad_input(undisturbed, tmp_path):
-    """The killed worker's task is begun again and ends with the same bits. The cells of a missing dataset fail once, with their line."""
+    """The killed worker's task is begun again and ends with the same bits.
+
+    The cells of a missing dataset fail once, with their line.
+    """
     process = command(tmp_path, "--only", "smax/no_such_task/medium")
     kill_one(tmp_path, process, driver=False)
     said = finish(process)
@@ -83,10 +95,14 @@ def test_a_killed_driver(undisturbed, tmp_path):
 
 
 def test_ray_beside_the_protobuf_of_smacv2():
-    """smacv2 pins protobuf below 3.21. Where that is installed, the tests above ran with it; this says whether it is."""
+    """smacv2 pins protobuf below 3.21. This test says whether it is installed. If so, the tests above ran with it."""
     protobuf = pytest.importorskip("google.protobuf", reason="protobuf is not installed")
     if tuple(map(int, protobuf.__version__.split(".")[:2])) >= (3, 21):
-        pytest.skip(f"protobuf {protobuf.__version__} is installed; smacv2 needs one below 3.21: pip install 'protobuf<3.21'")
-    needed = [line for line in importlib.metadata.requires("ray") if line.startswith("protobuf") and "extra" not in line]
+        pytest.skip(
+            f"protobuf {protobuf.__version__} is installed; smacv2 needs one below 3.21: pip install 'protobuf<3.21'"
+        )
+    needed = [
+        line for line in importlib.metadata.requires("ray") if line.startswith("protobuf") and "extra" not in line
+    ]
     assert needed and all(protobuf.__version__ in Requirement(line).specifier for line in needed)
     assert ray.__version__

@@ -17,12 +17,34 @@ from environments.checks import BadInput
 INSTANCE = {"env": "mamujoco", "task": "hopper", "quality": "medium-replay"}
 
 
-def make_run(root, algo="comadice", seed=0, returns=(1.0,), winrates=None, engine="MuJoCo", data_return=234.5, steps=100, **config) -> Path:
+def make_run(
+    root,
+    algo="comadice",
+    seed=0,
+    returns=(1.0,),
+    winrates=None,
+    engine="MuJoCo",
+    data_return=234.5,
+    steps=100,
+    **config,
+) -> Path:
     """A finished run directory with these evaluations."""
     name = INSTANCE | {k: config.pop(k) for k in tuple(config) if k in INSTANCE}
     run = Path(root, *name.values(), algo, f"seed{seed}")
     run.mkdir(parents=True)
-    arguments = name | {"algo": algo, "seed": seed, "steps": steps, "evals": len(returns), "out": str(root), "seeds": [seed], "data": None} | config
+    arguments = (
+        name
+        | {
+            "algo": algo,
+            "seed": seed,
+            "steps": steps,
+            "evals": len(returns),
+            "out": str(root),
+            "seeds": [seed],
+            "data": None,
+        }
+        | config
+    )
     (run / "config.json").write_text(json.dumps(arguments))
     with open(run / "metrics.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, ["stage", "step", "return", "winrate"])
@@ -30,8 +52,15 @@ def make_run(root, algo="comadice", seed=0, returns=(1.0,), winrates=None, engin
         writer.writerow({"stage": "critics", "step": 1})
         for i, value in enumerate(returns):
             won = "" if winrates is None else winrates[i]
-            writer.writerow({"stage": "policy", "step": steps * (i + 1) // len(returns), "return": value, "winrate": won})
-    summary = {"return": returns[-1], "winrate": winrates and winrates[-1], "engine": engine, "dataset_return": data_return}
+            writer.writerow(
+                {"stage": "policy", "step": steps * (i + 1) // len(returns), "return": value, "winrate": won}
+            )
+    summary = {
+        "return": returns[-1],
+        "winrate": winrates and winrates[-1],
+        "engine": engine,
+        "dataset_return": data_return,
+    }
     (run / "summary.json").write_text(json.dumps(summary))
     return run
 
@@ -44,7 +73,10 @@ def report(root, **flags) -> tuple[str, list[dict]]:
 
 
 def test_means_and_deviations_over_seeds(tmp_path):
-    """A seed's score is its mean over the last share of evaluations; 30, 50 and 100: mean 60, sample standard deviation sqrt(2600 / 2)."""
+    """A seed's score is its mean over the last share of evaluations.
+
+    The scores are 30, 50 and 100: mean 60, sample standard deviation sqrt(2600 / 2).
+    """
     for seed, last in enumerate((30.0, 50.0, 100.0)):
         make_run(tmp_path, "comadice", seed, [-1000.0] * 8 + [last - 10, last + 10], alpha=1.0)
         make_run(tmp_path, "bc", seed, [40.0] * 10)
@@ -67,29 +99,59 @@ def test_a_method_whose_name_has_a_dot(tmp_path):
     for algo in ("bc-best2.5", "bc-best10", "bc"):
         make_run(tmp_path, algo, returns=[3.0])
     text, rows = report(tmp_path)
-    assert [row["method"] for row in rows] == ["bc-best2.5", "bc", "bc-best10"] and text.endswith("## Missing and left out\n\n- nothing\n")
+    assert [row["method"] for row in rows] == ["bc-best2.5", "bc", "bc-best10"]
+    assert text.endswith("## Missing and left out\n\n- nothing\n")
 
 
 def test_winrates_have_a_table_of_their_own(tmp_path):
     for seed, won in enumerate((0.25, 0.75)):
-        make_run(tmp_path, seed=seed, returns=[10.0], winrates=[won], env="smacv2", task="zerg_5_vs_5", quality="medium", engine="StarCraft II")
-        make_run(tmp_path, seed=seed, returns=[1.0], winrates=[won], env="smax", task="zerg_5_vs_5", quality="medium", engine="SMAX")
+        make_run(
+            tmp_path,
+            seed=seed,
+            returns=[10.0],
+            winrates=[won],
+            env="smacv2",
+            task="zerg_5_vs_5",
+            quality="medium",
+            engine="StarCraft II",
+        )
+        make_run(
+            tmp_path,
+            seed=seed,
+            returns=[1.0],
+            winrates=[won],
+            env="smax",
+            task="zerg_5_vs_5",
+            quality="medium",
+            engine="SMAX",
+        )
     text, rows = report(tmp_path)
     parts = text.split("## ")
-    assert [part.splitlines()[0] for part in parts[1:5]] == [f"{env}: {m}" for env in ("smacv2", "smax") for m in ("return", "winrate (% of battles won)")]
+    assert [part.splitlines()[0] for part in parts[1:5]] == [
+        f"{env}: {m}" for env in ("smacv2", "smax") for m in ("return", "winrate (% of battles won)")
+    ]
     assert "**50.0 ± 35.4**" in parts[2] and "31.2 ± 7.7" in parts[2]  # Table 9
-    assert "**50.0 ± 35.4**" in parts[4] and "the paper's" not in parts[3] + parts[4]  # another engine than the paper's
+    assert "**50.0 ± 35.4**" in parts[4]
+    assert "the paper's" not in parts[3] + parts[4]  # another engine than the paper's
     assert {row["paper_mean"] for row in rows if row["env"] == "smax"} == {""}
-    assert {path.name for path in (tmp_path / "report").glob("*.png")} == {f"curves_{e}_{m}.png" for e in ("smacv2", "smax") for m in ("return", "winrate")}
+    assert {path.name for path in (tmp_path / "report").glob("*.png")} == {
+        f"curves_{e}_{m}.png" for e in ("smacv2", "smax") for m in ("return", "winrate")
+    }
 
 
 def test_other_arguments_are_never_averaged(tmp_path):
-    """alpha 0.1 and 10 stand in columns of their own beside the paper's ablation (Table 12) and are drawn; the place of the run makes no difference."""
+    """alpha 0.1 and 10 are drawn and stand in columns of their own, beside the paper's ablation (Table 12).
+
+    The place of the run makes no difference.
+    """
     for alpha in (0.1, 10.0):
         for seed in (0, 1):
             make_run(tmp_path / f"alpha{alpha:g}", seed=seed, returns=[alpha * 10 + seed], alpha=alpha, f="soft_chi2")
     text, rows = report(tmp_path)
-    assert [(row["setting"], float(row["mean"]), row["paper_mean"]) for row in rows] == [("alpha=0.1", 1.5, "109.6"), ("alpha=10", 100.5, "906.3")]
+    assert [(row["setting"], float(row["mean"]), row["paper_mean"]) for row in rows] == [
+        ("alpha=0.1", 1.5, "109.6"),
+        ("alpha=10", 100.5, "906.3"),
+    ]
     assert "| comadice alpha=0.1 | comadice alpha=10 |" in text
     assert (tmp_path / "report/ablation_alpha_mamujoco_return.png").stat().st_size > 5000
     assert not (tmp_path / "report/ablation_f_mamujoco_return.png").exists()
@@ -99,7 +161,10 @@ def test_runs_evaluated_more_often_are_never_averaged(tmp_path):
     make_run(tmp_path / "a", seed=0, returns=[1.0] * 10)
     make_run(tmp_path / "b", seed=1, returns=[3.0] * 20)
     text, rows = report(tmp_path)
-    assert [(row["setting"], float(row["mean"]), row["seeds"]) for row in rows] == [("evals=10", 1.0, "0"), ("evals=20", 3.0, "1")]
+    assert [(row["setting"], float(row["mean"]), row["seeds"]) for row in rows] == [
+        ("evals=10", 1.0, "0"),
+        ("evals=20", 3.0, "1"),
+    ]
     assert "evals=10: no seed 1" in text
 
 
@@ -148,9 +213,16 @@ def damage(run: Path, how: str):
 @pytest.mark.parametrize(
     "how, why",
     [
-        ("no summary", "not finished: 100 of 100 steps"), ("only config", "not finished: no metrics.csv"), ("no rollouts", "not rolled out"),
-        ("not json", "config.json"), ("foreign config", "not that of a run of this project"), ("no config", "not a run directory"),
-        ("cut", "has 1 evaluations up to step 50"), ("nan", "can't be a return or winrate"), ("text", "damaged"), ("other table", "damaged"),
+        ("no summary", "not finished: 100 of 100 steps"),
+        ("only config", "not finished: no metrics.csv"),
+        ("no rollouts", "not rolled out"),
+        ("not json", "config.json"),
+        ("foreign config", "not that of a run of this project"),
+        ("no config", "not a run directory"),
+        ("cut", "has 1 evaluations up to step 50"),
+        ("nan", "can't be a return or winrate"),
+        ("text", "damaged"),
+        ("other table", "damaged"),
     ],
 )
 def test_a_run_that_is_left_out_is_named(how, why, tmp_path, capsys):
@@ -171,14 +243,20 @@ def test_foreign_folders_and_copies(tmp_path):
     make_run(tmp_path / "copy", returns=[9.0])
     text, rows = report(tmp_path)
     assert len(rows) == 1 and rows[0]["seeds"] == "0"
-    assert f"- left out {tmp_path}/notes: not a run directory of this project" in text and text.count("- left out") == 2 and "the same run as" in text
+    assert f"- left out {tmp_path}/notes: not a run directory of this project" in text
+    assert text.count("- left out") == 2 and "the same run as" in text
     again, _ = report(tmp_path)  # the report of the first time is no run
     assert again == text
 
 
-@pytest.mark.parametrize("change", [
-    {"seed": "1"}, {"seed": True}, {"seed": None}, {"env": ["a"]}, {"algo": {}}, {"task": "../../x"}, {"algo": ".."}, {"task": "a|b"}, {"quality": ""}, {"steps": 0},
-    {"steps": "100"}, {"evals": 7}, {"evals": None}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": "1"}, {"seed": True}, {"seed": None}, {"env": ["a"]}, {"algo": {}}, {"task": "../../x"},
+        {"algo": ".."}, {"task": "a|b"}, {"quality": ""}, {"steps": 0}, {"steps": "100"}, {"evals": 7},
+        {"evals": None},
+    ],
+)  # fmt: skip
 def test_odd_arguments_leave_a_run_out(change, tmp_path):
     make_run(tmp_path, seed=0)
     run = make_run(tmp_path, seed=1)
@@ -188,12 +266,16 @@ def test_odd_arguments_leave_a_run_out(change, tmp_path):
 
 
 def test_arguments_that_are_new_or_null_are_told_apart(tmp_path):
-    """Runs from before an argument existed, with null, and with close numbers are four cells, whatever their columns are called."""
+    """Four cells: runs from before an argument existed, with null, and with two close numbers.
+
+    They stay apart, whatever their columns are called.
+    """
     make_run(tmp_path / "a", returns=[1.0])
     for i, mass in enumerate((None, 0.5, 0.5 + 1e-12)):
         make_run(tmp_path / f"b{i}", returns=[2.0 + i], mass=mass)
     text, rows = report(tmp_path)
-    assert sorted(float(row["mean"]) for row in rows) == [1, 2, 3, 4] and all(f"{x}.000 (1 seed)" in text for x in (1, 2, 3, 4))
+    assert sorted(float(row["mean"]) for row in rows) == [1, 2, 3, 4]
+    assert all(f"{x}.000 (1 seed)" in text for x in (1, 2, 3, 4))
     assert {row["paper_mean"] for row in rows} == {""}  # which of them would be the paper's?
 
 
@@ -220,7 +302,10 @@ def test_the_report_replaces_only_a_report(tmp_path):
     assert not stale.exists()
 
 
-@pytest.mark.parametrize("flags, match", [({"runs": "nowhere"}, "no folder at nowhere"), ({"last": 0.0}, "--last"), ({}, "no finished run below")])
+@pytest.mark.parametrize(
+    "flags, match",
+    [({"runs": "nowhere"}, "no folder at nowhere"), ({"last": 0.0}, "--last"), ({}, "no finished run below")],
+)
 def test_bad_input(flags, match, tmp_path):
     with pytest.raises(BadInput, match=match):
         support.report.main(support.report.Args(**{"runs": str(tmp_path)} | flags))
@@ -229,11 +314,25 @@ def test_bad_input(flags, match, tmp_path):
 
 def test_runs_of_a_training_script(hopper_data, tmp_path):
     """What comadice_bc.py writes is read: the report's score is that of summary.json."""
-    args = comadice_bc.Args(data=str(hopper_data), out=str(tmp_path), steps=4, evals=4, eval_episodes=2, hidden=16, batch_size=8, seeds=[0, 1], device="cpu")
+    args = comadice_bc.Args(
+        data=str(hopper_data),
+        out=str(tmp_path),
+        steps=4,
+        evals=4,
+        eval_episodes=2,
+        hidden=16,
+        batch_size=8,
+        seeds=[0, 1],
+        device="cpu",
+    )
     comadice_bc.main(args)
     _, rows = report(tmp_path)
-    returns = [json.loads((tmp_path / f"mamujoco/hopper/random/bc/seed{seed}/summary.json").read_text())["return"] for seed in (0, 1)]
-    assert [row["method"] for row in rows] == ["bc"] and float(rows[0]["mean"]) == pytest.approx(sum(returns) / 2, rel=1e-6)
+    returns = [
+        json.loads((tmp_path / f"mamujoco/hopper/random/bc/seed{seed}/summary.json").read_text())["return"]
+        for seed in (0, 1)
+    ]
+    assert [row["method"] for row in rows] == ["bc"]
+    assert float(rows[0]["mean"]) == pytest.approx(sum(returns) / 2, rel=1e-6)
 
 
 # ---------------------------------------------------------------- the paper's numbers
@@ -244,7 +343,9 @@ def drawn(monkeypatch) -> list[Figure]:
     """The figures that are saved from now on."""
     figures = []
     save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: (figures.append(self), save(self, *args, **kwargs)))
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **kwargs: (figures.append(self), save(self, *args, **kwargs))
+    )
     return figures
 
 
@@ -270,16 +371,30 @@ def test_bands_are_the_standard_error_and_say_so(tmp_path, drawn):
 
 
 def test_winrates_are_drawn_from_0_to_100(tmp_path, drawn):
-    make_run(tmp_path, returns=[1.0, 2.0], winrates=[0.4, 0.5], env="smax", task="zerg_5_vs_5", quality="medium", engine="SMAX")
+    make_run(
+        tmp_path,
+        returns=[1.0, 2.0],
+        winrates=[0.4, 0.5],
+        env="smax",
+        task="zerg_5_vs_5",
+        quality="medium",
+        engine="SMAX",
+    )
     axis, legend = curves_of(tmp_path, "winrate", drawn)
     assert axis.get_ylim() == (0, 100) and legend.get_title().get_text() == "one seed"
     assert axis.get_lines()[0].get_ydata().tolist() == [40, 50]
 
 
-@pytest.mark.parametrize("methods, coloured", [
-    ({"bc": 1, "omiga": 5, "comadice": 2, "icq": 3, "cql": 4}, {"bc", "omiga", "comadice", "icq", "cql"}),
-    ({"bc": 3, "bcq": 2, "cql": 7, "icq": 6, "omar": 5, "omiga": 4, "comadice": 1}, {"comadice", "cql", "icq", "omar"}),
-])
+@pytest.mark.parametrize(
+    "methods, coloured",
+    [
+        ({"bc": 1, "omiga": 5, "comadice": 2, "icq": 3, "cql": 4}, {"bc", "omiga", "comadice", "icq", "cql"}),
+        (
+            {"bc": 3, "bcq": 2, "cql": 7, "icq": 6, "omar": 5, "omiga": 4, "comadice": 1},
+            {"comadice", "cql", "icq", "omar"},
+        ),
+    ],
+)
 def test_of_many_methods_the_best_few_are_in_colour(methods, coloured, tmp_path, drawn):
     """ComaDICE always is, as here where it is the worst."""
     for algo, value in methods.items():
@@ -288,7 +403,9 @@ def test_of_many_methods_the_best_few_are_in_colour(methods, coloured, tmp_path,
     lines = {line.get_label(): line for line in axis.get_lines() if line.get_label() != "behaviour data"}
     assert lines.keys() == methods.keys()
     assert {name for name, line in lines.items() if line.get_color() != "0.6"} == coloured
-    assert len({(line.get_color(), str(line._dash_pattern)) for line in lines.values()}) == len(methods), "no two look alike"
+    assert len({(line.get_color(), str(line._dash_pattern)) for line in lines.values()}) == len(methods), (
+        "no two look alike"
+    )
 
 
 def test_what_loggers_left_in_a_run_is_no_run(tmp_path):
@@ -305,7 +422,9 @@ def paper() -> dict[int, dict]:
     tables = defaultdict(dict)
     with open(support.report.PAPER, newline="") as file:
         for row in csv.DictReader(file):
-            tables[int(row["table"])][tuple(row[k] for k in ("env", "task", "quality", "metric", "method", "setting"))] = (row["mean"], row["std"])
+            tables[int(row["table"])][
+                tuple(row[k] for k in ("env", "task", "quality", "metric", "method", "setting"))
+            ] = (row["mean"], row["std"])
     return tables
 
 
@@ -327,5 +446,6 @@ def test_paper_tables_cover_the_39_instances():
     for number in (5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 18, 19, 20, 21, 22, 23, 24):
         methods = 7 if number < 10 else 5 if number < 15 else 3 if number < 20 else 2
         instances = {key[:3] for key in tables[number]}
-        assert len(instances) == (15 if ("smacv2", "zerg_5_vs_5", "medium") in instances else 12) and len(tables[number]) == methods * len(instances), number
+        assert len(instances) == (15 if ("smacv2", "zerg_5_vs_5", "medium") in instances else 12), number
+        assert len(tables[number]) == methods * len(instances), number
     assert 17 not in tables and len(tables[10]) == 57

@@ -128,7 +128,6 @@ def test_a_stop_in_a_callback_is_not_lost():
     assert done.stderr.strip().startswith("stopped by SIGTERM") and "Traceback" not in done.stderr
 
 
-
 def stop_in(monkeypatch, module, name: str, call: int, number=signal.SIGTERM):
     """A signal arrives in the call-th call of module.name."""
     original, calls = getattr(module, name), []
@@ -160,14 +159,24 @@ def wholes(hopper_data, run, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("algo, module, name, call", STOPS)
-def test_stop_saves_and_goes_on_to_the_same_bits(algo, module, name, call, hopper_data, wholes, tmp_path, monkeypatch, capsys):
+def test_stop_saves_and_goes_on_to_the_same_bits(
+    algo, module, name, call, hopper_data, wholes, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(sys, "orig_argv", ["python", "script.py", "--data", "a b", "--overwrite"])
     with monkeypatch.context() as patch:
         stop_in(patch, module, name, call, signal.SIGINT if call % 2 else signal.SIGTERM)
         code, who = (130, "Ctrl-C") if call % 2 else (143, "SIGTERM")
-        ends(capsys, algo, hopper_data, tmp_path, code, f"^stopped by {who}; to go on: python script.py --data 'a b' --resume$")
+        ends(
+            capsys,
+            algo,
+            hopper_data,
+            tmp_path,
+            code,
+            f"^stopped by {who}; to go on: python script.py --data 'a b' --resume$",
+        )
     stopped = load_checkpoint(folder(tmp_path, algo)) if (folder(tmp_path, algo) / "checkpoint.pt").exists() else None
-    if name in ("critic_losses", "policy_losses", "policy_loss"):  # the state at the end of the group of batches is kept
+    # the state at the end of the group of batches is kept
+    if name in ("critic_losses", "policy_losses", "policy_loss"):
         step = stopped["critic_step"] if name == "critic_losses" else stopped["step"]
         assert step == {3: 16, 7: 16, 20: 20, 24: 36, 33: 36, 40: 40}[call]
     torch.manual_seed(1234)  # a new process has another random state
@@ -177,23 +186,37 @@ def test_stop_saves_and_goes_on_to_the_same_bits(algo, module, name, call, hoppe
 
 
 @pytest.mark.parametrize("seeds", [[0], [0, 1]], ids=len)
-def test_the_row_of_an_evaluation_that_was_cut_short_leaves_the_state_alone(seeds, hopper_data, wholes, tmp_path, monkeypatch, capsys):
+def test_the_row_of_an_evaluation_that_was_cut_short_leaves_the_state_alone(
+    seeds, hopper_data, wholes, tmp_path, monkeypatch, capsys
+):
     """Stopped in an evaluation, gone on with to the moment when its row is saved, killed there, gone on with."""
     whole = train("bc", hopper_data, tmp_path / "whole", seeds=seeds)
     with monkeypatch.context() as patch:
         stop_in(patch, comadice_bc, "evaluation", 1)
         ends(capsys, "bc", hopper_data, tmp_path, 143, "stopped by SIGTERM", seeds=seeds)
     before = load_checkpoint(folder(tmp_path, "bc"))
-    assert [own["row"]["step"] for own in before["unplayed"]] == [20] and not before["metrics"] and 20 <= before["step"] < 40
+    assert [own["row"]["step"] for own in before["unplayed"]] == [20] and not before["metrics"]
+    assert 20 <= before["step"] < 40
     saved = []
     with monkeypatch.context() as patch:
         original = support.runs.save_checkpoint
-        patch.setattr(support.runs, "save_checkpoint", lambda *a: (original(*a), saved.append(1), len(saved) == len(seeds) and os.kill(os.getpid(), signal.SIGKILL)))
-        child = multiprocessing.get_context("fork").Process(target=train, args=("bc", hopper_data, tmp_path), kwargs={"seeds": seeds, "resume": True})
+        patch.setattr(
+            support.runs,
+            "save_checkpoint",
+            lambda *a: (
+                original(*a),
+                saved.append(1),
+                len(saved) == len(seeds) and os.kill(os.getpid(), signal.SIGKILL),
+            ),
+        )
+        child = multiprocessing.get_context("fork").Process(
+            target=train, args=("bc", hopper_data, tmp_path), kwargs={"seeds": seeds, "resume": True}
+        )
         child.start()
         child.join()
     after = load_checkpoint(folder(tmp_path, "bc"))
-    assert child.exitcode == -signal.SIGKILL and [row["step"] for row in after["metrics"]] == [20] and after["unplayed"] == []
+    assert child.exitcode == -signal.SIGKILL and [row["step"] for row in after["metrics"]] == [20]
+    assert after["unplayed"] == []
     assert all(same(after[part], before[part]) for part in ("step", "policy", "eta", "policy_optimizer", "generator"))
     train("bc", hopper_data, tmp_path, resume=True, seeds=seeds)
     for seed in seeds:
@@ -224,7 +247,10 @@ def test_a_stop_before_training_writes_nothing(hopper_data, tmp_path, monkeypatc
 
 def command(data, out, *more) -> list[str]:
     words = [f"--{k.replace('_', '-')}={v}" for k, v in TINY.items() if k != "quiet"]
-    return [sys.executable, str(ROOT / "comadice_train.py"), "--data", str(data), "--out", str(out), "--quiet", *words, *more]
+    return [
+        sys.executable, str(ROOT / "comadice_train.py"), "--data", str(data), "--out", str(out), "--quiet", *words,
+        *more,
+    ]  # fmt: skip
 
 
 def test_a_terminal_s_ctrl_c_with_simulator_processes(hopper_data, tmp_path):
@@ -245,7 +271,9 @@ def test_a_terminal_s_ctrl_c_with_simulator_processes(hopper_data, tmp_path):
             os.killpg(process.pid, 0)
         except ProcessLookupError:
             break
-        left = subprocess.run(["ps", "-o", "pid,stat,args", "-g", str(process.pid)], capture_output=True, text=True).stdout
+        left = subprocess.run(
+            ["ps", "-o", "pid,stat,args", "-g", str(process.pid)], capture_output=True, text=True
+        ).stdout
         assert time.monotonic() < deadline, f"left running: {left}"
         time.sleep(0.1)
 
@@ -264,7 +292,10 @@ def test_batches_end_where_a_stop_is_asked_for(hopper_data, monkeypatch):
 
 # ---------------------------------------------------------------- one process in a run directory
 
-HOLD = "import sys, time; from pathlib import Path; from offline_data.lock import lock; lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+HOLD = (
+    "import sys, time; from pathlib import Path; from offline_data.lock import lock; "
+    "lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+)
 
 
 @pytest.fixture
@@ -273,7 +304,9 @@ def other():
     started = []
 
     def hold(path: Path) -> subprocess.Popen:
-        started.append(subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True, cwd=ROOT))
+        started.append(
+            subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        )
         assert started[-1].stdout.readline() == "held\n"
         return started[-1]
 
@@ -288,7 +321,16 @@ def test_a_second_process_is_refused(how, hopper_data, copy, tmp_path, other, ca
     process = other(copy)
     before = {p.name: p.read_bytes() for p in copy.iterdir()}
     # seed 7 has no directory yet: it must not be left either
-    ends(capsys, "comadice", hopper_data, tmp_path, 2, f"seed0 is in use by process {process.pid} on .*: wait for it or stop it", seeds=[7, 0], **how)
+    ends(
+        capsys,
+        "comadice",
+        hopper_data,
+        tmp_path,
+        2,
+        f"seed0 is in use by process {process.pid} on .*: wait for it or stop it",
+        seeds=[7, 0],
+        **how,
+    )
     assert {p.name: p.read_bytes() for p in copy.iterdir()} == before and not folder(tmp_path, "comadice", 7).exists()
     process.kill()
     process.wait()
@@ -307,7 +349,10 @@ def test_lock_of_a_removed_file(tmp_path):
 
 
 def test_who_holds_a_run_directory(tmp_path, other):
-    """Another process is named while it lives; what it leaves when it is killed counts as nobody. Looking takes nothing away."""
+    """Another process is named while it lives. What it leaves when it is killed counts as nobody.
+
+    Looking takes nothing away.
+    """
     assert lock.holder_of(tmp_path / "run") is None  # there is nothing
     process = other(tmp_path / "run")
     for _ in range(3):
@@ -319,8 +364,12 @@ def test_who_holds_a_run_directory(tmp_path, other):
     assert (tmp_path / "run/LOCK").exists() and lock.holder_of(tmp_path / "run") is None
     lock.lock(tmp_path / "run")
     assert lock.holder_of(tmp_path / "run") == "this process"
-    code = f"from pathlib import Path; from offline_data.lock import holder_of; print(holder_of(Path({str(tmp_path / 'run')!r})))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)  # after that look it is still held
+    code = (
+        "from pathlib import Path; from offline_data.lock import holder_of; "
+        f"print(holder_of(Path({str(tmp_path / 'run')!r})))"
+    )
+    # after that look it is still held
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.startswith(f"process {os.getpid()} on "), done.stderr
     lock.unlock(tmp_path / "run")
 
@@ -349,11 +398,14 @@ def damaged(kind: str, data: bytes, state: dict) -> bytes | dict:
     return {
         "empty": b"", "cut": data[:-1], "half": data[: len(data) // 2], "foreign": b"GIF89a" * 100,
         "zip": b"PK\x05\x06" + bytes(18), "object": state | {"policy": Path("x")}, "card": lacking("card", "obs_dim"),
-        "config": lacking("config", "hidden"), "metrics": state | {"metrics": [1]}, "seconds": state | {"seconds": None},
+        "config": lacking("config", "hidden"), "metrics": state | {"metrics": [1]},
+        "seconds": state | {"seconds": None},
     }[kind]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["empty", "cut", "half", "foreign", "zip", "object", "card", "config", "metrics", "seconds"])
+@pytest.mark.parametrize(
+    "kind", ["empty", "cut", "half", "foreign", "zip", "object", "card", "config", "metrics", "seconds"]
+)
 def test_damaged_checkpoint_is_one_line(kind, hopper_data, copy, tmp_path, capsys):
     file = copy / "checkpoint.pt"
     content = damaged(kind, file.read_bytes(), load_checkpoint(copy))
@@ -364,8 +416,17 @@ def test_damaged_checkpoint_is_one_line(kind, hopper_data, copy, tmp_path, capsy
 
 def test_removed_directory(hopper_data, tmp_path, monkeypatch, capsys):
     original = comadice_bc.policy_losses
-    monkeypatch.setattr(comadice_bc, "policy_losses", lambda *a: (shutil.rmtree(tmp_path / "runs", ignore_errors=True), original(*a))[1])
-    ends(capsys, "bc", hopper_data, tmp_path / "runs", 2, "^error: can't write .*was removed meanwhile; run the same command again with --resume")
+    monkeypatch.setattr(
+        comadice_bc, "policy_losses", lambda *a: (shutil.rmtree(tmp_path / "runs", ignore_errors=True), original(*a))[1]
+    )
+    ends(
+        capsys,
+        "bc",
+        hopper_data,
+        tmp_path / "runs",
+        2,
+        "^error: can't write .*was removed meanwhile; run the same command again with --resume",
+    )
 
 
 @pytest.mark.parametrize("call", [1, 2, 5, 9, 14])
@@ -382,7 +443,11 @@ def test_disk_that_is_full_or_read_only(call, error, hopper_data, wholes, tmp_pa
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
-        said = "no space left on .*; free some and run the same command again with --resume" if error == errno.ENOSPC else "read-only"
+        said = (
+            "no space left on .*; free some and run the same command again with --resume"
+            if error == errno.ENOSPC
+            else "read-only"
+        )
         ends(capsys, "comadice", hopper_data, tmp_path, 2, f"^error: .*{said}")
     assert not list(tmp_path.rglob("*.partial"))
     train("comadice", hopper_data, tmp_path, resume=True)
@@ -393,10 +458,16 @@ FULL = "mount -t tmpfs -o size=SIZEk tmpfs OUT || exit 77; COMMAND; code=$?; cp 
 
 
 def test_full_disks_of_20_sizes(hopper_data, tmp_path, monkeypatch, capsys):
-    """From a disk that holds nothing to one that holds it all. With more space and --resume a run has the bits of one that always had it."""
+    """From a disk that holds nothing to one that holds it all.
+
+    With more space and --resume a run has the bits of one that had enough space all along.
+    """
     monkeypatch.setattr(comadice_train, "try_eval_env", lambda *a: None)  # rollouts write nothing
     whole, disk, outcomes = train("comadice", hopper_data, tmp_path / "whole"), tmp_path / "disk", []
-    needed = sum(-(-file.stat().st_size // 4096) * 4 for file in whole.iterdir()) + (whole / "checkpoint.pt").stat().st_size // 1024
+    needed = (
+        sum(-(-file.stat().st_size // 4096) * 4 for file in whole.iterdir())
+        + (whole / "checkpoint.pt").stat().st_size // 1024
+    )
     for i in range(20):
         with small_disk(disk, 4 + i * needed // 18):
             try:
@@ -404,7 +475,9 @@ def test_full_disks_of_20_sizes(hopper_data, tmp_path, monkeypatch, capsys):
                 outcomes.append("finished")
             except BadInput as error:
                 outcomes.append("full")
-                assert re.search(f"^no space left on {disk}; free some and run the same command again with --resume", str(error)), error
+                assert re.search(
+                    f"^no space left on {disk}; free some and run the same command again with --resume", str(error)
+                ), error
                 capsys.readouterr()
                 remount(disk, "size=9m")
                 if (folder(disk, "comadice") / "checkpoint.pt").exists():
@@ -415,7 +488,8 @@ def test_full_disks_of_20_sizes(hopper_data, tmp_path, monkeypatch, capsys):
                 lock.unlock(folder(disk, "comadice"))  # as the end of the process does
                 train("comadice", hopper_data, disk, resume=True)
             assert same_run(folder(disk, "comadice"), whole)
-    assert set(outcomes) == {"full", "checkpoint", "finished"} and outcomes == sorted(outcomes, key=["full", "checkpoint", "finished"].index), outcomes
+    assert set(outcomes) == {"full", "checkpoint", "finished"}, outcomes
+    assert outcomes == sorted(outcomes, key=["full", "checkpoint", "finished"].index), outcomes
 
 
 def test_a_disk_that_is_mounted_read_only(hopper_data, tmp_path, capsys):
@@ -423,7 +497,15 @@ def test_a_disk_that_is_mounted_read_only(hopper_data, tmp_path, capsys):
         path = train("bc", hopper_data, tmp_path / "disk", steps=20, evals=1)
         before = {p.name: p.read_bytes() for p in path.iterdir()}
         remount(tmp_path / "disk", "ro")
-        ends(capsys, "bc", hopper_data, tmp_path / "disk", 2, f"^error: can't write .*: {tmp_path}/disk is mounted read-only; choose another folder$", resume=True)
+        ends(
+            capsys,
+            "bc",
+            hopper_data,
+            tmp_path / "disk",
+            2,
+            f"^error: can't write .*: {tmp_path}/disk is mounted read-only; choose another folder$",
+            resume=True,
+        )
         assert {p.name: p.read_bytes() for p in path.iterdir()} == before
 
 
@@ -433,7 +515,12 @@ def test_full_disk(size, hopper_data, wholes, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "kept").mkdir()
     words = shlex.join(command(hopper_data, tmp_path / "out"))
-    script = FULL.replace("COMMAND", words).replace("SIZE", str(size)).replace("OUT", str(tmp_path / "out")).replace("KEPT", str(tmp_path / "kept"))
+    script = (
+        FULL.replace("COMMAND", words)
+        .replace("SIZE", str(size))
+        .replace("OUT", str(tmp_path / "out"))
+        .replace("KEPT", str(tmp_path / "kept"))
+    )
     try:
         done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=120)
     except FileNotFoundError:
@@ -441,7 +528,9 @@ def test_full_disk(size, hopper_data, wholes, tmp_path):
     if done.returncode == 77 or "unshare" in done.stderr:
         pytest.skip("no mount namespaces for users here")
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert re.search(f"^error: .*no space left on {tmp_path}/out; free some and run", done.stderr.strip().splitlines()[-1]), done.stderr
+    assert re.search(
+        f"^error: .*no space left on {tmp_path}/out; free some and run", done.stderr.strip().splitlines()[-1]
+    ), done.stderr
     kept = tmp_path / "kept" / "out"
     assert not list(kept.rglob("*.partial"))
     train("comadice", hopper_data, kept, resume=True)
@@ -471,11 +560,26 @@ def diverging(monkeypatch, module, name: str, seed_index: int, step: int, value=
     monkeypatch.setattr(module, name, make)
 
 
-@pytest.mark.parametrize("module, name, step", [(comadice_train, "make_critic_update", 10), (comadice_train, "make_critic_update", 25), (comadice_bc, "make_policy_update", 25)])
+@pytest.mark.parametrize(
+    "module, name, step",
+    [
+        (comadice_train, "make_critic_update", 10),
+        (comadice_train, "make_critic_update", 25),
+        (comadice_bc, "make_policy_update", 25),
+    ],
+)
 @pytest.mark.parametrize("value", [float("nan"), 1e9])
 def test_one_of_three_seeds_diverges(module, name, step, value, hopper_data, tmp_path, monkeypatch, capsys):
     diverging(monkeypatch, module, name, 1, step, value)
-    printed = ends(capsys, "comadice", hopper_data, tmp_path, 1, "^error: seed 4 diverged: a parameter is not finite or above 10000 at step (20|40) of the (critics|policies); ", seeds=[3, 4, 5])
+    printed = ends(
+        capsys,
+        "comadice",
+        hopper_data,
+        tmp_path,
+        1,
+        "^error: seed 4 diverged: a parameter is not finite or above 10000 at step (20|40) of the (critics|policies); ",
+        seeds=[3, 4, 5],
+    )
     assert printed.count("error: ") == 1 and "nan" not in printed
     for seed in (3, 5):
         path = folder(tmp_path, "comadice", seed)
@@ -489,7 +593,9 @@ def test_one_of_three_seeds_diverges(module, name, step, value, hopper_data, tmp
 
 def test_every_seed_diverges(hopper_data, tmp_path, monkeypatch, capsys):
     for algo, wanted in (("bc", "policies"), ("icq", "step")):
-        printed = ends(capsys, algo, hopper_data, tmp_path, 2, "^error: every seed diverged", lr=1e6, seeds=[0, 1], lr_decay=False)
+        printed = ends(
+            capsys, algo, hopper_data, tmp_path, 2, "^error: every seed diverged", lr=1e6, seeds=[0, 1], lr_decay=False
+        )
         assert all(f"error: seed {seed} diverged" in printed and wanted in printed for seed in (0, 1))
         assert not list(tmp_path.rglob("summary.json"))
 
@@ -516,7 +622,13 @@ def test_a_finished_run_is_extended(algo, hopper_data, tmp_path, capsys):
     old = load_checkpoint(path)
     train(algo, hopper_data, tmp_path, resume=True, steps=60, evals=3)
     state, summary = load_checkpoint(path), json.loads((path / "summary.json").read_text())
-    assert state["step"] == summary["steps"] == 60 == json.loads((path / "config.json").read_text())["steps"] == state["config"]["steps"]
+    assert (
+        state["step"]
+        == summary["steps"]
+        == 60
+        == json.loads((path / "config.json").read_text())["steps"]
+        == state["config"]["steps"]
+    )
     assert [row["step"] for row in state["metrics"] if row["stage"] == "policy"] == [20, 40, 60]
     assert state["metrics"][: len(old["metrics"])] == old["metrics"]
     ends(capsys, algo, hopper_data, tmp_path, 2, "steps 60, not 20", resume=True, steps=20, evals=3)
@@ -527,24 +639,30 @@ def test_a_finished_run_is_extended(algo, hopper_data, tmp_path, capsys):
 @pytest.mark.parametrize("damage", ["missing", "empty", "half"])
 def test_files_are_restored_from_the_checkpoint(file, damage, hopper_data, copy, tmp_path):
     whole, before = (copy / file).read_text(), (copy / "checkpoint.pt").read_bytes()
-    (copy / file).unlink() if damage == "missing" else (copy / file).write_text("" if damage == "empty" else whole[: len(whole) // 2])
+    (copy / file).unlink() if damage == "missing" else (copy / file).write_text(
+        "" if damage == "empty" else whole[: len(whole) // 2]
+    )
     train("comadice", hopper_data, tmp_path, resume=True)
     if file == "metrics.csv":
         assert (copy / file).read_text() == whole
     else:
         timing = ("updates_per_second", "update_share", "peak_rss_mb", "seeds_together")
-        assert [{k: v for k, v in json.loads(t).items() if k not in timing} for t in (whole, (copy / file).read_text())] \
-            == 2 * [{k: v for k, v in json.loads(whole).items() if k not in timing}]
+        assert [
+            {k: v for k, v in json.loads(t).items() if k not in timing} for t in (whole, (copy / file).read_text())
+        ] == 2 * [{k: v for k, v in json.loads(whole).items() if k not in timing}]
     assert (copy / "checkpoint.pt").read_bytes() == before
 
 
 def test_config_says_what_a_result_depends_on(hopper_data, copy, tmp_path, capsys):
     config = json.loads((copy / "config.json").read_text())
-    assert config["versions"]["torch"] == torch.__version__ and {"torchrl", "tensordict", "numpy", "mujoco"} <= config["versions"].keys()
+    assert config["versions"]["torch"] == torch.__version__
+    assert {"torchrl", "tensordict", "numpy", "mujoco"} <= config["versions"].keys()
     assert re.fullmatch(r"sha256 of the card [0-9a-f]{64}", config["dataset"]) and config["commit"] == flags.commit()
     (copy / "config.json").write_text(json.dumps(config | {"versions": "none"}))
     train("comadice", hopper_data, tmp_path, resume=True)
-    (copy / "config.json").write_text(json.dumps(config | {"versions": config["versions"] | {"numpy": "0.1"}, "commit": "abc"}))
+    (copy / "config.json").write_text(
+        json.dumps(config | {"versions": config["versions"] | {"numpy": "0.1"}, "commit": "abc"})
+    )
     capsys.readouterr()
     train("comadice", hopper_data, tmp_path, resume=True)
     warned = [line for line in capsys.readouterr().out.splitlines() if "was begun with" in line]
@@ -560,7 +678,9 @@ def test_no_git(monkeypatch, tmp_path):
 
 
 def test_place_of_the_data_is_the_recorded_one(hopper_data, copy, tmp_path):
-    arguments = args(comadice_train, hopper_data, tmp_path, resume=True, env="mamujoco", task="hopper", quality="random")
+    arguments = args(
+        comadice_train, hopper_data, tmp_path, resume=True, env="mamujoco", task="hopper", quality="random"
+    )
     assert support.runs.recorded_place(arguments, "comadice") == "cpu"
     config = json.loads((copy / "config.json").read_text())
     for recorded, place in (("device", "device"), ("elsewhere", None), (None, None)):
@@ -584,10 +704,16 @@ class Rows:
 @pytest.mark.parametrize("flag, resume, recorded, free, place", [
     ("auto", False, None, 1.0, "device"), ("auto", False, None, 0.1, "cpu"), ("auto", True, None, 0.1, "cpu"),
     ("auto", True, "cpu", None, "cpu"), ("auto", True, "device", None, "device"), ("auto", False, "cpu", 1.0, "device"),
-    ("cpu", True, "device", None, "cpu"), ("device", True, "cpu", None, "device"), ("device", False, None, None, "device"),
+    ("cpu", True, "device", None, "cpu"), ("device", True, "cpu", None, "device"),
+    ("device", False, None, None, "device"),
 ])  # fmt: skip
-def test_where_the_data_go_on_a_gpu(flag, resume, recorded, free, place, hopper_data, copy, tmp_path, monkeypatch, capsys):
-    """The flag decides, else the run that goes on, and only for a new run the GPU's free memory, which else is not even asked for."""
+def test_where_the_data_go_on_a_gpu(
+    flag, resume, recorded, free, place, hopper_data, copy, tmp_path, monkeypatch, capsys
+):
+    """The flag decides, else the run that goes on, else the GPU's free memory.
+
+    The free memory is asked for only for a new run.
+    """
     rows, card = Rows(), open_dataset(hopper_data)[1]
     size = sum(card["bytes"].values())
     monkeypatch.setattr(support.runs, "open_dataset", lambda *a: (rows, card))
@@ -600,7 +726,9 @@ def test_where_the_data_go_on_a_gpu(flag, resume, recorded, free, place, hopper_
     assert ("stays in the computer's memory" in capsys.readouterr().out) == (free == 0.1)
     rows.place = "full"
     if place == "device":
-        with pytest.raises(BadInput, match="does not fit into the GPU's free memory: free some, or begin a run with --data-device cpu"):
+        with pytest.raises(
+            BadInput, match="does not fit into the GPU's free memory: free some, or begin a run with --data-device cpu"
+        ):
             support.runs.load_dataset(arguments, torch.device("cuda"), "comadice")
     arguments.data_device = flag
     support.runs.load_dataset(arguments, torch.device("cpu"), "comadice")
@@ -636,13 +764,18 @@ def test_the_largest_seed(hopper_data, tmp_path):
 
 
 def test_config_runs_again(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["comadice_train.py", "--config", str(run / "config.json"), "--out", str(tmp_path)])
+    monkeypatch.setattr(
+        sys, "argv", ["comadice_train.py", "--config", str(run / "config.json"), "--out", str(tmp_path)]
+    )
     again = flags.parse(comadice_train.Args)
     recorded = load_checkpoint(run)["config"]
     assert dataclasses.asdict(again) == recorded | {"out": str(tmp_path), "resume": False, "overwrite": False}
     comadice_train.main(again)
     assert same_run(folder(tmp_path, "comadice"), run)
-    for file, said in ((run / "config.json", "--config .*: it is of another script, this one has no --"), (tmp_path, "give the config.json of a run")):
+    for file, said in (
+        (run / "config.json", "--config .*: it is of another script, this one has no --"),
+        (tmp_path, "give the config.json of a run"),
+    ):
         monkeypatch.setattr(sys, "argv", ["comadice_bc.py", f"--config={file}"])
         with pytest.raises(SystemExit, match="2"):
             flags.parse(comadice_bc.Args)
@@ -650,15 +783,27 @@ def test_config_runs_again(run, tmp_path, monkeypatch, capsys):
 
 
 def test_hostile_configs(run, hopper_data, tmp_path, monkeypatch, capsys):
-    """Each field of a config.json in turn, as --config FILE, and as that of a run to go on with: one line, and nothing is written."""
+    """Each field of a config.json is spoilt in turn: in --config FILE, and in a run to go on with.
+
+    The answer is one line, and nothing is written.
+    """
     config, tried, before = json.loads((run / "config.json").read_text()), 0, sorted(tmp_path.rglob("*"))
     config |= {"data": str(hopper_data), "out": str(tmp_path / "runs")}
     texts = ["a\x1b[2J", "a\nb", "a\0b", "\u202ex"]
-    wrong = {int: [1.5, "3", True, None, [], {}, 10**400, -1], float: [True, "3", [], {}, math.nan, math.inf, 10**400], bool: [1, "true", [], {}],
-             str: [*texts, 3, [], {}], list: ["0", 0, [None], ["../x"], [[0]], {}, None]}
+    wrong = {
+        int: [1.5, "3", True, None, [], {}, 10**400, -1],
+        float: [True, "3", [], {}, math.nan, math.inf, 10**400],
+        bool: [1, "true", [], {}],
+        str: [*texts, 3, [], {}],
+        list: ["0", 0, [None], ["../x"], [[0]], {}, None],
+    }
     names = ["../../x", "/tmp/x", "", "..", "a/b", "a\\b"]
-    tries = [(name, bad) for name, value in config.items() if name in comadice_train.Args.__dataclass_fields__ and value is not None and name not in flags.NOT_AGAIN
-             for bad in wrong[type(value)] + (names if name in ("env", "task", "quality") else [])]
+    tries = [
+        (name, bad)
+        for name, value in config.items()
+        if name in comadice_train.Args.__dataclass_fields__ and value is not None and name not in flags.NOT_AGAIN
+        for bad in wrong[type(value)] + (names if name in ("env", "task", "quality") else [])
+    ]
     tries += [(f"{name}\x1b[2J", 1) for name in ("x", "../x")]
     for name, bad in tries:
         (tmp_path / "config.json").write_text(json.dumps(config | {name: bad}))
@@ -672,9 +817,19 @@ def test_hostile_configs(run, hopper_data, tmp_path, monkeypatch, capsys):
         assert sorted(tmp_path.rglob("*")) == before, (name, bad)
     assert tried > 100
     path = shutil.copytree(run, folder(tmp_path / "runs", "comadice"))
-    for name, bad in ((n, b) for n in ("steps", "lr", "versions", "seeds", "x\x1b") for b in [*texts, [texts[0]], {texts[0]: 1}]):
+    for name, bad in (
+        (n, b) for n in ("steps", "lr", "versions", "seeds", "x\x1b") for b in [*texts, [texts[0]], {texts[0]: 1}]
+    ):
         (path / "config.json").write_text(json.dumps(config | {name: bad}))
-        ends(capsys, "comadice", hopper_data, tmp_path / "runs", 2, "^error: .*config.json is not that of a run$", resume=True)
+        ends(
+            capsys,
+            "comadice",
+            hopper_data,
+            tmp_path / "runs",
+            2,
+            "^error: .*config.json is not that of a run$",
+            resume=True,
+        )
 
 
 def test_hostile_checkpoints(hopper_data, copy, tmp_path, capsys):
@@ -682,12 +837,29 @@ def test_hostile_checkpoints(hopper_data, copy, tmp_path, capsys):
     for part in ("card", "config"):
         for bad in ("a\x1b[2J", ["a\nb"], {"a\0": 1}, 10**400, math.nan):
             sealed.save(copy / "checkpoint.pt", state | {part: state[part] | {"task": bad}})
-            ends(capsys, "comadice", hopper_data, tmp_path, 2, "^error: .*is not a checkpoint of this project: its (card|config) holds control characters", resume=True)
+            ends(
+                capsys,
+                "comadice",
+                hopper_data,
+                tmp_path,
+                2,
+                "^error: .*is not a checkpoint of this project: its (card|config) holds control characters",
+                resume=True,
+            )
 
 
-TRAINING = ["comadice_train.py", "comadice_bc.py", *(f"baselines.{name}" for name in ("bcq", "cql", "icq", "omar", "omiga"))]
-OTHERS = ["comadice_eval.py", "comadice_eval.py report", "benchmarks.soak", "benchmarks.convert", "benchmarks.smax_speed"] \
-    + [f"offline_data {name}" for name in ("list", "collect", "download", "convert", "info", "plot")]
+TRAINING = [
+    "comadice_train.py",
+    "comadice_bc.py",
+    *(f"baselines.{name}" for name in ("bcq", "cql", "icq", "omar", "omiga")),
+]
+OTHERS = [
+    "comadice_eval.py",
+    "comadice_eval.py report",
+    "benchmarks.soak",
+    "benchmarks.convert",
+    "benchmarks.smax_speed",
+] + [f"offline_data {name}" for name in ("list", "collect", "download", "convert", "info", "plot")]
 RUN_ALL = """
 import contextlib, io, json, runpy, sys
 results = []
@@ -708,11 +880,15 @@ def test_flags_are_read_before_torch_is_loaded():
     words, scripts = [], {name: name.split() for name in TRAINING + OTHERS}
     words += [(script, "--help", 0, "--help") for script in scripts]
     words += [(script, "--stepps=1", 2, "") for script in scripts]
-    words += [(script, "--version", 0, "torch 2") for script in TRAINING] + [(script, "--config=no", 2, "error: --config no") for script in TRAINING]
+    words += [(script, "--version", 0, "torch 2") for script in TRAINING] + [
+        (script, "--config=no", 2, "error: --config no") for script in TRAINING
+    ]
     asked = json.dumps([[*scripts[script], word] for script, word, _, _ in words])
     done = subprocess.run([sys.executable, "-c", RUN_ALL, asked], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
-    for (script, word, code, said), (found, printed, torch_is_loaded) in zip(words, json.loads(done.stdout), strict=True):
+    for (script, word, code, said), (found, printed, torch_is_loaded) in zip(
+        words, json.loads(done.stdout), strict=True
+    ):
         assert found == code and said in printed and not torch_is_loaded, f"{script} {word}: {found}, {printed}"
         assert "Args(" not in printed, f"{script} {word} shows a signature instead of a text: {printed[:500]}"
 
@@ -728,7 +904,10 @@ def test_lines_where_there_is_no_terminal(capsys, monkeypatch):
         assert batch == "batch"
         bar.say([{"nu_loss": step, "ess": 0.5}, {"nu_loss": step + 1.0, "return": None}])
     lines = capsys.readouterr().err.splitlines()
-    assert 1 < len(lines) < 8 and all(re.fullmatch(r"critics seed 0: step \d+ of 20, \d+ per second, loss [\d.]+, ess 0.5", line) for line in lines)
+    assert 1 < len(lines) < 8
+    assert all(
+        re.fullmatch(r"critics seed 0: step \d+ of 20, \d+ per second, loss [\d.]+, ess 0.5", line) for line in lines
+    )
     quiet = Bar("critics seed 0", 20, quiet=True)
     assert list(quiet([(1, "batch")])) == [(1, "batch")]
     quiet.say([{"nu_loss": 1.0}])

@@ -22,7 +22,17 @@ from support.seeds import Graph, adam, load_seeds, make_generators, per_seed, se
 
 SEEDS = [3, 0, 7]
 CARD = {"n_agents": 3, "obs_dim": 5, "state_dim": 7, "action_dim": 4}
-GIVEN = comadice_train.Args(hidden=16, batch_size=16, init_batch_size=4, reward_scale=0.2, alpha=1.0, critic_lr=1e-3, lr=1e-3, tau=0.05, layer_norm=False)
+GIVEN = comadice_train.Args(
+    hidden=16,
+    batch_size=16,
+    init_batch_size=4,
+    reward_scale=0.2,
+    alpha=1.0,
+    critic_lr=1e-3,
+    lr=1e-3,
+    tau=0.05,
+    layer_norm=False,
+)
 
 
 def resolved(**changes) -> comadice_train.Args:
@@ -62,8 +72,13 @@ def critics_of(seeds: list[int], rows: TensorDict, card: dict, args, device: str
     critics, target = stack(each), stack(deepcopy(each))
     parts = {"critics": critics, "target": target, "optimizer": comadice_train.make_optimizer(critics, args)}
     generators = make_generators(seeds, 1, rows)
-    sources = ((make_replay(rows, comadice_train.CRITIC_KEYS, True, generators), args.batch_size),
-               (make_replay(rows, comadice_train.INIT_KEYS, False, generators, first=initial_rows(rows)), args.init_batch_size))
+    sources = (
+        (make_replay(rows, comadice_train.CRITIC_KEYS, True, generators), args.batch_size),
+        (
+            make_replay(rows, comadice_train.INIT_KEYS, False, generators, first=initial_rows(rows)),
+            args.init_batch_size,
+        ),
+    )
     update = comadice_train.make_critic_update(critics, target, parts["optimizer"], args, DATA)
     return parts, generators, update, lambda start, stop: minibatches(start, {stop}, *sources)
 
@@ -81,8 +96,18 @@ def same(state: dict, other: dict, **tolerance):
 
 
 @pytest.mark.parametrize("discrete", [False, True])
-@pytest.mark.parametrize("changes", [{"objective": "exact"}, {"objective": "semi", "alpha": 5.0}, {"objective": "semi", "advantage": "q"}, {"objective": "printed"},
-                                     {"objective": "released_nu"}, {"objective": "exact", "mixer_layers": 2, "lambda_scale": 0.5}], ids=lambda c: " ".join(map(str, c.values())))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective": "exact"},
+        {"objective": "semi", "alpha": 5.0},
+        {"objective": "semi", "advantage": "q"},
+        {"objective": "printed"},
+        {"objective": "released_nu"},
+        {"objective": "exact", "mixer_layers": 2, "lambda_scale": 0.5},
+    ],
+    ids=lambda c: " ".join(map(str, c.values())),
+)
 def test_critics_together_are_critics_alone(changes, discrete, double, way):
     args, card, rows = resolved(**changes), CARD | {"discrete": discrete}, data(discrete)
     parts, generators, update, batches = critics_of(SEEDS, rows, card, args)
@@ -147,11 +172,22 @@ def test_stacked_losses_by_hand(objective, name, way):
     settings = [random_setting(lam=0.0) for _ in range(2)]
     for parameter in settings[1][0].parameters():
         parameter.data *= 1.5
-    args = comadice_train.Args(objective=objective, advantage="q", f=name, gamma=GAMMA, alpha=ALPHA / SCALE, reward_scale=SCALE, lambda_scale=0.0, tau=0.1)
+    args = comadice_train.Args(
+        objective=objective,
+        advantage="q",
+        f=name,
+        gamma=GAMMA,
+        alpha=ALPHA / SCALE,
+        reward_scale=SCALE,
+        lambda_scale=0.0,
+        tau=0.1,
+    )
     hand = [by_hand(*setting, objective, name, 0.0) for setting in settings]
     critics, target = (stack([deepcopy(setting[i]) for setting in settings]) for i in (0, 1))
     batch, init = (torch.stack([setting[i] for setting in settings]) for i in (2, 3))
-    L_q, L_nu, w, _ = comadice_train.make_critic_update(critics, target, torch.optim.SGD(critics.parameters(), 0.1), args, FREE)(batch, init)
+    L_q, L_nu, w, _ = comadice_train.make_critic_update(
+        critics, target, torch.optim.SGD(critics.parameters(), 0.1), args, FREE
+    )(batch, init)
     for s in range(2):
         torch.testing.assert_close(torch.stack([L_q[s], L_nu[s]]), torch.tensor([hand[s].L_q, hand[s].L_nu]).double())
         torch.testing.assert_close(w[s], torch.as_tensor(hand[s].w))
@@ -162,7 +198,10 @@ def test_stacked_losses_by_hand(objective, name, way):
 def test_long_runs_together_stay_within_float32(way):
     """500 float32 steps on the dataset in the repository: sums in another order, but the same training."""
     rows, card = open_dataset(ROOT / "data/mamujoco/hopper/demo")
-    args = comadice_train.resolve(dataclasses.replace(GIVEN, alpha=None, reward_scale=None, hidden=32, batch_size=64), rows["reward"].abs().mean().item())
+    args = comadice_train.resolve(
+        dataclasses.replace(GIVEN, alpha=None, reward_scale=None, hidden=32, batch_size=64),
+        rows["reward"].abs().mean().item(),
+    )
 
     def late_losses(seeds: list[int]) -> torch.Tensor:
         _, _, update, batches = critics_of(seeds, rows, card, args)
@@ -181,7 +220,9 @@ def test_compiled_losses_are_the_losses(seeds, double, monkeypatch):
     monkeypatch.setattr(support.seeds, "VMAPPED", ("cuda", "cpu"))
     rows, states = data(False), []
     for compiled in (False, True):
-        parts, generators, update, batches = critics_of(seeds, rows, CARD | {"discrete": False}, dataclasses.replace(ARGS, compile=compiled))
+        parts, generators, update, batches = critics_of(
+            seeds, rows, CARD | {"discrete": False}, dataclasses.replace(ARGS, compile=compiled)
+        )
         for _, batch, init in batches(0, 5):
             update(batch, init)
         states.append(seed_states(parts, generators))
@@ -205,19 +246,32 @@ def test_graph_is_the_function_on_a_cpu():
 @pytest.mark.parametrize("seeds", [[0], SEEDS], ids=len)
 @pytest.mark.parametrize("stage", ["critics", "policies"])
 def test_an_update_can_be_captured(stage, seeds, monkeypatch):
-    """What a CUDA graph asks for, seen on a CPU: no waiting, the same tensors all along, inputs that are read and not changed."""
+    """What a CUDA graph asks for, tested on a CPU.
+
+    There is no waiting, the tensors stay the same all along, and inputs are read and not changed.
+    """
     monkeypatch.setattr(support.seeds, "VMAPPED", ("cuda", "cpu"))
     rows = data(False)
 
     def make():
         if stage == "critics":
             parts, _, update, batches = critics_of(seeds, rows, CARD | {"discrete": False}, ARGS)
-            return parts["critics"], parts["optimizer"], update, [[b.clone() for b in batch] for _, *batch in batches(0, 8)]
+            return (
+                parts["critics"],
+                parts["optimizer"],
+                update,
+                [[b.clone() for b in batch] for _, *batch in batches(0, 8)],
+            )
         torch.manual_seed(0)
         each = [make_policy(3, 5, 4, False, 16) for _ in seeds]
         policy, average = stack(each), stack(deepcopy(each))
         optimizer = adam(list(policy.parameters()), 1e-3, torch.device("cpu"))
-        replay = make_replay(comadice_bc.with_ratios(rows, dict.fromkeys(range(len(seeds)))), comadice_bc.POLICY_KEYS, False, make_generators(seeds, 2, rows))
+        replay = make_replay(
+            comadice_bc.with_ratios(rows, dict.fromkeys(range(len(seeds)))),
+            comadice_bc.POLICY_KEYS,
+            False,
+            make_generators(seeds, 2, rows),
+        )
         update = comadice_bc.make_policy_update(policy, average, optimizer, torch.tensor(0.1), len(seeds))
         return policy, optimizer, update, [[b] for _, b in minibatches(0, {8}, (replay, 16))]
 

@@ -21,14 +21,15 @@ from offline_data.collect import EpisodeSplitter
 
 # Table 3: agents, state, observation, actions.
 TABLE3 = {
-    "2c_vs_64zg": (2, 675, 478, 70), "5m_vs_6m": (5, 156, 124, 12), "6h_vs_8z": (6, 213, 172, 14), "corridor": (6, 435, 346, 30),
+    "2c_vs_64zg": (2, 675, 478, 70), "5m_vs_6m": (5, 156, 124, 12), "6h_vs_8z": (6, 213, 172, 14),
+    "corridor": (6, 435, 346, 30),
     "protoss_5_vs_5": (5, 130, 92, 11), "protoss_10_vs_10": (10, 310, 182, 16), "protoss_10_vs_11": (10, 327, 191, 17),
     "protoss_20_vs_20": (20, 820, 362, 26), "protoss_20_vs_23": (20, 901, 389, 29),
     "terran_5_vs_5": (5, 120, 82, 11), "terran_10_vs_10": (10, 290, 162, 16), "terran_10_vs_11": (10, 306, 170, 17),
     "terran_20_vs_20": (20, 780, 322, 26), "terran_20_vs_23": (20, 858, 346, 29),
     "zerg_5_vs_5": (5, 120, 82, 11), "zerg_10_vs_10": (10, 290, 162, 16), "zerg_10_vs_11": (10, 306, 170, 17),
     "zerg_20_vs_20": (20, 780, 322, 26), "zerg_20_vs_23": (20, 858, 346, 29),
-}
+}  # fmt: skip
 STOP, EAST = 1, 4
 
 
@@ -141,7 +142,8 @@ def test_a_dead_agent_has_its_no_op_alone_and_sees_nothing(make):
     mask, n = before_last["agents", "action_mask"], 5
     gone = ~before_last["agents", "observation"][:, :-n].any(-1)  # all but the id
     assert dead.all() and gone.any() and not gone.all()
-    assert torch.equal(mask[gone], torch.eye(12, dtype=torch.bool)[:1].expand(int(gone.sum()), 12)) and not mask[~gone, 0].any()
+    assert torch.equal(mask[gone], torch.eye(12, dtype=torch.bool)[:1].expand(int(gone.sum()), 12))
+    assert not mask[~gone, 0].any()
 
 
 def test_a_forbidden_action_is_refused(make):
@@ -159,14 +161,26 @@ def test_a_battle_is_won_by_fighting(make, game):
     game.peaceful = True
     for _ in range(2):
         td = battle(make("5m_vs_6m"), fight)
-        assert flags(td[-1]) == {"done": True, "terminated": True, "truncated": False, "battle_won": True, "game_died": False}
+        assert flags(td[-1]) == {
+            "done": True,
+            "terminated": True,
+            "truncated": False,
+            "battle_won": True,
+            "game_died": False,
+        }
         # 6 marines of 45 health, 10 for each, 200 for the victory, scaled to 20.
         assert sum(float(t["reward"]) for t in td[1:]) == pytest.approx(20, abs=1e-4)
 
 
 def test_a_battle_is_lost_by_standing_still(make):
     td = battle(make("5m_vs_6m"), stand)
-    assert flags(td[-1]) == {"done": True, "terminated": True, "truncated": False, "battle_won": False, "game_died": False}
+    assert flags(td[-1]) == {
+        "done": True,
+        "terminated": True,
+        "truncated": False,
+        "battle_won": False,
+        "game_died": False,
+    }
     assert sum(float(t["reward"]) for t in td[1:]) < 10
 
 
@@ -175,7 +189,13 @@ def test_the_time_limit_is_no_termination(make, game, task, limit):
     game.peaceful = True
     td = battle(make(task), stand)
     assert len(td) - 1 == limit
-    assert flags(td[-1]) == {"done": True, "terminated": False, "truncated": True, "battle_won": False, "game_died": False}
+    assert flags(td[-1]) == {
+        "done": True,
+        "terminated": False,
+        "truncated": True,
+        "battle_won": False,
+        "game_died": False,
+    }
     assert not any(bool(t["done"]) for t in td[:-1])
 
 
@@ -206,8 +226,10 @@ def test_each_battle_has_its_own_reward_scale(make, game):
 @pytest.mark.parametrize("task", ["5m_vs_6m", "zerg_5_vs_5"])
 @pytest.mark.parametrize("delay", [0, 3])
 def test_resets_neither_hang_nor_launch_another_game(make, game, task, delay):
-    """Twice before a battle began, in the middle of one and after its end: smacv2 launches a second game in the first case, and
-    on a SMAC map waits forever in the others (its issue 55)."""
+    """Resets twice before a battle began, in the middle of one and after its end.
+
+    smacv2 itself launches a second game in the first case. On a SMAC map it waits forever in the others (its issue 55).
+    """
     game.spawn_delay = delay
     env = make(task)
     env.reset()
@@ -234,7 +256,9 @@ def test_seeds_make_battles_repeatable(make, task):
 
     def play(env, seed):
         env.set_seed(seed)
-        return [torch.cat([t["state"], t["agents", "observation"].flatten()]) for _ in range(2) for t in battle(env, chase)]
+        return [
+            torch.cat([t["state"], t["agents", "observation"].flatten()]) for _ in range(2) for t in battle(env, chase)
+        ]
 
     first = play(env, 3)
     outside = np.random.get_state()[1].copy()
@@ -256,7 +280,13 @@ def test_a_game_that_dies_in_a_battle_ends_it_without_a_result(make, game, task,
     battle(env, stand)
     game.crash(at="step", after=8, error=error)
     td = battle(env, stand)
-    assert flags(td[-1]) == {"done": True, "terminated": False, "truncated": True, "battle_won": False, "game_died": True}
+    assert flags(td[-1]) == {
+        "done": True,
+        "terminated": False,
+        "truncated": True,
+        "battle_won": False,
+        "game_died": True,
+    }
     td = battle(env, stand)
     assert flags(td[-1])["terminated"] and not flags(td[-1])["game_died"]
     assert game.launches == 2 and game.running == 1
@@ -311,7 +341,8 @@ def test_evaluation_in_parallel_games(game):
     env = ParallelEnv(2, functools.partial(worker, "5m_vs_6m", {"peaceful": True}))
     try:
         result = evaluate(Fight(), env, 3, 0)
-        assert result["winrate"] == 1 and result["replayed"] == 0 and result["return_mean"] == pytest.approx(20, abs=1e-3)
+        assert result["winrate"] == 1 and result["replayed"] == 0
+        assert result["return_mean"] == pytest.approx(20, abs=1e-3)
         assert len(result["returns"]) == 3
         lost = evaluate(Stand(), env, 2, 0)
         assert lost["winrate"] == 0 and lost["length"] == 70
@@ -358,19 +389,30 @@ def test_collection_leaves_out_battles_whose_game_died(make, game):
 
 
 def unit(x, y, health, health_max=50, cooldown=0.0, shield=0.0):
-    return SimpleNamespace(pos=SimpleNamespace(x=x, y=y), health=health, health_max=health_max, weapon_cooldown=cooldown, shield=shield, unit_type=1)
+    return SimpleNamespace(
+        pos=SimpleNamespace(x=x, y=y),
+        health=health,
+        health_max=health_max,
+        weapon_cooldown=cooldown,
+        shield=shield,
+        unit_type=1,
+    )
 
 
 def small_battle():
-    """Two allies with shields, 5 apart (3 east, 4 north), the second hurt; one enemy 6 west of the first, one far away, one dead."""
+    """Two allies with shields, 5 apart (3 east, 4 north). The second is hurt.
+
+    One enemy is 6 west of the first ally, one is far away, and one is dead.
+    """
     available = {0: [0, 1, 1, 0, 1, 1, 1, 0, 0], 1: [0, 1, 1, 1, 1, 0, 0, 0, 0]}
     return SimpleNamespace(
-        n_agents=2, n_enemies=3, n_actions=9, n_actions_no_attack=6, unit_type_bits=0, map_type="zealots", shield_bits_ally=1, shield_bits_enemy=0,
-        map_x=32, map_y=32, max_distance_x=20, max_distance_y=10, last_action=np.eye(9)[[6, 2]],
+        n_agents=2, n_enemies=3, n_actions=9, n_actions_no_attack=6, unit_type_bits=0, map_type="zealots",
+        shield_bits_ally=1, shield_bits_enemy=0, map_x=32, map_y=32, max_distance_x=20, max_distance_y=10,
+        last_action=np.eye(9)[[6, 2]],
         agents={0: unit(10, 12, 50, cooldown=11, shield=25), 1: unit(13, 16, 10, cooldown=5.5)},
         enemies={0: unit(4, 12, 25), 1: unit(30, 30, 50), 2: unit(10, 13, 0)},
         unit_max_shield=lambda u: 50, unit_max_cooldown=lambda u: 22, get_avail_agent_actions=available.__getitem__,
-    )
+    )  # fmt: skip
 
 
 def test_benchmark_observation_of_a_small_battle_by_hand():
@@ -382,7 +424,8 @@ def test_benchmark_observation_of_a_small_battle_by_hand():
     np.testing.assert_allclose(observation[0], [*ally, *enemies, 1, 0, 1, 1, *own, 1, 0], atol=1e-12)
 
     far = np.hypot(20, 18) / 9
-    ally = [1, 5 / 9, 3 / 9, 4 / 9, 0.25, 0.2, 0, -3 / 20, 0, *last1]  # as above with the cooldown, and where it is from the centre (16, 16)
+    # as above with the cooldown, and where it is from the centre (16, 16)
+    ally = [1, 5 / 9, 3 / 9, 4 / 9, 0.25, 0.2, 0, -3 / 20, 0, *last1]
     enemies = [1, 6 / 9, -6 / 9, 0, 1, 0.5, -12 / 20, -4 / 10, 0, far, 20 / 9, 2, 0, 1, 14 / 20, 14 / 10] + [0] * 8
     own = [1, 0, 0, 0, 1, 0.5, -6 / 20, -4 / 10, *last0]
     np.testing.assert_allclose(state[0], [*ally, *enemies, 1, 0, 1, 1, *own, 1, 0], atol=1e-12)

@@ -15,7 +15,9 @@ import environments.smax
 from environments.checks import BadInput, NoSimulator
 from environments.smax import RACES, SIZES, SMACV1_TASKS, TASKS, SMAXEnv, check_task, engine, make_simulator
 
-needs_jaxmarl = pytest.mark.skipif(importlib.util.find_spec("jaxmarl") is None, reason="no jaxmarl: pip install -r requirements-smax.txt")
+needs_jaxmarl = pytest.mark.skipif(
+    importlib.util.find_spec("jaxmarl") is None, reason="no jaxmarl: pip install -r requirements-smax.txt"
+)
 B = 8  # one width for (nearly) all tests, since another one would compile again
 KEYS = ["state", "battle_won", ("agents", "observation"), ("agents", "action_mask")]
 STOP = 4
@@ -38,9 +40,12 @@ def random_actions(td, generator) -> torch.Tensor:
 
 
 def attack(td, n=5, m=5, unit=9) -> torch.Tensor:
-    """[B, n]: shoot the first enemy in range, otherwise walk to the first enemy in sight, otherwise to the middle of the map."""
+    """Actions [B, n]: shoot the first enemy in range, else walk to the first in sight, else to the map's middle."""
     obs, mask = td["agents", "observation"], td["agents", "action_mask"]
-    enemies, own = obs[..., (n - 1) * unit : (n - 1 + m) * unit].unflatten(-1, (m, unit)), obs[..., (n - 1 + m) * unit :]
+    enemies, own = (
+        obs[..., (n - 1) * unit : (n - 1 + m) * unit].unflatten(-1, (m, unit)),
+        obs[..., (n - 1 + m) * unit :],
+    )
     seen, first = (enemies[..., 0] > 0).any(-1, keepdim=True), (enemies[..., 0] > 0).float().argmax(-1)
     to_enemy = enemies[..., 1:3].gather(2, first[..., None, None].expand(-1, -1, 1, 2))[:, :, 0]
     toward = torch.where(seen, to_enemy, 0.5 - own[..., 1:3])
@@ -110,14 +115,20 @@ def test_importing_the_file_leaves_jax_alone():
 
 @needs_jaxmarl
 def test_jaxmarl_is_imported_without_a_word():
-    result = subprocess.run([sys.executable, "-c", "import environments.smax; environments.smax.check_task('3m'); print('done')"],
-                            cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", "import environments.smax; environments.smax.check_task('3m'); print('done')"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert result.stdout == "done\n"
 
 
 @needs_jaxmarl
 def test_engine():
-    assert engine() == f"SMAX (jaxmarl {importlib.metadata.version('jaxmarl')}, jax {importlib.metadata.version('jax')})"
+    assert (
+        engine() == f"SMAX (jaxmarl {importlib.metadata.version('jaxmarl')}, jax {importlib.metadata.version('jax')})"
+    )
 
 
 # ---------------------------------------------------------------- tasks
@@ -126,13 +137,20 @@ def test_engine():
 @needs_jaxmarl
 @pytest.mark.parametrize("task", TASKS)
 def test_sizes(task):
-    """What an agent sees of another unit are 7 entries and its type, of itself 4 and its type; the state has 6 and the type of every unit."""
+    """An agent sees 7 entries and the type of each other unit, and 4 entries and the type of itself.
+
+    The state has 6 entries and the type of every unit.
+    """
     check_task(task)
     simulator = make_simulator(task)
     n, m = (sum(team.values()) for team in SMACV1_TASKS[task]) if task in SMACV1_TASKS else SIZES[task.split("_", 1)[1]]
     types = 6 if task in SMACV1_TASKS else 2
     assert (simulator.num_allies, simulator.num_enemies, simulator.max_steps) == (n, m, 100)
-    assert (simulator.obs_size, simulator.state_size, simulator.num_ally_actions) == ((n + m - 1) * (7 + types) + 4 + types, (n + m) * (6 + types), 5 + m)
+    assert (simulator.obs_size, simulator.state_size, simulator.num_ally_actions) == (
+        (n + m - 1) * (7 + types) + 4 + types,
+        (n + m) * (6 + types),
+        5 + m,
+    )
 
 
 @needs_jaxmarl
@@ -160,10 +178,13 @@ def test_a_race_has_its_own_units_alone(race):
     from jaxmarl.environments.smax import SMAX
 
     ours, all_units = make_simulator(f"{race}_5_vs_5"), SMAX()
-    assert ours.unit_type_names == list(RACES[race]) and ours.smacv2_position_generation and ours.smacv2_unit_type_generation
+    assert ours.unit_type_names == list(RACES[race]) and ours.smacv2_position_generation
+    assert ours.smacv2_unit_type_generation
     rows = [all_units.unit_type_names.index(name) for name in RACES[race]]
     for table in ("velocities", "attacks", "attack_ranges", "sight_ranges", "radiuses", "health", "weapon_cooldowns"):
-        np.testing.assert_array_equal(getattr(ours, f"unit_type_{table}"), np.array(getattr(all_units, f"unit_type_{table}"))[rows])
+        np.testing.assert_array_equal(
+            getattr(ours, f"unit_type_{table}"), np.array(getattr(all_units, f"unit_type_{table}"))[rows]
+        )
     assert ours.unit_type_shorthands == [all_units.unit_type_shorthands[i] for i in rows]
 
 
@@ -179,7 +200,8 @@ def test_teams_are_mirrored_and_further_enemies_drawn(task):
     allies, mirror, further = types[:, :n], types[:, n : 2 * n], types[:, 2 * n :]
     assert types.dtype == np.uint8 and set(types.flatten()) == {0, 1}
     np.testing.assert_array_equal(allies, mirror)
-    assert (abs(allies.mean(0) - 0.5) < 0.04).all() and (abs(further.mean(0) - 0.5) < 0.04).all()  # five standard deviations
+    # 0.04 is five standard deviations
+    assert (abs(allies.mean(0) - 0.5) < 0.04).all() and (abs(further.mean(0) - 0.5) < 0.04).all()
     drawn = np.hstack([allies, further])
     correlation = np.corrcoef(drawn.T) - np.eye(drawn.shape[1])
     assert (abs(correlation) < 0.09).all()
@@ -206,9 +228,14 @@ def raw_environment(task: str):
     table = lambda zergling, hydralisk: jnp.array([zergling, hydralisk])
     return HeuristicEnemySMAX(
         scenario=Scenario(jnp.zeros((10,), dtype=jnp.uint8), 5, 5, True, True),
-        unit_type_names=["zergling", "hydralisk"], unit_type_shorthands=["z", "h"],
-        unit_type_velocities=table(4.13, 3.15), unit_type_attacks=table(5.0, 12.0), unit_type_attack_ranges=table(2.0, 5.0),
-        unit_type_sight_ranges=table(8.0, 9.0), unit_type_radiuses=table(0.375, 0.625), unit_type_health=table(35.0, 80.0),
+        unit_type_names=["zergling", "hydralisk"],
+        unit_type_shorthands=["z", "h"],
+        unit_type_velocities=table(4.13, 3.15),
+        unit_type_attacks=table(5.0, 12.0),
+        unit_type_attack_ranges=table(2.0, 5.0),
+        unit_type_sight_ranges=table(8.0, 9.0),
+        unit_type_radiuses=table(0.375, 0.625),
+        unit_type_health=table(35.0, 80.0),
         unit_type_weapon_cooldowns=table(0.5, 0.59),
     )
 
@@ -216,7 +243,7 @@ def raw_environment(task: str):
 @needs_jaxmarl
 @pytest.mark.parametrize("task, width", [("zerg_5_vs_5", B), ("3s_vs_5z", 2)])
 def test_agrees_with_jaxmarl_step_by_step(task, width):
-    """Two battles of random play to their ends, with JaxMARL stepped one battle at a time and the keys as documented."""
+    """Two battles of random play to their ends. JaxMARL plays them one at a time, with the keys as documented."""
     env = SMAXEnv(task, width)
     import jax
 
@@ -252,7 +279,9 @@ def test_agrees_with_jaxmarl_step_by_step(task, width):
         steps += 1
         for i, (key, _, world) in list(battles.items()):
             key, now = split(key)
-            observation, world, reward, done, _ = raw.step_env(now, world, {name: int(a) for name, a in zip(raw.agents, actions[i])})
+            observation, world, reward, done, _ = raw.step_env(
+                now, world, {name: int(a) for name, a in zip(raw.agents, actions[i])}
+            )
             compare(i, observation, world)
             assert after["reward"][i].item() == pytest.approx(float(reward["ally_0"]), abs=1e-6)
             assert after["done"][i].item() == bool(done["__all__"])
@@ -264,7 +293,10 @@ def test_agrees_with_jaxmarl_step_by_step(task, width):
 
 @needs_jaxmarl
 def test_time_limit_and_decided_battles_and_who_won(env):
-    """Standing still runs some battles into the time limit, attacking wins some and loses some; what is true of which is read off the units' health."""
+    """Standing still runs some battles into the time limit. Attacking wins some and loses some.
+
+    Which battle ended how is read off the units' health.
+    """
     seen = set()
     for act in (stop, attack):
         wins, steps = play(env, act, seed=2)
@@ -275,7 +307,8 @@ def test_time_limit_and_decided_battles_and_who_won(env):
         won_before = torch.zeros(B, dtype=torch.bool)
         for step in steps:
             after = step["next"][step["_step"]]
-            assert torch.equal(after["done"], after["terminated"] | after["truncated"]) and not (after["terminated"] & after["truncated"]).any()
+            assert torch.equal(after["done"], after["terminated"] | after["truncated"])
+            assert not (after["terminated"] & after["truncated"]).any()
             for name in ended:
                 ended[name][step["_step"]] |= after[name][:, 0]
             won = step["next", "battle_won"][:, 0]
@@ -288,7 +321,9 @@ def test_time_limit_and_decided_battles_and_who_won(env):
         returns = sum(step["next", "reward"][:, 0] for step in steps)
         lost = 1 - (health[:, 5:] / np.where(units(env)["unit_types"][:, 5:] == 0, 35, 80)).mean(1)
         np.testing.assert_allclose(returns.numpy(), lost + wins.numpy(), atol=1e-4)
-        seen |= {("truncated", bool(x)) for x in ended["truncated"]} | {("won", bool(x)) for x in wins[ended["terminated"]]}
+        seen |= {("truncated", bool(x)) for x in ended["truncated"]} | {
+            ("won", bool(x)) for x in wins[ended["terminated"]]
+        }
         env.reset()
     assert seen == {("truncated", True), ("truncated", False), ("won", True), ("won", False)}
 
@@ -341,7 +376,8 @@ def test_forbidden_actions_pass_as_a_stop(env, twin):
 def test_seeds(env, twin):
     wins, steps = play(env, attack, seed=3)
     again, repeated = play(twin, attack, seed=3)
-    assert torch.equal(wins, again) and len(steps) == len(repeated) and all(same(a["next"], b["next"]) for a, b in zip(steps, repeated))
+    assert torch.equal(wins, again) and len(steps) == len(repeated)
+    assert all(same(a["next"], b["next"]) for a, b in zip(steps, repeated))
     assert torch.equal(play(env, attack, seed=3)[0], wins)
     start, other = steps[0], play(env, attack, seed=4)[1][0]
     assert not torch.equal(start["state"], other["state"])
@@ -376,7 +412,8 @@ def test_partial_step_leaves_the_other_battles_where_they_are(env, twin):
         td["agents", "action"], free["agents", "action"] = attack(td), attack(free)
         held, free = env.step(td.set("_step", moving if t % 2 else moving[:, None]))["next"], step_mdp(twin.step(free))
         assert same(held, free, moving) and same(held, start, ~moving)
-        assert (held["reward"][~moving] == 0).all() and held["terminated"][~moving].all() and not held["truncated"].any()
+        assert (held["reward"][~moving] == 0).all() and held["terminated"][~moving].all()
+        assert not held["truncated"].any()
         td = held.select(*KEYS)
     # The battles that stood still now go through their first steps, as the twin's did.
     twin.set_seed(0)

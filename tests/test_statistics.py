@@ -19,13 +19,17 @@ def random_scores(seed: int, counts=(5, 5, 5)) -> list[np.ndarray]:
 
 
 def test_known_scores():
-    """Of eight scores the middle four are 2, 3, 10 and 20. Against scores shifted by 1.5 six of the 16 pairs of the first task are won."""
+    """Of eight scores the middle four are 2, 3, 10 and 20.
+
+    Against scores shifted by 1.5, six of the 16 pairs of the first task are won.
+    """
     assert iqm(KNOWN) == 35 / 4
     other = [KNOWN[0] + 1.5, KNOWN[1] - 100]
     won = np.mean([[a > b for b in other[0]] for a in KNOWN[0]])
     assert won == 3 / 16 and probability_of_improvement(KNOWN, other) == (3 / 16 + 1) / 2
     assert probability_of_improvement(KNOWN, KNOWN) == 0.5  # ties count half
-    assert profile(KNOWN, np.array([-1.0, 0.0, 2.5, 10.0, 40.0])).tolist() == [1, (3 / 4 + 1) / 2, (1 / 4 + 1) / 2, 3 / 8, 0]
+    above = profile(KNOWN, np.array([-1.0, 0.0, 2.5, 10.0, 40.0])).tolist()
+    assert above == [1, (3 / 4 + 1) / 2, (1 / 4 + 1) / 2, 3 / 8, 0]
 
 
 @pytest.mark.parametrize("counts", [(1,), (3,), (4,), (5, 5), (5, 3, 2), (2, 2, 2, 2, 2)])
@@ -58,7 +62,14 @@ def test_intervals_are_those_of_scipy(counts):
     on_all = lambda *tasks, axis: scipy.stats.trim_mean(np.concatenate(tasks, axis), 0.25, axis=axis)
     theirs = []
     for seed in range(12):
-        found = scipy.stats.bootstrap(scores, on_all, n_resamples=draws, method="percentile", vectorized=True, rng=np.random.default_rng(100 + seed))
+        found = scipy.stats.bootstrap(
+            scores,
+            on_all,
+            n_resamples=draws,
+            method="percentile",
+            vectorized=True,
+            rng=np.random.default_rng(100 + seed),
+        )
         theirs.append(found.confidence_interval)
     theirs = np.array(theirs)
     error = np.sqrt(ours.var(0, ddof=1) / 12 + theirs.var(0, ddof=1) / 12)
@@ -70,10 +81,19 @@ def test_the_interval_of_two_methods_is_that_of_scipy():
     x, y = random_scores(5, (5, 4)), random_scores(6, (4, 5))
     ours = np.array([interval(probability_of_improvement, x, y, draws=3000, seed=seed) for seed in range(8)])
     on_all = lambda a, b, c, d, axis: probability_of_improvement([a, b], [c, d])
-    theirs = np.array([
-        scipy.stats.bootstrap((*x, *y), on_all, n_resamples=3000, method="percentile", vectorized=True, rng=np.random.default_rng(seed)).confidence_interval
-        for seed in range(8)
-    ])
+    theirs = np.array(
+        [
+            scipy.stats.bootstrap(
+                (*x, *y),
+                on_all,
+                n_resamples=3000,
+                method="percentile",
+                vectorized=True,
+                rng=np.random.default_rng(seed),
+            ).confidence_interval
+            for seed in range(8)
+        ]
+    )
     assert ours.mean(0) == pytest.approx(theirs.mean(0), abs=0.02)
 
 
@@ -95,23 +115,41 @@ def known_report(root) -> str:
     """Two instances with mean returns 10 and 100, two methods, four seeds."""
     for i, (quality, data) in enumerate((("medium", 10.0), ("expert", 100.0))):
         for seed in range(4):
-            make_run(root, "comadice", seed, [KNOWN[i][seed] * data], data_return=data, quality=quality, eval_episodes=32)
-            make_run(root, "bc", seed, [(KNOWN[i][seed] - 1) * data], data_return=data, quality=quality, eval_episodes=32)
+            make_run(
+                root, "comadice", seed, [KNOWN[i][seed] * data], data_return=data, quality=quality, eval_episodes=32
+            )
+            make_run(
+                root, "bc", seed, [(KNOWN[i][seed] - 1) * data], data_return=data, quality=quality, eval_episodes=32
+            )
     return report(root)[0]
 
 
 def test_the_section_of_a_report(tmp_path):
     text = known_report(tmp_path)
-    assert "**mamujoco, return / mean return of the data**: 2 instances, 100 steps per stage, 1 evaluations of 32 episodes." in text
+    assert (
+        "**mamujoco, return / mean return of the data**: 2 instances, 100 steps per stage, "
+        "1 evaluations of 32 episodes." in text
+    )
     rows = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith(("| bc |", "| comadice |"))}
-    assert rows["| comadice"].startswith("| comadice | 8.8 [") and rows["| bc"].startswith("| bc | 7.8 [") and rows["| bc"].endswith("|  |")
-    better = probability_of_improvement(KNOWN, [task - 1 for task in KNOWN])  # 10 of 16 pairs and 3 ties in the first task
+    assert rows["| comadice"].startswith("| comadice | 8.8 [") and rows["| bc"].startswith("| bc | 7.8 [")
+    assert rows["| bc"].endswith("|  |")
+    # 10 of 16 pairs and 3 ties in the first task
+    better = probability_of_improvement(KNOWN, [task - 1 for task in KNOWN])
     assert f"| {better:.2f} [" in rows["| comadice"]
-    assert {path.name for path in (tmp_path / "report").iterdir()} >= {"intervals.png", "profiles.png", "seeds.csv", "marl_eval.json"}
+    assert {path.name for path in (tmp_path / "report").iterdir()} >= {
+        "intervals.png",
+        "profiles.png",
+        "seeds.csv",
+        "marl_eval.json",
+    }
     with open(tmp_path / "report/seeds.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 16 and all(float(row["normalised"]) == pytest.approx(float(row["score"]) / float(row["data_return"])) for row in rows)
-    assert [float(row["score"]) for row in rows if row["method"] == "comadice" and row["quality"] == "medium"] == [0, 10, 20, 30]
+    assert len(rows) == 16
+    assert all(
+        float(row["normalised"]) == pytest.approx(float(row["score"]) / float(row["data_return"])) for row in rows
+    )
+    scores = [float(row["score"]) for row in rows if row["method"] == "comadice" and row["quality"] == "medium"]
+    assert scores == [0, 10, 20, 30]
 
 
 def test_other_budgets_are_not_mixed(tmp_path):
@@ -122,8 +160,12 @@ def test_other_budgets_are_not_mixed(tmp_path):
             make_run(tmp_path, algo, seed, [5.0 + seed], quality="expert", eval_episodes=8, steps=200)
     text = report(tmp_path)[0]
     assert "There are runs of several budgets." in text and text.count("**mamujoco, return") == 2
-    assert "1 instance, 100 steps per stage, 1 evaluations of 32 episodes" in text and "1 instance, 200 steps per stage, 1 evaluations of 8 episodes" in text
-    assert {path.name for path in (tmp_path / "report").glob("*.json")} == {"marl_eval_100_1_32.json", "marl_eval_200_1_8.json"}
+    assert "1 instance, 100 steps per stage, 1 evaluations of 32 episodes" in text
+    assert "1 instance, 200 steps per stage, 1 evaluations of 8 episodes" in text
+    assert {path.name for path in (tmp_path / "report").glob("*.json")} == {
+        "marl_eval_100_1_32.json",
+        "marl_eval_200_1_8.json",
+    }
 
 
 def test_instances_that_are_not_shared_or_have_no_unit_are_named(tmp_path):
@@ -138,13 +180,32 @@ def test_instances_that_are_not_shared_or_have_no_unit_are_named(tmp_path):
 
 
 def test_the_exchange_format(tmp_path):
-    """The structure that marl-eval's README asks for: env, task, algorithm, run, step_k with step_count, absolute_metrics last."""
+    """The structure that marl-eval's README asks for: env, task, algorithm, run, step_k with step_count.
+
+    absolute_metrics comes last.
+    """
     for seed in (0, 1):
-        make_run(tmp_path, seed=seed, returns=[1.0, 2.0, 4.0 + seed], winrates=[0.1, 0.2, 0.4], env="smax", task="zerg_5_vs_5", quality="medium", steps=300)
+        make_run(
+            tmp_path,
+            seed=seed,
+            returns=[1.0, 2.0, 4.0 + seed],
+            winrates=[0.1, 0.2, 0.4],
+            env="smax",
+            task="zerg_5_vs_5",
+            quality="medium",
+            steps=300,
+        )
     report(tmp_path)
     found = json.loads((tmp_path / "report/marl_eval.json").read_text())
-    assert found.keys() == {"smax"} and found["smax"].keys() == {"zerg_5_vs_5_medium"} and found["smax"]["zerg_5_vs_5_medium"].keys() == {"comadice"}
+    assert found.keys() == {"smax"} and found["smax"].keys() == {"zerg_5_vs_5_medium"}
+    assert found["smax"]["zerg_5_vs_5_medium"].keys() == {"comadice"}
     runs = found["smax"]["zerg_5_vs_5_medium"]["comadice"]
-    assert list(runs) == ["seed_0", "seed_1"] and list(runs["seed_1"]) == ["step_1", "step_2", "step_3", "absolute_metrics"]
+    assert list(runs) == ["seed_0", "seed_1"]
+    assert list(runs["seed_1"]) == [
+        "step_1",
+        "step_2",
+        "step_3",
+        "absolute_metrics",
+    ]
     assert runs["seed_1"]["step_3"] == {"step_count": 300, "return": [5.0], "win_rate": [pytest.approx(0.4)]}
     assert runs["seed_1"]["absolute_metrics"] == {"return": [3.5], "win_rate": [pytest.approx(0.3)]}

@@ -33,16 +33,23 @@ class Recorder(TorchDispatchMode):
 
 def rows(n: int, discrete: bool) -> TensorDict:
     N, t = 303, torch.arange(303) % 101
-    agents = {"observation": torch.randn(N, n, 5), "action": torch.randint(4, (N, n)) if discrete else torch.randn(N, n, 4)}
+    agents = {
+        "observation": torch.randn(N, n, 5),
+        "action": torch.randint(4, (N, n)) if discrete else torch.randn(N, n, 4),
+    }
     if discrete:
         agents["action_mask"] = torch.ones(N, n, 4, dtype=torch.bool)
     done = (t == 99)[:, None]
     flags = {"done": done, "terminated": done, "is_init": (t == 0)[:, None]}
-    return TensorDict({"state": torch.randn(N, 7), "reward": torch.randn(N, 1), "agents": TensorDict(agents, [N, n])} | flags, [N])
+    return TensorDict(
+        {"state": torch.randn(N, 7), "reward": torch.randn(N, 1), "agents": TensorDict(agents, [N, n])} | flags, [N]
+    )
 
 
 def step_args(objective: str, advantage: str) -> comadice_train.Args:
-    return comadice_train.resolve(comadice_train.Args(objective=objective, advantage=advantage, hidden=8, batch_size=16), 1.0)
+    return comadice_train.resolve(
+        comadice_train.Args(objective=objective, advantage=advantage, hidden=8, batch_size=16), 1.0
+    )
 
 
 def critic_step(n: int, discrete: bool, args: comadice_train.Args) -> list[str]:
@@ -51,7 +58,10 @@ def critic_step(n: int, discrete: bool, args: comadice_train.Args) -> list[str]:
     data = rows(n, discrete)
     critics = comadice_train.make_critics(card, args)
     target, optimizer = deepcopy(critics), comadice_train.make_optimizer(critics, args)
-    replay, initial = make_replay(data, comadice_train.CRITIC_KEYS), make_replay(data, comadice_train.INIT_KEYS, False, first=initial_rows(data))
+    replay, initial = (
+        make_replay(data, comadice_train.CRITIC_KEYS),
+        make_replay(data, comadice_train.INIT_KEYS, False, first=initial_rows(data)),
+    )
     update = comadice_train.make_critic_update(critics, target, optimizer, args, DATA)
     with Recorder() as recorder:
         update(replay.sample(16), initial.sample(4))
@@ -80,7 +90,10 @@ def adam_reads(parameters: int) -> int:
     return sum(name in SYNCS for name in recorder.names)
 
 
-OBJECTIVES = pytest.mark.parametrize("objective, advantage", [("semi", "td"), ("semi", "q"), ("exact", "td"), ("exact", "q"), ("printed", "q"), ("released_nu", "q")])
+OBJECTIVES = pytest.mark.parametrize(
+    "objective, advantage",
+    [("semi", "td"), ("semi", "q"), ("exact", "td"), ("exact", "q"), ("printed", "q"), ("released_nu", "q")],
+)
 
 
 @pytest.mark.parametrize("discrete", [False, True])
@@ -89,7 +102,13 @@ def test_critic_step_waits_for_nothing_and_has_no_agent_loop(objective, advantag
     args = step_args(objective, advantage)
     few, many = critic_step(2, discrete, args), critic_step(10, discrete, args)
     assert len(few) > 50 and few == many
-    trained = len(list(comadice_train.make_critics({"n_agents": 2, "obs_dim": 5, "state_dim": 7, "action_dim": 4, "discrete": discrete}, args).parameters()))
+    trained = len(
+        list(
+            comadice_train.make_critics(
+                {"n_agents": 2, "obs_dim": 5, "state_dim": 7, "action_dim": 4, "discrete": discrete}, args
+            ).parameters()
+        )
+    )
     assert sum(name in SYNCS for name in few) <= adam_reads(trained)
 
 
@@ -108,7 +127,10 @@ def test_critic_step_on_a_gpu_does_not_synchronise(objective, advantage):
     data = rows(3, False).to("cuda")
     critics = comadice_train.make_critics(card, args).to("cuda")
     target, optimizer = deepcopy(critics), comadice_train.make_optimizer(critics, args)
-    replay, initial = make_replay(data, comadice_train.CRITIC_KEYS), make_replay(data, comadice_train.INIT_KEYS, False, first=initial_rows(data))
+    replay, initial = (
+        make_replay(data, comadice_train.CRITIC_KEYS),
+        make_replay(data, comadice_train.INIT_KEYS, False, first=initial_rows(data)),
+    )
     update = comadice_train.make_critic_update(critics, target, optimizer, args, DATA)
     update(replay.sample(16), initial.sample(4))
     torch.cuda.set_sync_debug_mode("error")

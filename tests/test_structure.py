@@ -12,8 +12,17 @@ from conftest import ROOT
 
 ALONE = ["comadice_losses", "comadice_mixer"]  # need torch alone; anyone may import them
 # From the lowest up: a group imports nothing of a later one. The files of the top level are groups of one.
-GROUPS = ["environments", "offline_data", "support", "comadice_eval", "comadice_bc", "comadice_train", "baselines", "benchmarks",
-          "tests"]
+GROUPS = [
+    "environments",
+    "offline_data",
+    "support",
+    "comadice_eval",
+    "comadice_bc",
+    "comadice_train",
+    "baselines",
+    "benchmarks",
+    "tests",
+]
 # A checkpoint of BCQ or CQL says what its policy is made of, so the evaluation imports that file when it meets one.
 LAZY = ("comadice_eval", {"baselines.bcq", "baselines.cql"})
 
@@ -57,7 +66,7 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
 
     def visit(node: str) -> list[str]:
         if node in way:
-            return [*way[way.index(node):], node]
+            return [*way[way.index(node) :], node]
         if node in done:
             return []
         way.append(node)
@@ -113,14 +122,30 @@ def test_files_that_need_torch_alone(name, tmp_path):
     shutil.copy(ROOT / f"{name}.py", tmp_path)
     ours = {"tensordict", "torchrl", *(module.split(".")[0] for module in MODULES)}
     code = f"import sys, {name}; print({name}.__file__); print(*(m for m in sys.modules if m.split('.')[0] in {ours}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120,
-                          env=os.environ | {"PYTHONPATH": ""})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": ""},
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(tmp_path / f"{name}.py"), name]
 
 
-@pytest.mark.parametrize("module", ["environments", "environments.threads", "environments.checks", "offline_data", "support",
-                                    "baselines", "benchmarks"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "environments",
+        "environments.threads",
+        "environments.checks",
+        "offline_data",
+        "support",
+        "baselines",
+        "benchmarks",
+    ],
+)
 def test_light_modules_load_no_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0
@@ -132,22 +157,36 @@ def test_threads_are_set_before_torch():
         nodes = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
         names = [node.names[0].name if isinstance(node, ast.Import) else node.module for node in nodes]
         if "environments.threads" in names:
-            before = names[:names.index("environments.threads")]
+            before = names[: names.index("environments.threads")]
             assert {name.split(".")[0] for name in before} <= sys.stdlib_module_names, file
 
 
 @pytest.mark.parametrize("command", ["", "collect", "download", "convert", "info", "list", "plot"])
 def test_help_of_the_data_commands(command):
-    done = subprocess.run([sys.executable, "-m", "offline_data", *command.split(), "--help"], capture_output=True, text=True,
-                          cwd=ROOT, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "offline_data", *command.split(), "--help"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
-    said = {"": ["collect", "download", "convert", "info", "list", "plot"], "list": ["--root"], "collect": ["--task", "--steps"], "plot": ["--out"],
-            "download": ["--quality", "--base-url"], "convert": ["--format", "--return-to-go"], "info": ["dataset directory (required)", "--verify"]}[command]
+    said = {
+        "": ["collect", "download", "convert", "info", "list", "plot"],
+        "list": ["--root"],
+        "collect": ["--task", "--steps"],
+        "plot": ["--out"],
+        "download": ["--quality", "--base-url"],
+        "convert": ["--format", "--return-to-go"],
+        "info": ["dataset directory (required)", "--verify"],
+    }[command]
     assert all(word in done.stdout for word in said), done.stdout
 
 
 @pytest.mark.parametrize("arguments", [[], ["train"]])
 def test_unknown_data_command(arguments):
-    done = subprocess.run([sys.executable, "-m", "offline_data", *arguments], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "offline_data", *arguments], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: there is no command")
     assert len(done.stderr.splitlines()) == 1

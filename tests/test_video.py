@@ -46,10 +46,14 @@ def player(env: str, task: str) -> tuple[dict, torch.nn.Module]:
     world = make_env(env, task, 1)
     n, O = world.observation_spec["agents", "observation"].shape[-2:]
     discrete = env == "smax"
-    A = (world.observation_spec["agents", "action_mask"] if discrete else world.full_action_spec["agents", "action"]).shape[-1]
+    A = (
+        world.observation_spec["agents", "action_mask"] if discrete else world.full_action_spec["agents", "action"]
+    ).shape[-1]
     world.close()
     torch.manual_seed(0)
-    return {"env": env, "task": task, "interface": "standard" if discrete else "benchmark"}, make_policy(n, O, A, discrete, 8)
+    return {"env": env, "task": task, "interface": "standard" if discrete else "benchmark"}, make_policy(
+        n, O, A, discrete, 8
+    )
 
 
 def short_env(env: str, task: str):
@@ -80,11 +84,13 @@ def test_robots_move(task, seconds, opengl, tmp_path, monkeypatch, capsys):
     assert robot[0].std() > 20, "something is to be seen"
     returns = comadice_eval.evaluate(policy, short_env("mamujoco", task), EPISODES, 0)["returns"]
     assert len(set(returns)) == EPISODES
-    assert f"untrained: return {sorted(returns)[1]:.2f} in " in capsys.readouterr().out, "the median of what evaluate plays"
+    assert f"untrained: return {sorted(returns)[1]:.2f} in " in capsys.readouterr().out, (
+        "the median of what evaluate plays"
+    )
 
 
 def test_recorded_poses_are_the_simulators(hopper_data, opengl, monkeypatch):
-    """An episode is recorded from a simulator. The poses that are drawn of its rows are those that the simulator had."""
+    """An episode is recorded from a simulator. The poses that are drawn from its rows are the simulator's own."""
     env = make_env("mamujoco", "hopper", 1)
     env.set_seed(3)
     simulator, poses, raws = env.simulators[0].unwrapped, [], []
@@ -111,7 +117,9 @@ def test_recorded_poses_are_the_simulators(hopper_data, opengl, monkeypatch):
 def test_recorded_robots(hopper_data, opengl, tmp_path, capsys):
     rows, card = open_dataset(hopper_data)
     film(tmp_path / "data.gif", ("data", card, rows))
-    median = sorted(float(video.episode_returns(rows)[i]) for i in range(card["trajectories"]))[(card["trajectories"] - 1) // 2]
+    median = sorted(float(video.episode_returns(rows)[i]) for i in range(card["trajectories"]))[
+        (card["trajectories"] - 1) // 2
+    ]
     assert f"data: return {median:.2f} in " in capsys.readouterr().out
     assert len(pictures(tmp_path / "data.gif")) >= 2
 
@@ -178,12 +186,15 @@ def test_mp4(tmp_path):
     assert frames == len(video.median_episode(rows)) and seconds == pytest.approx(frames * video.BATTLE_STEP, abs=0.1)
 
 
-@pytest.mark.parametrize("flags, message", [
-    ({"video": "a.avi"}, "ends in .gif or .mp4"),
-    ({"video": "no/folder/a.gif"}, "no such folder"),
-    ({"video": "a.gif", "out": "results.json"}, "leave out --out and --workers"),
-    ({"video": "a.gif", "workers": 2}, "leave out --out and --workers"),
-])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"video": "a.avi"}, "ends in .gif or .mp4"),
+        ({"video": "no/folder/a.gif"}, "no such folder"),
+        ({"video": "a.gif", "out": "results.json"}, "leave out --out and --workers"),
+        ({"video": "a.gif", "workers": 2}, "leave out --out and --workers"),
+    ],
+)
 def test_flags_that_can_not_be(flags, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BadInput, match=message):

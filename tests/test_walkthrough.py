@@ -1,4 +1,4 @@
-"""docs/walkthrough.ipynb: every cell runs, the key numbers hold, and the committed file holds the figures of such a run.
+"""docs/walkthrough.ipynb: every cell runs and the key numbers hold. The committed file holds such a run's figures.
 
 The notebook ends with a dict `numbers`. It is read from a fresh run here, and from the output that was committed.
 """
@@ -57,10 +57,12 @@ def complaints_about_numbers(numbers: dict) -> list[str]:
         "A_tot is M[q] - M[nu], without the bias": n["mixer_error"] < 1e-9,
         "Eq. 9 gives the best additive advantage": n["additive_error"] < 1e-4,
         "Eq. 11 gives the product of the local shares": n["policy_error"] < 1e-3,
-        "weighted BC is far above BC and the data": n["return_weighted_bc"] > max(n["return_bc"], n["return_behaviour"]) + 0.5,
+        "weighted BC is far above BC and the data": n["return_weighted_bc"]
+        > max(n["return_bc"], n["return_behaviour"]) + 0.5,
         "so it is with semi": n["return_weighted_bc_semi"] > max(n["return_bc"], n["return_behaviour"]) + 0.5,
         "BC is below the data": n["return_bc"] < n["return_behaviour"] - 0.1,
-        "nothing is above the optimum": max(n["return_weighted_bc"], n["return_weighted_bc_semi"]) <= n["return_optimum"] + 1e-9,
+        "nothing is above the optimum": max(n["return_weighted_bc"], n["return_weighted_bc_semi"])
+        <= n["return_optimum"] + 1e-9,
         "the printed form loses its mass": 0 <= n["printed_mean_w"] < 0.2,
         "semi has E[w | s] = 1": n["semi_worst_mean_w"] < 1e-6,
         "semi tends to the behaviour": n["semi_total_variation_at_alpha_100"] < 1e-2,
@@ -84,7 +86,9 @@ def executed() -> dict:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     env = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
-    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute(env=env)
+    nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
+    ).execute(env=env)
     return notebook
 
 
@@ -120,8 +124,14 @@ def test_code_lines_are_short():
 def test_the_root_is_found(folder):
     """The first cell finds comadice_losses.py wherever in the repository the notebook is opened."""
     code = source(code_cells(committed())[0]) + "\nimport comadice_losses; print(comadice_losses.__file__)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / folder, timeout=120,
-                          env=os.environ | {"PYTHONPATH": ""})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT / folder,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": ""},
+    )
     assert done.stdout.strip() == str(ROOT / "comadice_losses.py"), done.stderr
 
 
@@ -145,11 +155,25 @@ def test_broken_outputs_are_seen(name):
     assert complaints_about_outputs(broken_outputs(name))
 
 
-@pytest.mark.parametrize("name, value", [
-    ("duality_gap", 1e-4), ("w_error", 0.01), ("semi_w_error", 0.01), ("mixer_error", 0.1), ("additive_error", 0.01),
-    ("policy_error", 0.01), ("return_weighted_bc", 0.0), ("return_weighted_bc", 2.0), ("return_weighted_bc_semi", 0.0),
-    ("return_bc", 0.1), ("printed_mean_w", 0.9), ("printed_mean_w", float("nan")), ("semi_worst_mean_w", 0.1),
-    ("semi_total_variation_at_alpha_100", 0.05), ("w_error", float("nan")),
-])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("duality_gap", 1e-4),
+        ("w_error", 0.01),
+        ("semi_w_error", 0.01),
+        ("mixer_error", 0.1),
+        ("additive_error", 0.01),
+        ("policy_error", 0.01),
+        ("return_weighted_bc", 0.0),
+        ("return_weighted_bc", 2.0),
+        ("return_weighted_bc_semi", 0.0),
+        ("return_bc", 0.1),
+        ("printed_mean_w", 0.9),
+        ("printed_mean_w", float("nan")),
+        ("semi_worst_mean_w", 0.1),
+        ("semi_total_variation_at_alpha_100", 0.05),
+        ("w_error", float("nan")),
+    ],
+)
 def test_wrong_numbers_are_seen(name, value):
     assert len(complaints_about_numbers(committed_numbers() | {name: value})) == 1
