@@ -632,8 +632,10 @@ def sampled_dataset(m, episodes, seed=0):
 
 
 @pytest.mark.parametrize("advantage", ["td", "q"])
-@pytest.mark.parametrize("termination", ["none", "random"])
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(
+    "seed, termination",
+    [(0, "random"), (1, "random"), (2, "random"), (0, "none")],  # endless games take far longer
+)
 def test_policy_of_the_default_tends_to_the_behaviour(seed, termination, advantage):
     """Through the code that trains: data of a random MMDP, updates of tabular critics, and w* of the whole dataset.
 
