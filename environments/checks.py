@@ -29,7 +29,7 @@ def fail_at_end(message: str):
 
 
 def plain(text: str) -> str:
-    """A message on one line, without control characters, which names in a damaged file may hold."""
+    """A message on one line, without control characters: a terminal obeys them, and damaged files may hold some."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
