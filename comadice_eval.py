@@ -37,7 +37,7 @@ class Args:
     (whole episode). For a dataset directory among the runs, it shows a recorded episode"""
 
 
-if __name__ == "__main__":  # before the slow imports, so that --help and mistyped flags are answered at once
+if __name__ == "__main__":  # before the slow imports, so that --help and a mistyped flag answer at once
     stops.catch(begun=False)
     if REPORT := sys.argv[1:2] == ["report"]:
         from support.report_args import Args as ReportArgs
