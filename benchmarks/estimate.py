@@ -81,7 +81,7 @@ def seconds_per_run(cells: list[Cell]) -> dict[str, float | None]:
 
 
 def measure(cell: Cell, data: str, out: Path, device: str) -> float:
-    """Seconds of one step of one seed, in both stages where there are two.
+    """Seconds of one step of one seed, in both stages if there are two.
 
     It is the difference of two runs, so that what happens once per run does not count. On a CPU it is the process's CPU
     time, not the time that passed, since other work may share the machine.

@@ -199,7 +199,7 @@ def read_plan(out: str | Path) -> dict[str, int]:
 
 
 def train(cell: Cell, seeds: list[int], device: str) -> tuple[str, str]:
-    """Trains seeds of a cell here, in this process, from where they are, by the method's own script.
+    """Trains seeds of a cell in this process, from their last checkpoints, by the method's own script.
 
     Returns an outcome and a line that explains it. "finished". "stopped": by a signal, or since another process does
     not end. "failed": these seeds only. "input": the input can't be used, so the cell's other seeds can't run either.

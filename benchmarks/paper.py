@@ -261,7 +261,7 @@ REPORTS = [f"report-{name}" for name in grid.ABLATIONS]
 
 
 def as_default(run: report.Run) -> report.Run:
-    """Names the default alpha "default": its value depends on the data's rewards, but it shall have one column."""
+    """Names the default alpha "default", so that it has one column, though its value depends on the data's rewards."""
     return without_episodes(run._replace(config=tuple((k, "default" if k == "alpha" else v) for k, v in run.config)))
 
 

@@ -80,7 +80,7 @@ def random_rows(card: dict, N: int) -> TensorDict:
 
 
 def products(rows: int, sizes: list[int], trained: bool = True) -> list[tuple[int, int, int]]:
-    """The matrix products (m, k, n) of an MLP on `rows` rows: forward, and where it is trained backward."""
+    """The matrix products (m, k, n) of an MLP on `rows` rows: forward, and if it is trained also backward."""
     out = []
     for layer, (k, n) in enumerate(pairwise(sizes)):
         out += [(rows, k, n)] + trained * [(k, rows, n)] + (trained and layer > 0) * [(rows, n, k)]

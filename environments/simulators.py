@@ -10,7 +10,7 @@
 Every environment uses the same TensorDict keys (n agents, B environments):
 
     ("agents", "observation")  [B, n, O]  float32
-    ("agents", "action")       [B, n, A]  float32, or [B, n] int64 where actions are discrete
+    ("agents", "action")       [B, n, A]  float32, or [B, n] int64 if actions are discrete
     ("agents", "action_mask")  [B, n, A]  bool, the available actions (discrete only)
     "state"                    [B, S]     float32, the global state that the mixers condition on
     "reward"                   [B, 1]     float32, one reward for the team

@@ -503,7 +503,7 @@ def read_npz(
                 T = min(int(moved[-1]) + 1, steps) if len(moved) else 0
             if T > limit:
                 raise BadInput(
-                    f"{source}: an episode has {T} steps where the step limit is {limit}: give the data's own --limit"
+                    f"{source}: an episode has {T} steps, but the step limit is {limit}: give the data's own --limit"
                 )
             parts["reward"] = per_step(parts["reward"][:T], "rewards")
             parts = {key: value[: T + 1] for key, value in parts.items()}

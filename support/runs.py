@@ -125,7 +125,7 @@ def load_dataset(args, device: torch.device, algo: str) -> tuple[TensorDict, dic
 
 
 def default_dataset(args):
-    """Fills in args.env, task and quality where they are not given."""
+    """Fills in args.env, task and quality if they are not given."""
     args.env = args.env or "mamujoco"
     args.task = args.task or ("hopper" if args.env == "mamujoco" else "zerg_5_vs_5")
     if args.quality is None:

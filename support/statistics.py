@@ -2,7 +2,7 @@
 
 Scores of one method are a list with one array per task, which has one score per seed: [N_1], [N_2], ... Tasks may have
 different numbers of seeds. Every interval is a percentile interval of the stratified bootstrap: the seeds of each task
-are drawn anew with replacement, the tasks stay.
+are drawn with replacement, the tasks stay the same.
 """
 
 from collections.abc import Callable
