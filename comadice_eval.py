@@ -7,7 +7,7 @@
 
 The first command plays the mean action (continuous), or the most likely available one (discrete). It prints the mean
 and standard deviation of the return over episodes, and the share of battles won. For several runs of one setting it
-also prints those over runs.
+also prints mean and standard deviation over the runs.
 """
 
 import sys
@@ -27,17 +27,17 @@ class Args:
     seed: int = 0
     """seeds the simulator's initial states"""
     workers: int = 1
-    """processes that simulate"""
+    """number of processes that simulate"""
     device: str = "auto"
     """auto, cpu, cuda, ...: where the policy runs"""
     out: str | None = None
     """also write the results to this JSON file"""
     video: str | None = None
-    """film the episode with the median return of each run instead, side by side, into this file: a .gif (short) or an
-    .mp4 (whole). A dataset directory among the runs shows a recorded episode"""
+    """instead, film each run's episode of median return into this file, side by side: a .gif (first seconds) or an .mp4
+    (whole episode). For a dataset directory among the runs, it shows a recorded episode"""
 
 
-if __name__ == "__main__":  # before what takes seconds to import: --help and a typo answer at once
+if __name__ == "__main__":  # before the slow imports, so that --help and a mistyped flag answer at once
     stops.catch(begun=False)
     if REPORT := sys.argv[1:2] == ["report"]:
         from support.report_args import Args as ReportArgs
@@ -115,11 +115,12 @@ def evaluate(policy: torch.nn.Module, env: EnvBase, episodes: int, seed: int) ->
             action = policy.act(td["agents", "observation"].to(device), None if mask is None else mask.to(device))
             action = action.to(env.device)
             if action.is_floating_point():
-                # The simulator clips the controls, but some robots' rewards charge for the action as it is given. Away
-                # from the data a policy's mean can be far outside of the box: one episode had a return of -5,000.
+                # The simulator clips the controls, but some robots' rewards penalise the unclipped action. On states
+                # unlike the data a policy's mean can be far outside of the box: one episode had a return of -5,000.
                 action = env.full_action_spec["agents", "action"].project(action)
             td["agents", "action"] = action
-            # Environments whose episode is over stand still. TorchRL's ParallelEnv can stop only whole workers.
+            # Environments whose episode is over are not stepped. TorchRL's ParallelEnv can leave out only whole
+            # worker processes.
             stepping = alive.squeeze(-1)
             if stepping.ndim == 2:
                 stepping = stepping.any(-1, keepdim=True).expand_as(stepping)
@@ -136,7 +137,9 @@ def evaluate(policy: torch.nn.Module, env: EnvBase, episodes: int, seed: int) ->
         wins += won[~died].tolist()
         replayed += int(died.sum())
         if replayed > episodes:
-            raise BadInput(f"the game died in {replayed} battles ({len(returns)} were played): see the game's own log")
+            raise BadInput(
+                f"the game died in {replayed} battles while {len(returns)} were played: see the game's own log"
+            )
     returns, lengths, wins = (torch.tensor(x[:episodes], dtype=torch.float32) for x in (returns, lengths, wins))
     return {
         "return_mean": returns.mean().item(),
@@ -151,7 +154,7 @@ def evaluate(policy: torch.nn.Module, env: EnvBase, episodes: int, seed: int) ->
 def evaluation(policy: torch.nn.Module, env: EnvBase | None, episodes: int, seed: int, step: int) -> dict:
     """The values that an evaluation after `step` adds to a row of metrics.csv. Without a simulator there are none.
 
-    The start states are drawn from (seed, step), so each evaluation of a run has other ones.
+    Their random seed is made from (seed, step), so each evaluation of a run has different start states.
     """
     if env is None:
         return {}
@@ -165,7 +168,7 @@ def load_policy(run: str | Path, device="cpu") -> tuple[torch.nn.Module, dict]:
     state = load_checkpoint(run)
     card, config = state["card"], state["config"]
     if not state["policy"]:
-        raise BadInput(f"{run} has no policy yet: it was stopped in its first stage, go on with --resume")
+        raise BadInput(f"{run} has no policy yet: it was stopped in its first stage, continue it with --resume")
     try:
         if state["algo"] in ("bcq", "cql"):  # their policies are implicit in q
             from baselines import bcq, cql
@@ -190,18 +193,18 @@ def check(args: Args):
     if not args.run:
         raise BadInput("give the run directories with --run")
     if args.seed < 0:
-        raise BadInput(f"--seed is {args.seed}: give a number from 0 on")
+        raise BadInput(f"--seed is {args.seed}: give 0 or a positive number")
     if args.out and (Path(args.out).is_dir() or not Path(args.out).absolute().parent.is_dir()):
         raise BadInput(f"can't write --out {args.out}: give a file in a folder that exists")
 
     if args.video:
         video.check_file(args.video)
         if args.out or args.workers > 1:
-            raise BadInput("--video films in one process and has no results for a file: leave out --out and --workers")
+            raise BadInput("--video films in one process and writes no results: leave out --out and --workers")
 
 
 def film(args: Args):
-    """An episode of each run, the one of the median return, into the file --video."""
+    """Films each run's episode of median return into the file --video."""
     device, shown = pick_device(args.device), []
     for run in args.run:
         if Path(run, "card.json").is_file():
@@ -237,7 +240,7 @@ def main(args: Args):
         film(args)
         return
     device = pick_device(args.device)
-    loaded = [load_policy(run, device) for run in args.run]  # before the first rollout, so that a bad one costs nothing
+    loaded = [load_policy(run, device) for run in args.run]  # all first, so that a bad run is reported at once
     rows, env, last = [], None, None
     for run, (policy, state) in zip(args.run, tqdm(loaded, desc="evaluate", unit="run")):
         if state["card"] != last:

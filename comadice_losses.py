@@ -2,11 +2,11 @@
 
 This file needs only torch. It can be copied into another project as it is.
 
-Everything works on tensors over a batch of transitions (s, a, r, s'), shapes [B], or [B, n] where a value is per agent.
+Everything works on tensors over a batch of transitions (s, a, r, s'), shapes [B], or [B, n] for values per agent.
 Expectations over the dataset are batch means. With probabilities (`rho` over transitions, `p0` over initial states)
 they are exact sums. tests/test_exact.py solves known models with these.
 
-Scales: alpha is in units of the reward (times steps, as nu is). Multiplying rewards and alpha by one factor
+Scales: alpha has the unit of nu, which is that of a sum of rewards. Multiplying rewards and alpha by one factor
 multiplies nu, q and the advantages by it and leaves w unchanged.
 """
 
@@ -23,7 +23,7 @@ KL_CAP = 10.0  # exp(KL_CAP) = 22,026 is the largest ratio that f_KL gives; see 
 
 
 class Divergence(NamedTuple):
-    """f on t >= 0, strictly convex with f(1) = f'(1) = 0, and the functions of it that Prop. 4.1 needs.
+    """f on t >= 0, strictly convex with f(1) = f'(1) = 0, and the functions derived from it that Prop. 4.1 needs.
 
     All functions are element-wise.
     """
@@ -47,8 +47,8 @@ def kl_f_prime_inverse(y: Tensor) -> Tensor:
 def kl_f_star(y: Tensor) -> Tensor:
     """exp(y) - 1 up to y = KL_CAP, and its tangent beyond.
 
-    That is the conjugate of f_KL with its domain cut to t <= exp(KL_CAP): w_star stays at exp(KL_CAP) instead of
-    overflowing (in float32 from y = 89 on), and the loss and its gradient still belong to each other.
+    This is the conjugate of f_KL with its domain cut to t <= exp(KL_CAP). So w_star stays at exp(KL_CAP) instead of
+    overflowing (in float32 from y = 89 on), and it is still the derivative of f_star.
     """
     return y.clamp(max=KL_CAP).expm1() + math.exp(KL_CAP) * (y - KL_CAP).relu()
 
@@ -112,9 +112,9 @@ def q_loss(
     gamma: float,
     rho: Tensor | None = None,
 ) -> Tensor:
-    """The MSE that fits q: A_tot = M[q - nu] to the TD form. Its gradient is for psi_q only.
+    """The MSE that fits q: A_tot = M[q - nu] to the TD form. It trains psi_q only.
 
-    The paper prints a minus sign too many: the residual is A_tot - (r + gamma nu_tot(s') - nu_tot(s)).
+    The paper prints no brackets, but the residual is A_tot - (r + gamma nu_tot(s') - nu_tot(s)).
     """
     td = td_advantage(reward, terminated, nu_tot, nu_tot_next, gamma)
     return expectation((A_tot - td) ** 2, rho)  # Eq. 9
@@ -140,7 +140,7 @@ def dual_loss(
     states that are not initial, and nothing balances the mixer's bias. So this loss has no minimum.
 
     mass is the total weight of rho^mu, (1 - gamma) E[sum_t gamma^t] over episodes. It is 1 in the paper's endless MDP.
-    Where episodes terminate it is below 1. With mass 1 there, the policy does not tend to the behaviour as alpha grows.
+    If episodes terminate, it is below 1. With mass 1 the policy would then not approach the behaviour as alpha grows.
     lam is the multiplier of E_D[w] = 1 (Table 4's lambda, as in OptiDICE). L is minimised over it too.
     """
     data_term = mass * expectation(alpha * f.f_star((A_tot - lam) / alpha), rho)
@@ -151,10 +151,10 @@ def semi_loss(nu_tot: Tensor, A_tot: Tensor, alpha: float | Tensor, f: Divergenc
     """Objective `semi`: E_D[nu_tot(s) + alpha f*(A_tot / alpha)], with nu_tot(s') in A_tot held fixed.
 
     For stationary data (1 - gamma) E_p0[nu_tot] = E_D[nu_tot(s) - gamma nu_tot(s')]. Without a gradient at s', only
-    nu_tot(s) is left of it. Mao et al. (2024) study semi-gradients of DICE losses; the unit weight on nu_tot(s) is this
-    project's choice. Where nu_tot(s) is free in every state, it makes E[w | s] = 1 there at the minimum, with or
-    without termination. So no normaliser is needed. The policy is held near the behaviour in each state, and not in its
-    occupancy as in Eq. 2-3.
+    nu_tot(s) remains. Mao et al. (2024) study semi-gradients of DICE losses; the unit weight on nu_tot(s) is this
+    project's choice. If nu_tot(s) can take any value in every state, the minimum has E[w | s] = 1 in every state, with
+    or without termination. So no normaliser is needed. The policy is kept close to the behaviour in each state, while
+    Eq. 2-3 keep its occupancy close to the data's.
     """
     return expectation(nu_tot + alpha * f.f_star(A_tot / alpha), rho)
 
@@ -193,9 +193,9 @@ def episode_ratio(returns: Tensor, alpha: float, f: Divergence) -> Tensor:
     """w(e) = max(0, (f')^-1((R_e - lam) / alpha)) of each recorded episode, with lam such that its mean is 1.
 
     Not in the paper. It solves Eq. 2-3 over the mixtures of recorded episodes. What one episode visits is a sample of
-    the occupancy of the policy that played it. Where chance decides little, every mixture therefore keeps the Bellman
-    flow of Eq. 3, and E[w] = 1 is the only constraint left; lam is its multiplier. Where chance decides a lot, it also
-    prefers lucky episodes. returns R_e [E] -> w [E]. alpha > 0 is in units of the return.
+    the occupancy of the policy that played it. If chance plays a small role, every mixture therefore satisfies the
+    Bellman flow of Eq. 3, and E[w] = 1 is the only constraint left; lam is its multiplier. If chance plays a large
+    role, the ratio also prefers lucky episodes. returns R_e [E] -> w [E]. alpha > 0 is in units of the return.
     """
     low, high = returns.min() - 100 * alpha, returns.max() + 100 * alpha
     for _ in range(100):  # bisection: the mean falls as lam grows

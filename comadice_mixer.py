@@ -12,8 +12,8 @@ Shapes: n agents, O observation entries, A actions or action entries, S state en
 obs [..., n, O], state [..., S], action [..., n, A] float (continuous) or [..., n] int64 (discrete), mask [..., n, A]
 bool.
 
-All agents go through one call with shared parameters; a one-hot agent id beside the observation tells them apart.
-Forward passes are pure: no buffers, no branches on data, so everything runs under torch.func.functional_call and
+All agents go through one call with shared parameters. A one-hot agent id next to the observation tells them apart.
+Forward passes are pure (no buffers, no branches on data), so everything runs under torch.func.functional_call and
 torch.vmap.
 """
 
@@ -24,7 +24,7 @@ from torch.nn.functional import elu
 
 
 class LocalMLP(nn.Module):
-    """An MLP of two hidden layers that all agents share. Its input is the agent's input and its one-hot id."""
+    """An MLP with two hidden layers that all agents share. Its input is the agent's input and one-hot id."""
 
     def __init__(self, n_agents: int, in_dim: int, out_dim: int, hidden: int = 256, layer_norm: bool = False):
         super().__init__()
@@ -39,12 +39,12 @@ class LocalMLP(nn.Module):
         """[..., n, in_dim] -> [..., n, out_dim]."""
         n = x.shape[-2]
         agent_id = torch.eye(n, dtype=x.dtype, device=x.device).expand(*x.shape[:-1], n)
-        # Flattened to [B n, in]: otherwise a linear layer's result is a view, and ReLU in place copies its gradient.
+        # Flattened to [B n, in]: otherwise a linear layer's result is a view, and in-place ReLU copies its gradient.
         return self.layers(torch.cat([x, agent_id], -1).flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 
 class Nu(nn.Module):
-    """Local values nu_i(o_i; psi_nu), the factors of the Lagrange multiplier nu_tot."""
+    """Local values nu_i(o_i; psi_nu). The mixer combines them into the Lagrange multiplier nu_tot."""
 
     def __init__(self, n_agents: int, obs_dim: int, hidden: int = 256, layer_norm: bool = False):
         super().__init__()
@@ -56,7 +56,7 @@ class Nu(nn.Module):
 
 
 class Q(nn.Module):
-    """Local values q_i(o_i, a_i; psi_q). The action is an input (continuous), or has an output each (discrete)."""
+    """Local values q_i(o_i, a_i; psi_q). A continuous action is an input. Discrete actions have one output each."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class LinearMixer(nn.Module):
     def advantage(self, x: Tensor, state: Tensor, at: tuple[Tensor, ...] | None = None) -> Tensor:
         """A_tot = M[x] - M[0] of local advantages x = q - nu [..., n] -> [...].
 
-        The bias b is not part of A_tot: M[q] - M[nu] = W (q - nu). So Eq. 5 holds for q_tot = M[q] only without it.
+        A_tot has no bias: in Eq. 5, A_tot = q_tot - nu_tot = M[q] - M[nu] = W (q - nu), b cancels.
         """
         return (x * (at[0] if at else self.weights(state))).sum(-1)
 
@@ -120,8 +120,8 @@ class TwoLayerMixer(nn.Module):
     """The 2-layer mixer of Section B.6: M[x] = elu(x W_1 + b_1) W_2 + b_2, with W_1, W_2 >= 0 and biases from the
     state.
 
-    ELU is convex and non-decreasing, as Theorem 4.2 asks. The theorem speaks of M[q - nu]. The TD form has -M[nu] in
-    its place, which is concave in nu: with two layers its loss need not be convex, with one layer it is.
+    ELU is convex and non-decreasing, as Theorem 4.2 requires. The theorem is about M[q - nu]. The TD form contains
+    -M[nu] instead, which is concave in nu. So its loss need not be convex with two layers; with one layer it is.
     """
 
     def __init__(self, n_agents: int, state_dim: int, hidden: int = 64):
@@ -144,8 +144,8 @@ class TwoLayerMixer(nn.Module):
     def advantage(self, x: Tensor, state: Tensor, at: tuple[Tensor, ...] | None = None) -> Tensor:
         """A_tot = M[x] - M[0] of local advantages x = q - nu [..., n] -> [...].
 
-        With two layers M[q] - M[nu] and M[q - nu] differ. This A_tot keeps what the paper needs of it: it is convex in
-        nu (Theorem 4.2; M[0] does not depend on nu), and it is zero where every agent's advantage is.
+        With two layers M[q] - M[nu] and M[q - nu] differ. This A_tot has the two properties that the paper needs. It is
+        convex in nu (Theorem 4.2; M[0] does not depend on nu). It is zero if every agent's advantage is zero.
         """
         at = at or self.at(state)
         return self(x, state, at) - self(torch.zeros_like(x), state, at)
@@ -158,7 +158,7 @@ class GaussianPolicy(nn.Module):
     """pi_i(a_i | o_i; eta) = Normal(mean(o_i), std(o_i)) with independent entries, for continuous actions (Section
     B.2).
 
-    The mean is not squashed: recorded actions may exceed the simulator's bounds, and it clips them.
+    The mean is not squashed: recorded actions may exceed the simulator's bounds. The simulator clips them.
     """
 
     def __init__(self, n_agents: int, obs_dim: int, action_dim: int, hidden: int = 256):
@@ -174,7 +174,7 @@ class GaussianPolicy(nn.Module):
         return self.distribution(obs).log_prob(action).sum(-1)
 
     def act(self, obs: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The mean action [..., n, A], which evaluation plays."""
+        """The mean action [..., n, A], as played in evaluations."""
         return self.net(obs).chunk(2, -1)[0]
 
 
@@ -200,7 +200,7 @@ class CategoricalPolicy(nn.Module):
         return self.logits(obs, mask).log_softmax(-1).gather(-1, action.unsqueeze(-1))[..., 0]
 
     def act(self, obs: Tensor, mask: Tensor) -> Tensor:
-        """The most likely available action [..., n], which evaluation plays."""
+        """The most likely available action [..., n], as played in evaluations."""
         return self.logits(obs, mask).argmax(-1)
 
 

@@ -7,8 +7,8 @@ Q-learning of q_tot = sum_i w_i(s) q_i(o_i, a_i) + b(s). The maximum runs over a
 the data. Since w_i >= 0, the team's maximum is the maximum of each agent.
 
 continuous actions: a variational auto-encoder of the recorded actions proposes candidates. A perturbation of at most
-    phi moves them towards a higher q_i. The candidate with the highest q_i is played. In training the latents are drawn
-    anew at each step. For playing they are drawn once (a buffer), so that an action depends only on the observation.
+    phi moves them towards a higher q_i. The candidate with the highest q_i is played. In training, new latents are
+    drawn at each step. For playing they are drawn once (a buffer), so that an action depends only on the observation.
 discrete actions: a behaviour-cloned policy G_i. An action is a candidate if it is available and G_i(a) > threshold
     max_b G_i(b).
 
@@ -45,7 +45,7 @@ class Args(RunArgs):
     """hidden units of the mixer's hyper-networks"""
 
 
-if __name__ == "__main__":  # before what takes seconds to import: --help and a typo answer at once
+if __name__ == "__main__":  # before the slow imports, so that --help and a mistyped flag answer at once
     ARGS = parse(Args)
 
 # isort: split
@@ -130,7 +130,7 @@ class ContinuousBCQ(nn.Module):
         return torch.stack([q(obs, action) for q in self.q])
 
     def act(self, obs: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The candidate of the highest q_i [..., n, A]."""
+        """The candidate with the highest q_i [..., n, A]."""
         latents = self.latents.view(-1, *[1] * (obs.ndim - 2), *self.latents.shape[1:]).expand(-1, *obs.shape[:-1], -1)
         obs = obs.expand(len(latents), *obs.shape)
         actions = self.perturb(obs, self.decode(obs, latents))
@@ -175,7 +175,7 @@ class DiscreteBCQ(nn.Module):
         self.behaviour = make_policy(n, O, A, True, args.hidden)
 
     def act(self, obs: Tensor, mask: Tensor) -> Tensor:
-        """The candidate of the highest q_i [..., n]."""
+        """The candidate with the highest q_i [..., n]."""
         candidates = candidate_mask(self.behaviour.logits(obs, mask).log_softmax(-1), self.threshold)
         return self.q.net(obs).masked_fill(~candidates, -torch.inf).argmax(-1)
 
@@ -186,7 +186,7 @@ class DiscreteBCQ(nn.Module):
             batch["agents", "action"],
             batch["next", "agents", "observation"],
         )
-        with torch.no_grad():  # the networks choose a', the target networks value it
+        with torch.no_grad():  # the networks choose a', the target networks evaluate it
             next_action = self.act(next_obs, batch["next", "agents", "action_mask"])
             q_tot_next = target.mixer(target.q(next_obs, next_action), batch["next", "state"])
         q_tot = self.mixer(self.q(obs, action), batch["state"])
@@ -205,7 +205,7 @@ def policy_of_run(card: dict, config: dict) -> nn.Module:
 
 
 def update(networks: nn.Module, target: nn.Module, optimizer, batch: TensorDict, args: Args) -> dict[str, Tensor]:
-    """One Adam step; each parameter has the gradient of the one loss that trains it."""
+    """One Adam step. Each parameter gets the gradient of the one loss that trains it."""
     losses = networks.losses(target, batch, args)
     for _, loss, modules in losses:
         set_gradients(loss, [p for m in modules for p in m.parameters()])

@@ -1,4 +1,4 @@
-"""What the five baselines share: their flags, one stage of training that can be stopped and resumed, and the script."""
+"""What the five baselines share: checks of their flags, training that can be stopped and resumed, and the script."""
 
 import copy
 import time
@@ -42,8 +42,10 @@ from support.seeds import Graph, adam, load_part, target_update
 
 
 def check(args: RunArgs, *positive: str):
-    """Raises BadInput for a flag out of its range. `positive` names the method's flags that must be
-    positive, or None if the data give their value."""
+    """Raises BadInput for a flag out of its range. `positive` names the method's flags that must be positive.
+
+    They may also be None: then the data give their value.
+    """
     check_args(args)
     check_policy_stage(args)
     check_positive(args, *(name for name in (*positive, "reward_scale") if getattr(args, name) is not None))
@@ -67,7 +69,7 @@ def train_seed(
     algo: str, networks: nn.Module, update: Callable, rows: TensorDict, keys: list, args: RunArgs, run: Run, card: dict,
     env: EnvBase | None,
 ):  # fmt: skip
-    """Trains one run, from where it is to its end. `train` explains the arguments."""
+    """Trains one run from its last checkpoint to its end. `train` explains the arguments."""
     seed = run.seed
     device = pick_device(args.device)
     target, optimizer = copy.deepcopy(networks), adam(list(networks.parameters()), args.lr, device)
@@ -95,7 +97,7 @@ def train_seed(
         return state | {"step": step, "seconds": seconds, "random": random_state(), "unplayed": []}
 
     def evaluate(state: dict, row: dict):
-        """Adds the evaluation's results to the row, and saves. The resumed run repeats what a stop cuts short."""
+        """Adds the evaluation's results to the row, and saves. If a stop cuts it short, the resumed run repeats it."""
         try:
             row = row | evaluation(average, env, args.eval_episodes, seed, row["step"])
         except stops.Stopped:
@@ -140,10 +142,10 @@ def train(
     """Trains a method for args.seeds, one after another, and reports.
 
     make_networks(card, args) makes all that is learned. update(networks, target, optimizer, batch, args) is one step on
-    a batch of the rows' `keys`. It returns values for metrics.csv. The target networks move after it, in train_seed.
-    prepare(rows) may add keys to the dataset's rows. defaults(card, unit) are values of flags that depend on the data,
-    whose mean absolute reward is `unit`. Rewards are scaled first. Flags for temperatures are in units of the recorded
-    reward, as ComaDICE's alpha is.
+    a batch of the rows' `keys`. It returns values for metrics.csv. train_seed moves the target networks after it.
+    prepare(rows) may add keys to the dataset's rows, whose rewards are scaled before. defaults(card, unit) gives the
+    values of flags that depend on the data; `unit` is their mean absolute reward. Flags for temperatures are in units
+    of the recorded reward, as ComaDICE's alpha is.
     """
     device = pick_device(args.device, args.tf32)
     rows, card = load_dataset(args, device, algo)

@@ -37,7 +37,7 @@ class Args(RunArgs):
     """hidden units of the mixer's hyper-networks"""
 
 
-if __name__ == "__main__":  # before what takes seconds to import: --help and a typo answer at once
+if __name__ == "__main__":  # before the slow imports, so that --help and a mistyped flag answer at once
     ARGS = parse(Args)
 
 # isort: split
@@ -89,8 +89,8 @@ def sampled_log_sum_exp(w: Tensor, q: Tensor, log_density: Tensor) -> Tensor:
 def actor_loss(w: Tensor, q: Tensor, log_prob: Tensor, temperature: Tensor, action: Tensor) -> Tensor:
     """E[temperature log pi_i(a_i) - w_i q_i(o_i, a_i)] of the policy's own actions [B, n, A], summed over agents.
 
-    q is given actions clipped to the box, as the simulator is. So outside of the box q has no slope. The last term
-    moves such actions back.
+    q is given actions clipped to the box, as the simulator clips them. So outside of the box q has no gradient. The
+    last term pulls such actions back.
     """
     outside = (action - action.clamp(-BOX, BOX)).square().sum(-1)
     # SAC's policy improvement, which Kumar et al. keep
@@ -98,7 +98,7 @@ def actor_loss(w: Tensor, q: Tensor, log_prob: Tensor, temperature: Tensor, acti
 
 
 def temperature_loss(log_temperature: Tensor, log_prob: Tensor, action_dim: int) -> Tensor:
-    """Holds the policy's entropy at -action_dim (SAC)."""
+    """Keeps the policy's entropy near -action_dim, as in SAC."""
     return -(log_temperature * (log_prob - action_dim)).mean()
 
 
@@ -149,7 +149,7 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
             # The policy's mean may be outside of the box, and many recorded actions are clipped to its edge. Samples
             # must reach that edge.
             near = Normal(pi.loc.clamp(-BOX, BOX), pi.scale, validate_args=False)
-            drawn = near.rsample((args.cql_samples,))  # Normal.sample waits for a check on the host
+            drawn = near.rsample((args.cql_samples,))  # not Normal.sample, whose check waits for the GPU
             uniform = torch.empty_like(drawn).uniform_(-BOX, BOX)
             inside = (drawn.abs() <= BOX).all(-1)
             log_density = torch.cat([torch.full_like(drawn[..., 0], -action.shape[-1] * math.log(2 * BOX)),
@@ -166,7 +166,7 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
         q_tot_next = target.mixer(q_next, batch["next", "state"])
     L_td = td_loss(networks.mixer(q, state, (w, b)), reward, terminated, q_tot_next, args.gamma)
     L_cql = conservative_loss(total, w, q)
-    # each parameter has the gradient of the one loss that trains it
+    # each parameter gets the gradient of the one loss that trains it
     for loss, parameters in [(L_td + args.cql_alpha * L_cql, critic), *steps]:
         set_gradients(loss, parameters)
     optimizer.step()

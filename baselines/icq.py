@@ -8,14 +8,15 @@ recorded at s', times this weight. Since q_tot is a weighted sum, pi splits into
 Weighted behavioural cloning extracts these. Z is the sum over the batch, as in the authors' code: both weights are a
 softmax over the batch.
 
-discrete actions: the exponent of pi_i is q_i less its mean sum_a pi_i(a) q_i(a) over available actions (ICQ-MA's code
-    on StarCraft). With an exact Z a value of the observation alone would cancel. With the sum over a batch it makes
-    different observations comparable.
+discrete actions: the exponent of pi_i is q_i minus its mean sum_a pi_i(a) q_i(a) over available actions (ICQ-MA's code
+    on StarCraft). With an exact Z, subtracting a function of the observation would change nothing. With the sum over
+    a batch, it makes different observations comparable.
 continuous actions: the exponent is w_i q_i itself, as in OMIGA's experiments.
 
-w_i is inside the exponent, as derived. ICQ-MA's code on StarCraft multiplies the weight exp(A_i / alpha) / Z by w_i.
+Here w_i is inside the exponent, as derived. ICQ-MA's code on StarCraft multiplies the weight exp(A_i / alpha) / Z by
+w_i instead.
 
-The paper's TD(lambda) needs trajectories. On single transitions it is lambda = 0.
+The paper's TD(lambda) needs trajectories. With single transitions, as here, lambda is 0.
 """
 
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class Args(RunArgs):
     """hidden units of the mixer's hyper-networks"""
 
 
-if __name__ == "__main__":  # before what takes seconds to import: --help and a typo answer at once
+if __name__ == "__main__":  # before the slow imports, so that --help and a mistyped flag answer at once
     ARGS = parse(Args)
 
 # isort: split
@@ -128,7 +129,7 @@ class Networks(nn.Module):
 
 
 def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, args: Args) -> dict[str, Tensor]:
-    """One Adam step on both losses. No parameter is in both, so their sum has each one's gradient."""
+    """One Adam step on both losses. No parameter is in both, so each gets its own loss's gradient from their sum."""
     obs, action, mask = (
         batch["agents", "observation"],
         batch["agents", "action"],
@@ -146,7 +147,7 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
             target.q(batch["next", "agents", "observation"], batch["next_action"]), batch["next", "state"]
         )
         A = advantage(q_all, q, networks.policy.logits(obs, mask)) if networks.q.discrete else q
-    # the batch's rewards are scaled, so temperatures are too
+    # the batch's rewards are scaled, so the temperatures are scaled too
     alpha, alpha_q = args.alpha * args.reward_scale, args.alpha_q * args.reward_scale
     q_tot, has_next = networks.mixer(q, state, theta), batch["has_next"][:, 0]
     L_q = q_loss(q_tot, reward, terminated, has_next, q_tot_next, alpha_q, args.gamma)

@@ -9,13 +9,12 @@ conservative by CQL(H) (Kumar et al. 2020, Eq. 4). A conservative q has many loc
 stuck. So the actor is rectified: a zeroth-order search looks for an action with a high q, and the policy is pulled
 towards it while it climbs q.
 
-continuous actions: as published. The policy is deterministic (the mean of a Gaussian whose deviation is not trained).
-    The search samples actions from a Gaussian, which moves to their softmax-weighted mean. It takes the best of the
-    last samples and of the policy's own action.
-discrete actions (published for continuous ones): with A actions the search is exhaustive and exact, a_hat = arg max of
-    q_i over available actions. The gradient step climbs sum_a pi_i(a) q_i(a), exactly instead of through one action's
-    slope, and the squared distance to a_hat becomes -log pi_i(a_hat). The target takes the target policy's most likely
-    action.
+continuous actions: as published. The policy is deterministic (the mean of a Gaussian whose standard deviation is not
+    trained). The search samples actions from a Gaussian, which moves to their softmax-weighted mean. It takes the best
+    of the last samples and the policy's own action.
+discrete actions (OMAR is published for continuous ones only): the search tries all A actions, so it is exact: a_hat =
+    arg max of q_i over available actions. The policy gradient climbs the exact expectation sum_a pi_i(a) q_i(a). The
+    squared distance to a_hat becomes -log pi_i(a_hat). The target takes the target policy's most likely action.
 """
 
 from dataclasses import dataclass
@@ -32,22 +31,23 @@ class Args(RunArgs):
     """Train OMAR."""
 
     rectification: float | None = None
-    """weight c of the distance to the search's action; q has 1 - c (default by quality, see RECTIFICATION)"""
+    """weight c of the distance to the search's action; q has the weight 1 - c (default: 0.5 for medium-replay, 0.7 for
+    medium, 0.9 for expert, 0.5 otherwise)"""
     search_steps: int = 3
     """continuous actions: steps of the search (Pan et al.)"""
     search_samples: int = 10
     """continuous actions: samples in a step of the search (Pan et al.)"""
     search_std: float = 2.0
-    """continuous actions: deviation that the search begins with (Pan et al.)"""
+    """continuous actions: standard deviation at the start of the search (Pan et al.)"""
     cql_alpha: float = 1.0
     """weight of the conservative term (OMIGA's experiments)"""
     cql_samples: int = 10
     """continuous actions: samples of each kind in the log-sum-exp"""
     cql_std: float = 0.2
-    """continuous actions: deviation of the samples around the policy's action"""
+    """continuous actions: standard deviation of the samples around the policy's action"""
 
 
-if __name__ == "__main__":  # before what takes seconds to import: --help and a typo answer at once
+if __name__ == "__main__":  # before the slow imports, so that --help and a mistyped flag answer at once
     ARGS = parse(Args)
 
 # isort: split
@@ -66,8 +66,8 @@ KEYS = [("agents", "observation"), ("agents", "action"), ("agents", "action_mask
 BOX = 1.0  # the simulator clips continuous actions to [-1, 1], so recorded actions are clipped too
 
 
-# Pan et al.'s tau by quality of the data, as in the paper, and 0.5 for other qualities. Their code has the opposite
-# order on halfcheetah: 0.9 on medium-replay, 0.7 on medium, 0.5 on expert.
+# The weight c (Pan et al.'s tau) by quality of the data, as in the paper, and 0.5 for other qualities. Their code has
+# the opposite order on halfcheetah: 0.9 on medium-replay, 0.7 on medium, 0.5 on expert.
 RECTIFICATION = {"medium-replay": 0.5, "medium": 0.7, "expert": 0.9}
 
 

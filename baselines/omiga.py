@@ -2,13 +2,13 @@
 
     python -m baselines.omiga --env mamujoco --task hopper --quality medium-replay
 
-The team maximises its return less alpha KL(pi_tot, mu_tot). With q_tot = sum_i w_i(s) q_i + b(s) and v_tot = sum_i
+The team maximises its return minus alpha KL(pi_tot, mu_tot). With q_tot = sum_i w_i(s) q_i + b(s) and v_tot = sum_i
 w_i(s) v_i + b(s) this splits into one problem per agent, at the temperature alpha / w_i. v_i(o_i) is the soft maximum
 (alpha / w_i) log E_mu_i[exp(w_i q_i / alpha)], learned from recorded actions by a convex loss. pi_i is
 mu_i exp(w_i (q_i - v_i) / alpha), extracted by weighted behavioural cloning. Only recorded actions are evaluated, so
 only the policy needs the mask.
 
-It is the same for continuous and discrete actions, but for the heads of q_i and pi_i. make_policy makes the policy.
+It is the same for continuous and discrete actions, except for the heads of q_i and pi_i. make_policy makes the policy.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Args(RunArgs):
     """hidden units of the mixer's hyper-networks"""
 
 
-if __name__ == "__main__":  # before what takes seconds to import: --help and a typo answer at once
+if __name__ == "__main__":  # before the slow imports, so that --help and a mistyped flag answer at once
     ARGS = parse(Args)
 
 # isort: split
@@ -51,7 +51,7 @@ def defaults(card: dict, unit: float) -> dict[str, float]:
     """alpha is 5 mean absolute rewards (`unit`), as ComaDICE's is.
 
     The authors have 10 everywhere. In MaMuJoCo the mean absolute reward is about 2 (Table 3), so 10 is 5 of them. In
-    SMAX it is about 0.02, so 10 would be 500 of them, and the method plain BC.
+    SMAX it is about 0.02, so 10 would be 500 of them, and the method would become plain BC.
     """
     return {"alpha": 5 * unit}
 
@@ -101,7 +101,7 @@ class Networks(nn.Module):
 
 
 def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, args: Args) -> dict[str, Tensor]:
-    """One Adam step on the three losses. No parameter is in more than one, so their sum has each one's gradient."""
+    """One Adam step on the three losses. No parameter is in two of them, so their sum gives each its own gradient."""
     obs, action, mask = (
         batch["agents", "observation"],
         batch["agents", "action"],

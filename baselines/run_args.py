@@ -1,4 +1,4 @@
-"""The flags that all baselines have, apart from common.py so that --help need not load torch."""
+"""The flags that all baselines have, in a file of their own so that --help does not load torch."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,7 +13,7 @@ class RunArgs:
     task: str | None = None
     """task of that simulator (default: hopper or zerg_5_vs_5, or that of --data)"""
     quality: str | None = None
-    """quality of the dataset (default: medium-replay, in battles medium, or that of --data)"""
+    """quality of the dataset (default: medium-replay, for battles medium, or that of --data)"""
     data: str | None = None
     """a dataset directory, instead of data/ENV/TASK/QUALITY"""
     out: str = "runs"
@@ -23,7 +23,8 @@ class RunArgs:
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
     data_device: Literal["auto", "cpu", "device"] = "auto"
-    """where the dataset is kept: cpu, --device, or auto: there if it fits. A resumed run keeps its place"""
+    """where the dataset is kept: cpu, device (that of --device), or auto (on --device if it fits). A resumed run keeps
+    its choice"""
     tf32: bool = False
     """on a GPU: matrix products in TF32, faster and less exact"""
     graph: bool = True
@@ -38,19 +39,19 @@ class RunArgs:
     """replace runs that are already there"""
 
     steps: int = 200_000
-    """gradient steps (of each stage, where there are two)"""
+    """gradient steps"""
     lr: float = 1e-3
     """Adam's learning rate"""
     lr_decay: bool = True
     """let the learning rate fall linearly to 0, as in comadice_bc.py"""
     ema: float = 0.999
-    """decay of the average of the policy's weights, which is what is played, as in comadice_bc.py; 0: no average"""
+    """decay of the average of the policy's weights, which is the policy that is played, as in comadice_bc.py; 0: off"""
     gamma: float = 0.99
     """discount (Table 4)"""
     tau: float = 0.05
-    """step of the target networks towards the networks, ComaDICE's default (the authors of all five: 0.005)"""
+    """step of the target networks towards the networks: ComaDICE's default (the five methods' authors use 0.005)"""
     reward_scale: float | None = None
-    """rewards are multiplied by it (default: 0.2 / mean absolute reward, as in comadice_train.py)"""
+    """factor on the rewards (default: 0.2 / mean absolute reward, as in comadice_train.py)"""
     layer_norm: bool = True
     """LayerNorm in q and v, as in comadice_train.py"""
     batch_size: int = 128
@@ -62,4 +63,4 @@ class RunArgs:
     eval_episodes: int = 32
     """episodes per evaluation (Table 4)"""
     workers: int = 1
-    """processes that simulate evaluation episodes"""
+    """number of processes that simulate evaluation episodes"""

@@ -1,1 +1,2 @@
-"""Measurements: `python -m benchmarks.speed`, and sweep, convert, smax_speed and soak likewise."""
+"""The paper's whole benchmark (`python -m benchmarks.paper`), and measurements: speed, sweep, convert, smax_speed,
+soak, disturb and cluster."""

@@ -1,11 +1,11 @@
-"""What Ray costs: the whole paper's tasks on a cluster that is only declared, with stubs that sleep.
+"""Measures what Ray costs: the paper's tasks on a pretended cluster, with stubs that sleep instead of training.
 
     python -m benchmarks.cluster                                # 64 slots, 1,365 tasks of 20 s
     python -m benchmarks.cluster --slots 4 --tasks 20 --seconds 5
 
-Ray is told that this machine has --slots cores, and benchmarks.paper hands it its tasks as ever: each in a process of
-its own. What a task costs beyond its sleep is compared with the length of a run, --run hours. This machine starts all
-processes of all slots; the machines of a cluster start their own, so the cost here is an upper bound.
+Ray is told that this machine has --slots cores, and benchmarks.paper hands it its tasks as usual: each in a process of
+its own. The time that a task takes beyond its sleep is compared with the length of a run, --run hours. This machine
+starts the processes of all slots; the machines of a cluster start their own, so the cost here is an upper bound.
 """
 
 import math
@@ -26,11 +26,11 @@ from environments.checks import BadInput, run_script
 @dataclass
 class Args:
     slots: int = 64
-    """tasks at the same time"""
+    """number of tasks at the same time"""
     tasks: int = 1365
-    """tasks, of the paper's 1,365"""
+    """number of tasks, at most the paper's 1,365"""
     seconds: float = 20.0
-    """of a task"""
+    """seconds that a task sleeps"""
     run: float = 0.33
     """hours of the shortest run, as benchmarks.paper --plan says (BC on hopper, 200,000 steps, one core)"""
 

@@ -1,13 +1,13 @@
-"""Converts made-up sources of Table 3's sizes, and trains 200 updates on the results: do memory and time suffice?
+"""Measures memory and time of conversion and training, on made-up sources with Table 3's sizes.
 
     python -m benchmarks.convert                        # hopper, ant, corridor at full size: 17 GB, some minutes
     python -m benchmarks.convert --scale 0.02           # a fiftieth of the episodes
     python -m benchmarks.convert --names corridor --folder /mnt/big
 
 The sources hold noise: hopper medium-expert as a vault, ant medium-expert as OMIGA's HDF5, corridor medium as the
-authors' padded .npz. For each it prints the peak of anonymous memory (RssAnon) of conversion and training, less that of
-Python with torch. It compares the speed of the conversion with a plain copy of the same bytes in the same run (both
-start with a warm page cache if memory allows).
+authors' padded .npz. Each is converted, and 200 updates are trained on the result. The script prints the peak of
+anonymous memory (RssAnon) of both, minus that of Python with torch. It compares the speed of the conversion with a
+plain copy of the same bytes in the same run (both start with a warm page cache if memory allows).
 """
 
 import json

@@ -1,10 +1,10 @@
-"""Kills parts of `python -m benchmarks.paper` in the middle, and looks whether it ends with the same bits.
+"""Kills parts of `python -m benchmarks.paper` while it runs, and checks that it ends with the same bits.
 
     python -m benchmarks.disturb                     # 2 datasets x 3 methods x 4 seeds of 300 steps, four times
     python -m benchmarks.disturb --victims node
 
-The grid runs undisturbed once. Then, in a folder of its own for each victim, a part of it is killed with SIGKILL as
-soon as a third of the runs is done:
+The grid (all runs of the command) runs undisturbed once. Then it runs once for each victim, in a folder of its own. The
+victim is a part that is killed with SIGKILL as soon as a third of the runs is done:
 
     worker    a process that trains; Ray begins its task again
     driver    the command itself; the same command is given again
@@ -32,7 +32,7 @@ from support.runs import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 DATA = [str(ROOT / "data/mamujoco/hopper" / name) for name in ("demo", "few-good")]
-CLOCKS = {"seconds", "wall", "critic_seconds", "config"}  # differ; the config has another --out
+CLOCKS = {"seconds", "wall", "critic_seconds", "config"}  # parts of a checkpoint that differ; the config by its --out
 PORT = 26379
 
 
@@ -41,7 +41,7 @@ class Args:
     victims: list[Literal["worker", "driver", "node", "all"]] = field(
         default_factory=lambda: ["worker", "driver", "node", "all"]
     )
-    """what is killed, a grid each"""
+    """what is killed; each in a grid of its own"""
     methods: list[str] = field(default_factory=lambda: ["bc", "omiga", "comadice"])
     """methods of the grid"""
     seeds: int = 4
@@ -49,7 +49,7 @@ class Args:
     steps: int = 300
     """steps of each stage"""
     folder: str | None = None
-    """where the grids are kept (default: nowhere)"""
+    """where the grids are kept (default: they are deleted)"""
 
 
 def command(args: Args, out: Path, **more) -> subprocess.Popen:
@@ -81,7 +81,7 @@ def below(pid: int) -> list[int]:
 
 
 def trainers(out: Path) -> list[int]:
-    """The processes that train, as the LOCKs say, and live."""
+    """The processes that train: those that are named in a LOCK and still exist."""
     words = [path.read_text().split() for path in out.rglob("LOCK")]
     return [int(word[1]) for word in words if len(word) > 1 and Path("/proc", word[1]).exists()]
 
@@ -160,7 +160,7 @@ def same(a, b) -> bool:
 
 
 def compare(one: Path, other: Path) -> int:
-    """The number of runs; raises BadInput where one differs."""
+    """The number of runs. Raises BadInput if one differs."""
     runs = sorted(path.parent.relative_to(one) for path in one.rglob("summary.json"))
     if runs != sorted(path.parent.relative_to(other) for path in other.rglob("summary.json")):
         raise BadInput(f"{other} has other runs than {one}")

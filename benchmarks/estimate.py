@@ -1,4 +1,4 @@
-"""How long the runs of a plan would take here: some updates of every method on noise of each task's sizes (Table 3).
+"""Estimates how long the runs of a plan would take here. It times each method's updates on noise of each task's sizes.
 
 The updates are those of the methods' own scripts, in run directories that are thrown away, without a simulator.
 Evaluations come on top: in comadice_train.py and comadice_bc.py they run beside the updates.
@@ -20,14 +20,14 @@ from offline_data.card import DATA_ROOT, check_card, dataset_path, read_json
 from offline_data.published import published
 from offline_data.writer import DatasetWriter
 
-STEPS = {"cpu": (2, 6, 60), "cuda": (200, 1000)}  # of two runs, or three; a GPU's first updates build a graph
-ENOUGH = 0.5  # seconds that two runs must differ by, for the third not to be needed
-EPISODES, LENGTH = 20, 24  # of noise
+STEPS = {"cpu": (2, 6, 60), "cuda": (200, 1000)}  # steps of two runs, or three; a GPU's first updates build a graph
+ENOUGH = 0.5  # seconds; if two runs differ by more, the third is not needed
+EPISODES, LENGTH = 20, 24  # of the dataset of noise
 
 
 def sizes(cell: Cell) -> tuple[int, int, int, int, bool] | None:
-    """(agents, state, observation, action, discrete) of an instance, from Table 3 or from its card; None where neither
-    is there."""
+    """(agents, state, observation, action, discrete) of an instance, from its card or from Table 3; None if neither has
+    it."""
     path = dataset_path(cell.flags["data"], *cell.instance, DATA_ROOT)
     if (path / "card.json").is_file():
         card = read_json(path / "card.json")
@@ -39,7 +39,7 @@ def sizes(cell: Cell) -> tuple[int, int, int, int, bool] | None:
 
 
 def noise(path: Path, n: int, S: int, O: int, A: int, discrete: bool):
-    """A dataset of noise."""
+    """Writes a dataset of noise."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator)
     writer, T = DatasetWriter(path), LENGTH
@@ -58,13 +58,13 @@ def noise(path: Path, n: int, S: int, O: int, A: int, discrete: bool):
 
 
 def seconds_per_run(cells: list[Cell]) -> dict[str, float | None]:
-    """Cell's name -> seconds of its updates for one seed, on the GPU if there is one and else on one thread; None where
+    """Cell's name -> seconds of its updates for one seed, on the GPU if there is one and else on one thread; None if
     the sizes are not known."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
     known, seconds = {}, {}
     shapes = {cell.name: sizes(cell) for cell in cells}
-    same = lambda cell: (shapes[cell.name], cell.method, cell.flags.get("mixer_layers"))  # alpha and f cost nothing
+    same = lambda cell: (shapes[cell.name], cell.method, cell.flags.get("mixer_layers"))  # alpha, f: no effect on time
     kinds = len({same(cell) for cell in cells})
     with tempfile.TemporaryDirectory() as folder:
         for cell in cells:
@@ -81,10 +81,10 @@ def seconds_per_run(cells: list[Cell]) -> dict[str, float | None]:
 
 
 def measure(cell: Cell, data: str, out: Path, device: str) -> float:
-    """Seconds of one step of one seed, in both stages where there are two.
+    """Seconds of one step of one seed, in both stages if there are two.
 
-    It is the difference of two runs, so that what happens once does not count. On a CPU it is the time that the process
-    had, not the time that passed: other work may share the machine.
+    It is the difference of two runs, so that what happens once per run does not count. On a CPU it is the process's CPU
+    time, not the time that passed, since other work may share the machine.
     """
     script = importlib.import_module(METHODS[cell.method][0])
     clock = time.perf_counter if device == "cuda" else time.process_time

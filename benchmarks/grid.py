@@ -4,7 +4,7 @@ A cell is all seeds of one method on one instance with one setting. Its runs are
 
     OUT/main/ENV/TASK/QUALITY/METHOD/seedN
     OUT/alpha0.1/ENV/TASK/QUALITY/comadice/seedN     an ablation; its default value is the run in OUT/main
-    OUT/grid/                                        what was asked for, failures and logs
+    OUT/grid/                                        the plan, reasons of failures, logs
 """
 
 import environments.threads  # noqa: F401 -- before torch
@@ -27,7 +27,7 @@ from offline_data.lock import holder_of
 from offline_data.published import published
 from support.runs import has_summary
 
-# Method -> its script and the flags that make it this method. The paper's seven, and a yardstick.
+# Method -> its script, and its flags. The paper's seven, and BC on the best 10% of episodes to compare with.
 METHODS = {
     "bc": ("comadice_bc", {}),
     "bcq": ("baselines.bcq", {}),
@@ -39,13 +39,13 @@ METHODS = {
     "bc-best10": ("comadice_bc", {"best": 0.1}),
 }
 PAPER_METHODS = list(METHODS)[:-1]
-# The values of Tables 10 to 24, without those that ComaDICE has by default: they are the runs in OUT/main.
+# Ablation -> (flag, the values of Tables 10 to 24). ComaDICE's default values are missing: those runs are in OUT/main.
 ABLATIONS = {
     "alpha": ("alpha", [0.01, 0.1, 1.0, 10.0, 100.0]),
     "f": ("f", ["chi2", "kl"]),
     "mixer": ("mixer_layers", [2]),
 }
-# Flags of the scripts that are this command's own business.
+# Flags of the scripts that this command sets itself.
 OWN = {"env", "task", "quality", "data", "out", "seeds", "steps", "evals", "eval_episodes", "resume", "overwrite",
        "quiet", "device", "best", "checkpoint"}  # fmt: skip
 BUDGET = {"steps", "evals", "eval_episodes"}
@@ -72,7 +72,7 @@ class Cell:
         return Path(self.out, self.name, f"seed{seed}")
 
     def finished(self, seed: int) -> bool:
-        """Whether the run is there to its end. One of other flags is not this run, and its script will say so."""
+        """Whether this run is finished. A run with other flags does not count; its script reports the difference."""
         path = self.path(seed)
         if not has_summary(path):
             return False
@@ -80,7 +80,7 @@ class Cell:
         return all(config.get(name) == value for name, value in self.flags.items() if name not in OWN - BUDGET)
 
     def failure(self, seed: int | None = None) -> Path:
-        """The file that keeps the line of a failure: of one seed, or of the whole cell."""
+        """The file that keeps the line of a failure, of one seed or of the whole cell."""
         return failure_file(self.out, self.name, seed)
 
 
@@ -92,7 +92,7 @@ def failure_file(out: str | Path, name: str, seed: int | None) -> Path:
 
 
 def paper_instances() -> list[tuple[str, str, str]]:
-    """The 39 of Tables 1 and 2: those of Table 3."""
+    """The 39 instances of Tables 1 and 2, which are those of Table 3."""
     return [name for name, (_, table3, _) in published().items() if table3]
 
 
@@ -110,7 +110,7 @@ def choose_instances(only: list[str], data: list[str]) -> dict[tuple[str, str, s
             for what, name in zip(("env", "task", "quality"), found[0]):
                 check_name(what, name, "--only: ")
         if not found:
-            raise BadInput(f"--only {word}: no env, task or quality of the paper; for another one: ENV/TASK/QUALITY")
+            raise BadInput(f"--only {word}: no env, task or quality of the paper; name others as ENV/TASK/QUALITY")
         chosen |= dict.fromkeys(found)
     for path in data:
         card = read_json(Path(path, "card.json"))
@@ -136,7 +136,7 @@ def split_extra(words: list[str], methods: list[str]) -> dict[str, dict]:
         else:
             raise BadInput(f"after -- give flags of the training scripts: {word!r} is not one")
     for group in groups:
-        if group[0].startswith("--no-"):  # a flag that is off or on in some scripts has a third value in others
+        if group[0].startswith("--no-"):  # a switch (--x, --no-x) in some scripts takes True or False in others
             group[:] = ["--" + group[0][5:], "False"]
     names = [group[0][2:].replace("-", "_") for group in groups]
     given = {}
@@ -199,11 +199,11 @@ def read_plan(out: str | Path) -> dict[str, int]:
 
 
 def train(cell: Cell, seeds: list[int], device: str) -> tuple[str, str]:
-    """Trains seeds of a cell here, in this process, from where they are, by the method's own script.
+    """Trains seeds of a cell in this process, from their last checkpoints, by the method's own script.
 
-    Returns what came of it, and a line: "finished"; "stopped", by a signal, or waiting in vain for another process;
-    "failed", these seeds alone; "input", which can't be used, so that the cell's other seeds can't run either. What
-    the script prints goes to OUT/grid/logs.
+    Returns an outcome and a line that explains it. "finished". "stopped": by a signal, or since another process does
+    not end. "failed": these seeds only. "input": the input can't be used, so the cell's other seeds can't run either.
+    What the script prints goes to OUT/grid/logs.
     """
     log = Path(cell.out, "grid", "logs", cell.name.replace("/", ".") + f".seed{'-'.join(map(str, seeds))}.txt")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -224,7 +224,7 @@ def train(cell: Cell, seeds: list[int], device: str) -> tuple[str, str]:
         script = importlib.import_module(METHODS[cell.method][0])
         flags = cell.flags | {"seeds": seeds, "device": device, "resume": True, "quiet": True}
         if flags["data"] is not None:
-            # comadice_train.py knows its demonstration by the full path of that dataset, and trains BC beside it
+            # With the full path of the demonstration's dataset, comadice_train.py would also train BC.
             flags["data"] = os.path.relpath(flags["data"])
         try:
             run_script(script.main, script.Args(**flags))
@@ -239,7 +239,7 @@ def train(cell: Cell, seeds: list[int], device: str) -> tuple[str, str]:
     with open(log) as file:
         file.seek(start)
         lines = [line.removeprefix("error: ").strip() for line in file if line.startswith("error: ")]
-    # The script's picture has these seeds alone, and other tasks write it too. The report's have all of them.
+    # The script's picture shows only these seeds, and other tasks overwrite it. The report's pictures show all seeds.
     picture = "learning_curve.png" if cell.method == "comadice" else f"learning_curve_{cell.method}.png"
     cell.path(seeds[0]).parents[1].joinpath(picture).unlink(missing_ok=True)
     if code in (130, 143):

@@ -4,15 +4,15 @@
     python -m benchmarks.paper --only hopper --methods bc comadice       # every quality of hopper
     python -m benchmarks.paper --only hopper/medium-replay --methods comadice --ablation alpha f mixer
     python -m benchmarks.paper --data data/smax/zerg_5_vs_5/demo --steps 3000 -- --hidden 128
-    python -m benchmarks.paper status runs/paper                         # how far all is
+    python -m benchmarks.paper status runs/paper                         # progress of all runs
     python -m benchmarks.paper report runs/paper                         # tables and figures of what is finished
 
-The runs are tasks of Ray (requirements-ray.txt). On one machine Ray starts by itself; where RAY_ADDRESS names a
-cluster, they run there. Without a GPU a task is one seed, on one core with one thread. With GPUs it is all seeds of a
-cell, and --gpu-fraction of a GPU. All machines see the same disk: run directories, datasets and this code lie there.
+The runs are tasks of Ray (requirements-ray.txt). On one machine Ray starts by itself. If RAY_ADDRESS names a cluster,
+they run there. Without a GPU a task is one seed, on one core with one thread. With GPUs it is all seeds of a cell, on
+--gpu-fraction of a GPU. All machines must share a disk with the run directories, the datasets and this code.
 
-The same command again goes on where everything is: finished runs stay, others continue from their checkpoints. So it is
-after a kill, after a lost machine, and with more seeds or methods. docs/slurm/ has templates for clusters.
+To continue, give the same command again: finished runs stay, others continue from their checkpoints. This works after a
+kill, after the loss of a machine, and with more seeds or methods. docs/slurm/ has templates for clusters.
 """
 
 import environments.threads  # noqa: F401 -- before torch
@@ -42,13 +42,13 @@ class Args:
     only: list[str] = field(default_factory=list)
     """envs, tasks or qualities of the paper, or parts such as hopper/expert; ENV/TASK/QUALITY may be any dataset"""
     data: list[str] = field(default_factory=list)
-    """dataset directories, beside or instead of --only (default: the paper's 39 instances)"""
+    """dataset directories, in addition to --only or instead of it (default: the paper's 39 instances)"""
     methods: list[Method] = field(default_factory=lambda: list(get_args(Method)[:-1]))
     """methods (default: the paper's seven)"""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     """seeds of every cell"""
     ablation: list[Literal["alpha", "f", "mixer"]] = field(default_factory=list)
-    """ComaDICE with the other values of Tables 10 to 14, 15 to 19, 20 to 24"""
+    """also ComaDICE with the other values of Tables 10 to 14 (alpha), 15 to 19 (f), 20 to 24 (mixer)"""
     steps: int = 200_000
     """gradient steps of each stage"""
     evals: int = 100
@@ -56,18 +56,18 @@ class Args:
     eval_episodes: int = 32
     """episodes per evaluation (Table 4)"""
     out: str = "runs/paper"
-    """run directories, and the report"""
+    """folder of the run directories and the report"""
     gpu_fraction: float = 0.25
-    """of a GPU for each task, where there are GPUs; 0: use none"""
+    """share of a GPU for each task, if there are GPUs; 0: use none"""
     retries: int = 3
-    """times that a task is begun again when its worker or machine is lost"""
+    """how often a task is started again after its worker or machine is lost"""
     plan: bool = False
     """print what would run, with an estimate of the time, and run nothing"""
     index: int | None = None
-    """run this run of the plan alone, in this process and without Ray: for a job array"""
+    """run only the run of this number in the plan, in this process and without Ray: for a job array"""
 
 
-if __name__ == "__main__":  # before what takes seconds to import: --help and a typo answer at once
+if __name__ == "__main__":  # before the slow imports, so that --help and a mistyped flag answer at once
     WORDS = sys.argv[1:]
     ON_RUNS = WORDS[:1] in (["status"], ["report"]) and len(WORDS) == 2
     END = WORDS.index("--") if "--" in WORDS else len(WORDS)
@@ -86,7 +86,7 @@ from support import report
 
 SECONDS = 5  # between two looks at the run directories
 LINE = 60  # seconds between two lines where the output is not a terminal
-SAVING = 120  # seconds that stopped runs have for their checkpoints
+SAVING = 120  # seconds that stopped runs have to write their checkpoints
 PATH = str(Path(__file__).parent.parent)
 
 # ---------------------------------------------------------------- the work, as tasks of Ray
@@ -97,7 +97,7 @@ def start_ray():
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if "RAY_ADDRESS" in os.environ:
         where, options = f"no Ray cluster at RAY_ADDRESS {os.environ['RAY_ADDRESS']}", {}
-    else:  # nothing is sent through the object store, so it needs no memory to speak of
+    else:  # nothing is sent through the object store, so it needs little memory
         where = "Ray does not start here; a busy machine may be too slow for it, so try again"
         options = {"address": "local", "include_dashboard": False, "object_store_memory": 100 * 2**20}
     try:
@@ -108,7 +108,7 @@ def start_ray():
         ) from None
     try:
         ray.init(**options, **quiet)
-    except Exception as error:  # ConnectionError, ValueError, RuntimeError, and where it waits in vain a bare Exception
+    except Exception as error:  # ConnectionError, ValueError, RuntimeError, and after a timeout a bare Exception
         raise BadInput(f"{where} ({type(error).__name__}: {str(error).strip().splitlines()[0]})") from None
     return ray
 
@@ -120,8 +120,8 @@ def work(ray, cells: list[Cell], args: Args, train=grid.train):
     remote = ray.remote(
         num_cpus=1,
         num_gpus=args.gpu_fraction if gpus else 0,
-        max_retries=0,  # counted here: Ray would try for ever where a task needs too much memory
-        max_calls=1,  # a process of its own, which gives all memory back
+        max_retries=0,  # retries are counted below: Ray would retry endlessly if a task needs too much memory
+        max_calls=1,  # each task in a new process, whose end frees all memory
         runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATH}},
     )(train)
     tasks = []
@@ -141,16 +141,16 @@ def work(ray, cells: list[Cell], args: Args, train=grid.train):
                     running[remote.remote(cell, seeds, device)] = (cell, seeds, tries + 1)
                     continue
                 outcome, line = "lost", f"given up after {tries + 1} tries: {line}"
-            if outcome == "lost":  # the task itself could not write it down
+            if outcome == "lost":  # the task itself could not write its failure's file
                 grid.keep_failures(cell, {seed: line for seed in seeds})
             if outcome in ("failed", "lost", "input") and cell.name not in failed:
                 display.say(f"{cell.name}, seeds {seeds}: {line}")
-            if outcome == "input":  # no other seed of this cell can do better
+            if outcome == "input":  # the other seeds of this cell would fail too
                 failed.add(cell.name)
                 for other, (its_cell, *_) in running.items():
                     if its_cell is cell:
                         ray.cancel(other)
-        if stops.asked() and not cancelled:  # a task that runs sees this as Ctrl-C, and saves its state
+        if stops.asked() and not cancelled:  # a running task sees the cancellation as Ctrl-C, and saves its state
             cancelled, until = True, time.monotonic() + SAVING
             for ref in running:
                 ray.cancel(ref)
@@ -161,12 +161,12 @@ def work(ray, cells: list[Cell], args: Args, train=grid.train):
 
 
 def result(ray, ref) -> tuple[str, str]:
-    """What grid.train returned, or what came of its process."""
+    """What grid.train returned, or what happened to its process: an outcome and a line."""
     try:
         return ray.get(ref)
     except ray.exceptions.TaskCancelledError:
         return "stopped", "cancelled before it began"
-    except ray.exceptions.RayTaskError as error:  # not of the training: the code can't be loaded there, for example
+    except ray.exceptions.RayTaskError as error:  # not an error of training; for example the code can't be loaded there
         return "lost", str(error).strip().splitlines()[-1]
     except ray.exceptions.RayError as error:
         return "stopped", f"its worker was lost ({type(error).__name__})"
@@ -208,7 +208,7 @@ class Display:
 
 
 def print_plan(cells: list[Cell], args: Args):
-    """Every run with its time, and the sums."""
+    """Prints every run with its time, and the sums."""
     seconds = estimate.seconds_per_run(cells)
     machine = "GPU" if torch.cuda.is_available() else "core"
     number, total, parts = 0, 0.0, {}
@@ -261,12 +261,12 @@ REPORTS = [f"report-{name}" for name in grid.ABLATIONS]
 
 
 def as_default(run: report.Run) -> report.Run:
-    """Without --alpha it follows the data's rewards. It has one column: where the data differ, its value does."""
+    """Names the default alpha "default", so that it has one column, though its value depends on the data's rewards."""
     return without_episodes(run._replace(config=tuple((k, "default" if k == "alpha" else v) for k, v in run.config)))
 
 
 def without_episodes(run: report.Run) -> report.Run:
-    """--episode-alpha follows --alpha, and is no setting of its own."""
+    """Leaves out --episode-alpha, which follows from --alpha and is not a setting of its own."""
     return run._replace(config=tuple((k, v) for k, v in run.config if k != "episode_alpha"))
 
 
@@ -280,7 +280,7 @@ def check(args: Args):
     if not args.seeds or len(set(args.seeds)) < len(args.seeds) or not 0 <= min(args.seeds) <= max(args.seeds) < 2**31:
         raise BadInput(f"--seeds {args.seeds}: give different numbers from 0 to {2**31 - 1}, at least one")
     if not args.methods or not 0 <= args.gpu_fraction <= 1 or args.retries < 0:
-        raise BadInput("give at least one of --methods, --gpu-fraction from 0 to 1, --retries from 0")
+        raise BadInput("give at least one method to --methods, --gpu-fraction from 0 to 1, --retries of at least 0")
 
 
 def main(args: Args, extra: list[str]):
@@ -298,7 +298,7 @@ def main(args: Args, extra: list[str]):
         return run_one(cells, args)
     ray = start_ray()
     try:
-        stops.catch()  # Ray has handlers of its own
+        stops.catch()  # again, since Ray has set its own handlers
         stops.hold()
         work(ray, cells, args)
     finally:
@@ -308,14 +308,14 @@ def main(args: Args, extra: list[str]):
 
 
 def end(cells: list[Cell]):
-    """Exit code 1 where a run is not finished."""
+    """Makes the exit code 1 if a run is not finished."""
     unfinished = sum(not cell.finished(seed) for cell in cells for seed in cell.seeds)
     if unfinished:
-        fail_at_end(f"{unfinished} runs are not finished: see above why, and run the same command again")
+        fail_at_end(f"{unfinished} runs are not finished: see the reasons above, and run the same command again")
 
 
 def run_one(cells: list[Cell], args: Args):
-    """Run number --index of the plan."""
+    """Runs number --index of the plan."""
     runs = [(cell, seed) for cell in cells for seed in cell.seeds]
     if not 0 <= args.index < len(runs):
         raise BadInput(f"--index {args.index}: the plan has the runs 0 to {len(runs) - 1}")
@@ -333,7 +333,7 @@ def run_one(cells: list[Cell], args: Args):
 
 
 def status(out: str):
-    """How far the runs below a folder are."""
+    """Prints the progress of the runs below a folder."""
     if not Path(out).is_dir():
         raise BadInput(f"no folder at {out}")
     print("\n".join(show(Board(out).read())))

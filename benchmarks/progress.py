@@ -1,7 +1,7 @@
-"""How far the runs below a folder are, read from their directories alone, and from OUT/grid what is yet to begin.
+"""The progress of the runs below a folder, read from their directories. OUT/grid says which runs have not begun.
 
-A run is running while a process holds its LOCK. Its step is that of its last checkpoint, and so is its speed: what is
-left takes as long a step as what it has done.
+A run is running while a process holds its LOCK. Its step is that of its last checkpoint. The time left assumes that the
+remaining steps take as long as the steps so far.
 """
 
 import time
@@ -30,7 +30,7 @@ class Progress(NamedTuple):
 
 
 class Board:
-    """The state of all runs below `out`. A run that is done, and a checkpoint, are read once."""
+    """The state of all runs below `out`. A finished run, or an unchanged checkpoint, is not read again."""
 
     def __init__(self, out: str | Path):
         self.out, self.done, self.checkpoints = Path(out), set(), {}
@@ -56,7 +56,7 @@ class Board:
         return Progress(name, "waiting", f"goes on at step {step:,} of {total:,}" if step else "")
 
     def step(self, path: Path) -> tuple[int, int, float | None]:
-        """(gradient steps so far, all of them, seconds left if it goes on at its speed), both stages together."""
+        """(gradient steps so far, in total, seconds left at its speed so far), both stages together."""
         try:
             config = read_json(path / "config.json")
             total = config["steps"] * (2 if config["algo"] == "comadice" else 1)
@@ -69,7 +69,7 @@ class Board:
         if self.checkpoints.get(path, (0,))[0] != written:
             try:
                 state = load_checkpoint(path)
-            except BadInput:  # a damaged one; its script says so when it goes on
+            except BadInput:  # damaged; the run's script says so when it is resumed
                 return 0, total, None
             done = state["step"] + state.get("critic_step", 0)
             self.checkpoints[path] = written, done, state["wall"] + state.get("critic_seconds", 0.0)
@@ -86,7 +86,7 @@ def duration(seconds: float) -> str:
 
 
 def show(runs: list[Progress], details: bool = True) -> list[str]:
-    """The table, one row per instance. With details also a line for each run at work and each reason of failures."""
+    """The table, one row per instance. With details also a line for each running run and each reason of failures."""
     groups = {}
     for run in runs:
         groups.setdefault(run.name.rsplit("/", 2)[0], []).append(run)

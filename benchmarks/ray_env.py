@@ -1,9 +1,9 @@
-"""Ray's settings. Ray reads them as it is imported, and TorchRL imports Ray: so this comes before both."""
+"""Ray's settings. Ray reads them when it is imported, and TorchRL imports Ray. So import this before both."""
 
 import os
 from pathlib import Path
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-# A cluster that `ray start` made asks for this token where it exists, and ray.init() does not show it by itself (2.60).
+# If this token exists, a cluster that `ray start` made asks for it. ray.init() does not send it by itself (Ray 2.60).
 if "RAY_ADDRESS" in os.environ and (Path.home() / ".ray" / "auth_token").exists():
     os.environ.setdefault("RAY_AUTH_MODE", "token")

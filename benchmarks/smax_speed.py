@@ -2,8 +2,7 @@
 
     python -m benchmarks.smax_speed --task zerg_10_vs_11 --battles 32
 
-Steps are counted over all battles. On a machine that does other work too, look at the ratios and at steps per CPU
-second.
+Steps are counted over all battles. If the machine also does other work, look at the ratios and at steps per CPU second.
 """
 
 from dataclasses import dataclass
@@ -22,10 +21,10 @@ class Args:
     steps: int = 500
     """timed steps of all battles"""
     threads: int = 1
-    """CPU threads of PyTorch; JAX uses what it finds"""
+    """CPU threads of PyTorch; JAX uses all cores that it finds"""
 
 
-if __name__ == "__main__":  # before what takes seconds to import: --help and a typo answer at once
+if __name__ == "__main__":  # before the slow imports, so that --help and a mistyped flag answer at once
     stops.catch(begun=False)
     ARGS = tyro.cli(Args)
 

@@ -1,18 +1,18 @@
 """Kills the commands of this project at random moments, and checks that nothing is lost or damaged.
 
-    python -m benchmarks.soak                   # 200 kills, SIGKILL and SIGTERM by turns
+    python -m benchmarks.soak                   # 200 kills, SIGKILL and SIGTERM in turn
     python -m benchmarks.soak --kills 20 --jobs comadice bc
 
 Each command runs once undisturbed, at a small size. Then it is killed up to --each times in one folder, at moments
-drawn evenly over the time that it takes. After each kill it is started again, and at last it runs to its end. Checked:
+drawn uniformly over the time that it takes. After each kill it is started again. Finally it runs to its end. Checked:
 
     after a kill     None of its processes is left. Files under a final name are complete. SIGTERM ends with code 143,
                      the line that says how to go on, and no traceback.
     at the end       Training gives the bits of the undisturbed run (checkpoint and metrics.csv). So do conversion and
                      download. Collecting has made all its datasets.
 
-Each command runs in a fork of this process, which has imported everything. So no time is lost on imports. From there on
-it is what the command line does. Linux only.
+Each command runs in a fork of this process, which has imported everything, so no time is lost on imports. The rest is
+what the command line does. Linux only.
 """
 
 from dataclasses import dataclass, field
@@ -48,14 +48,14 @@ class Args:
     jobs: list[str] = field(default_factory=lambda: list(JOBS))
     """some of comadice, bc, icq, collect, convert and download"""
     each: int = 4
-    """most kills of one command before it may end"""
+    """most kills of one command before it runs to its end"""
     seed: int = 0
-    """seed of the moments"""
+    """seed of the moments of the kills"""
     folder: str | None = None
     """folder for all files, deleted at the end (default: the system's temporary directory)"""
 
 
-if __name__ == "__main__":  # before what takes seconds to import: --help and a typo answer at once
+if __name__ == "__main__":  # before the slow imports, so that --help and a mistyped flag answer at once
     stops.catch(begun=False)
     ARGS = tyro.cli(Args)
 
@@ -101,12 +101,12 @@ class Hurt(Exception):
 
 
 def as_command(words: list[str], log: Path):
-    """Does in a forked process what `python WORDS` does."""
+    """Does in a forked process what `python WORDS` (or `python -m WORDS`) does."""
     os.setsid()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    stops.catch(begun=False)  # as Python itself would be stopped while it starts
+    stops.catch(begun=False)  # from the first moment, as if Python itself were stopped while it starts
     signal.pthread_sigmask(signal.SIG_UNBLOCK, stops.SIGNALS)
     name, *sys.argv[1:] = words
     sys.orig_argv = ["python", *([] if name.endswith(".py") else ["-m"]), *words]
@@ -131,7 +131,7 @@ def left_of(session: int) -> list[str]:
 
 def start(words: list[str], log: Path) -> multiprocessing.Process:
     process = FORK.Process(target=as_command, args=(words, log))
-    with stops.not_for_children():  # this process's handlers are not the command's
+    with stops.not_for_children():  # until the command sets its own handlers
         process.start()
     return process
 
@@ -183,7 +183,7 @@ def check_whole(job: str, folder: Path):
             json.loads((path.parent / "config.json").read_text())
         for path in folder.rglob("summary.json"):
             if not has_summary(path.parent):
-                raise Hurt(f"{job}: half of {path}")
+                raise Hurt(f"{job}: {path} is incomplete")
         for path in folder.rglob("card.json"):
             if not any(".partial" in part for part in path.parts):
                 open_dataset(path.parent)
@@ -193,10 +193,10 @@ def check_whole(job: str, folder: Path):
 
 def result(job: str, folder: Path) -> dict[str, str]:
     """The part of a job's result that must be the same however often the job was killed."""
-    if job == "collect":  # its simulator starts anew when it goes on: all datasets must be there
+    if job == "collect":  # a resumed one restarts its simulator, so data differ: only check that all datasets exist
         return {path.parent.name: "" for path in folder.rglob("card.json")}
     if job in ("convert", "download"):
-        # A lock that a killed command left is in nobody's way.
+        # A lock file that a killed command left does no harm.
         files = [path for path in (folder / "data").rglob("*") if path.is_file() and path.suffix != ".LOCK"]
         return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     found = {}
@@ -213,7 +213,7 @@ def result(job: str, folder: Path) -> dict[str, str]:
 
 
 def was_done(job: str, printed: str) -> bool:
-    """Whether a command refuses to run again because the last kill came after its last step."""
+    """Whether a command refuses to run again because its result was complete before the last kill."""
     return job in ("convert", "download") and "is already there" in printed
 
 
@@ -230,7 +230,7 @@ def command(job: str, folder: Path, again: bool, source: Path, url: str) -> list
 
 
 def serve(folder: Path, port):
-    """A server of a folder on this machine. It also sends parts of files, with which a download goes on."""
+    """Serves a folder over HTTP on this machine. It also sends parts of files, so that a download can continue."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def do_GET(self):
@@ -318,10 +318,10 @@ def soak(args: Args, folder: Path) -> int:
             check_whole(job, place)
         code = end_of(start(command(job, place, True, source, url), log), log, f"{job}, round {round}")
         if code != 0 and not was_done(job, log.read_text()):
-            raise Hurt(f"{job}, round {round}: run again it ends with code {code}: {log.read_text()[-3000:]}")
+            raise Hurt(f"{job}, round {round}: when run again it ends with code {code}: {log.read_text()[-3000:]}")
         check_whole(job, place)
         if result(job, place) != wanted[job]:
-            raise Hurt(f"{job}, round {round}, {said}: another result than undisturbed, in {place}")
+            raise Hurt(f"{job}, round {round}, {said}: the result in {place} differs from the undisturbed one")
         print(f"{kills} kills: {job} {', '.join(said)}: as undisturbed", flush=True)
         shutil.rmtree(place)
         round += 1

@@ -2,7 +2,7 @@
 matrix products.
 
     python -m benchmarks.speed                                                     # three shapes, 1 and 5 seeds
-    python -m benchmarks.speed --shapes hopper --seeds 1 --pair "python other.py"  # beside another, in turn
+    python -m benchmarks.speed --shapes hopper --seeds 1 --pair "python other.py"  # in turn with another program
 
 The FLOP of an update are counted for the fewest network evaluations that the equations need. A layer k -> n on m rows
 costs 2mkn forward, 2mkn for its weight's gradient, and 2mkn for its input's gradient, which the first layer does not
@@ -80,7 +80,7 @@ def random_rows(card: dict, N: int) -> TensorDict:
 
 
 def products(rows: int, sizes: list[int], trained: bool = True) -> list[tuple[int, int, int]]:
-    """The matrix products (m, k, n) of an MLP on `rows` rows: forward, and where it is trained backward."""
+    """The matrix products (m, k, n) of an MLP on `rows` rows: forward, and if it is trained also backward."""
     out = []
     for layer, (k, n) in enumerate(pairwise(sizes)):
         out += [(rows, k, n)] + trained * [(k, rows, n)] + (trained and layer > 0) * [(rows, n, k)]
@@ -205,7 +205,8 @@ def outside(command: str) -> list[float]:
     found = [float(x) for x in re.findall(r"([\d.]+) (?:updates|steps)/s", done.stdout)]
     if done.returncode or not found:
         raise BadInput(
-            f"--pair: the command ended with {done.returncode} and printed {len(found)} times 'NUMBER updates/s'"
+            f"--pair: the command ended with code {done.returncode} and printed {len(found)} times 'NUMBER updates/s'; "
+            "it must end with 0 and print that at least once"
         )
     return found
 
@@ -289,14 +290,14 @@ def main(args: Args):
     if unknown or min(args.seeds, default=0) < 1 or args.steps < 1 or args.rounds < 1:
         raise BadInput(f"--shapes takes {', '.join(SHAPES)}; --seeds, --steps and --rounds positive numbers")
     if args.train.objective not in (None, "exact", "semi") or args.train.preset == "paper":
-        raise BadInput("the FLOP of the objectives exact and semi are counted: use --train.objective exact or semi")
+        raise BadInput("FLOP are counted only for the objectives exact and semi: use --train.objective exact or semi")
     torch.set_num_threads(args.threads)
     device = pick_device(args.device, args.train.tf32)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{args.threads} CPU threads"
     print(f"batch {args.train.batch_size}, {where}, torch {torch.__version__}")
     print(
-        "FLOP of a layer k -> n on m rows: 2mkn forward, 2mkn for the weight's gradient, 2mkn for the input's (not of "
-        "a first layer)"
+        "FLOP of a layer k -> n on m rows: 2mkn forward, 2mkn for the weight's gradient, 2mkn for the input's (not "
+        "needed in the first layer)"
     )
     for shape in args.shapes:
         for seeds in args.seeds:

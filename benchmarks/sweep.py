@@ -2,12 +2,13 @@
 
     python -m benchmarks.sweep --data data/mamujoco/hopper/medium-replay --steps 20000 --out sweep.csv
 
-Every member is what `python comadice_train.py` trains with its flags and seed, with two exceptions. The batches differ,
-since in comadice_train.py they depend on the steps of evaluations. And if w* is computed both ways, all critics have a
-q, so the mixer's first weights differ. The ratio between episodes is off, since w* is what is compared. Of the --train
-flags, alpha, objective and advantage have no effect here, nor have the general ones but lr, hidden and batch_size.
-Plain BC is a member too, once per --bc-lr. A member's score is the mean return of its last evaluations, since single
-ones are noisy. On a GPU the update is one CUDA graph, and the evaluations run in processes beside it.
+Every member of the grid is what `python comadice_train.py` trains with its flags and seed, with two exceptions. The
+batches differ, since in comadice_train.py they depend on the steps of evaluations. And if w* is computed both ways, all
+critics have a q, so the mixer's first weights differ. The ratio between episodes is off, since w* is what is compared.
+Of the --train flags, alpha, objective and advantage have no effect here. Of the general ones only lr, hidden and
+batch_size have an effect. Plain BC is a member too, once per --bc-lr. A member's score is the mean return of its last
+evaluations, since single ones are noisy. On a GPU the update is one CUDA graph, and the evaluations run in processes
+beside it.
 """
 
 import csv
@@ -60,7 +61,7 @@ class Args:
     episodes: int = 32
     """episodes per evaluation"""
     processes: int = 2
-    """processes that simulate"""
+    """number of processes that simulate"""
     device: str = "auto"
     """auto, cpu, cuda, ..."""
     train: comadice_train.Args = field(default_factory=comadice_train.Args)
@@ -156,7 +157,8 @@ def play(card: dict, parameters: dict, hidden: int, episodes: int, seed: int, st
 def main(args: Args):
     if args.steps < 5 * args.last:
         raise BadInput(
-            f"--steps {args.steps} has no {args.last} evaluations in its last fifth: give at least {5 * args.last}"
+            f"--steps {args.steps} is too small for {args.last} evaluations in its last fifth: give at least "
+            f"{5 * args.last}"
         )
     device = pick_device(args.device)
     rows, card = open_dataset(args.data)

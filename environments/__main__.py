@@ -1,14 +1,15 @@
 """Lists the tasks and their sizes: `python -m environments`.
 
 The sizes are written down here, so no simulator has to be built, or even installed. Tests compare them with the
-simulators. They are those of each env's first interface. mamujoco and smacv1 have more tasks than those of the paper.
+simulators. They are the sizes of each env's default interface. mamujoco and smacv1 also accept tasks that are not
+listed here.
 """
 
 from importlib.util import find_spec
 
 from environments.checks import run_script
 
-# env, task | number of agents, sizes of the state, of one agent's observation and action (battles: number of actions)
+# env, task, number of agents, size of the state, of one agent's observation, of its action (battles: number of actions)
 TASKS = """
 mamujoco  hopper             3   42   14   1
 mamujoco  ant                2  226  113   4
@@ -61,7 +62,7 @@ smacv2    zerg_20_vs_20     20  780  322  26
 smacv2    zerg_20_vs_23     20  858  346  29
 """
 
-# What an env needs beside requirements.txt's torch: modules, and how to get them.
+# The modules that an env needs, and how to install them.
 NEEDS = {
     "mamujoco": (("gymnasium_robotics", "mujoco"), "pip install -r requirements.txt"),
     "smax": (("jaxmarl",), "pip install -r requirements-smax.txt"),

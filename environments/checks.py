@@ -29,24 +29,24 @@ def fail_at_end(message: str):
 
 
 def plain(text: str) -> str:
-    """A message in one line: a damaged file's names may hold anything, and would be obeyed by a terminal."""
+    """A message on one line, without control characters: a terminal obeys them, and damaged files may hold some."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def run_script(main, *args, go_on: str = ""):
-    """Calls main(*args). Bad input ends in one line and exit code 2. A stop ends as stops.py says.
+    """Calls main(*args). Bad input ends the script with one line and exit code 2. For Ctrl-C and SIGTERM see stops.py.
 
-    `go_on` is the command that goes on after a stop. By default it is this command.
+    `go_on` is the command that is printed after a stop, to continue the work. By default it is this command.
     """
     FAILURES.clear()
     try:
         stops.catch()
         main(*args)
-    # A library that is interrupted may raise another exception. So the signal counts here, and not the type.
+    # A library that is interrupted may raise another exception. So look for a signal, not at the exception's type.
     except (Exception, stops.Stopped) as error:
         number = error.number if isinstance(error, stops.Stopped) else stops.raised()
         if number is not None:
-            # A new exception: the one with the traceback would keep the simulators and their processes alive.
+            # A new exception, since the old one's traceback would keep the simulators and their processes alive.
             stop = stops.Stopped(number)
             stops.ignore()
             say_failures()
@@ -77,9 +77,9 @@ def check_positive(args, *names: str):
 
 
 def pick_device(name: str, tf32: bool = False) -> "torch.device":
-    """Raises BadInput for a device that is not there.
+    """Raises BadInput for a device that does not exist.
 
-    With tf32, float32 matrix products use TF32 from now on where they can.
+    With tf32, float32 matrix products use TF32 from now on, if the device supports it.
     """
     import torch
 

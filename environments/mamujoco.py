@@ -1,4 +1,4 @@
-"""Multi-Agent MuJoCo as a TorchRL environment: robots whose joints are shared out among agents.
+"""Multi-Agent MuJoCo as a TorchRL environment: robots whose joints are divided among agents.
 
 simulators.py lists the keys of its TensorDicts.
 """
@@ -13,16 +13,16 @@ from torchrl.envs import EnvBase
 
 from environments.checks import BadInput, NoSimulator
 
-# The paper's tasks (Section 6.1). Any other scenario and partition is written out: "walker2d_2x3".
+# The paper's tasks (Section 6.1). Other tasks are named SCENARIO_PARTITION, for example "walker2d_2x3".
 MAMUJOCO_TASKS = {"hopper": ("Hopper", "3x1"), "ant": ("Ant", "2x4"), "halfcheetah": ("HalfCheetah", "6x1")}
 
-MOST_OBSK = 99  # joints; more than any robot has. gymnasium-robotics tries each distance in turn, which takes time
+MOST_OBSK = 99  # more joints than any robot has. gymnasium-robotics tries each distance in turn, which takes time
 
 
 def import_robotics():
     """Imports gymnasium-robotics without its notice about AdroitHand, which is not used here.
 
-    The notice comes from Farama's package of notices, if that has an entry for the installed version.
+    The package farama_notifications prints it, if it has an entry for the installed version.
     """
     try:
         from farama_notifications import notifications
@@ -37,7 +37,7 @@ def import_robotics():
 def mamujoco_scenario(task: str) -> tuple[str, str]:
     """Splits a task's name into gymnasium-robotics' scenario and partition.
 
-    Raises NoSimulator for a scenario that gymnasium-robotics does not have, or where it is not installed.
+    Raises NoSimulator for a scenario that gymnasium-robotics does not have, or if it is not installed.
     """
     try:
         import_robotics()
@@ -63,8 +63,8 @@ def mamujoco_scenario(task: str) -> tuple[str, str]:
 def mamujoco_team(task: str) -> tuple[str, str, int, int]:
     """(scenario, partition, number of agents, size of one agent's action) of a task.
 
-    Raises NoSimulator as mamujoco_scenario does, BadInput for a partition that does not exist or has agents of
-    different sizes.
+    Raises NoSimulator as mamujoco_scenario does. Raises BadInput for a partition that does not exist, or whose agents
+    differ in their number of actions.
     """
     scenario, partition = mamujoco_scenario(task)
     from gymnasium_robotics.envs.multiagent_mujoco.obsk import get_parts_and_edges
@@ -83,7 +83,7 @@ def mamujoco_team(task: str) -> tuple[str, str, int, int]:
 def benchmark_observation(raw: np.ndarray, n: int) -> np.ndarray:
     """Single-agent observations [B, D] -> what the benchmark's n agents see, [B, n, D + n] float64.
 
-    That is the whole observation and the agent's one-hot id, standardised over the entries of that vector.
+    An agent sees the whole observation, followed by its one-hot id. This vector is standardised over its entries.
     """
     B = len(raw)
     obs = np.concatenate(
@@ -99,14 +99,14 @@ class MaMuJoCoEnv(EnvBase):
 
     Two interfaces:
     - agent_obsk=None is the benchmark's, which the public datasets use. Every agent sees the whole single-agent
-      observation, followed by its one-hot id, and standardised over the entries of this vector. The state is the
-      agents' vectors side by side. The agents' actions go to the actuators in plain order.
+      observation, followed by its one-hot id. This vector is standardised over its entries. The state is the agents'
+      vectors, concatenated. The agents' actions, concatenated, go to the actuators in that order.
     - agent_obsk=k is gymnasium-robotics' own. Every agent sees its joints and those within k joints of it, padded with
       zeros to one width, since agents share networks. The state is the single-agent observation. The partition says
       which actuator an action drives.
 
-    Actions are passed to the simulator as they are. MuJoCo clips the controls. A control cost in the reward counts the
-    action itself, exactly as in the single-agent environment.
+    Actions are passed to the simulator as they are. MuJoCo clips the controls. A control cost in the reward is computed
+    from the unclipped action, exactly as in the single-agent environment.
     """
 
     batch_locked = True
@@ -119,10 +119,10 @@ class MaMuJoCoEnv(EnvBase):
         import mujoco
         from gymnasium_robotics import mamujoco_v1
 
-        # MuJoCo repeats its warnings for every robot. As Python warnings each text is shown once.
+        # MuJoCo repeats its warnings for every robot. As a Python warning, each text is shown once.
         mujoco.set_mju_user_warning(warnings.warn)
         self.agent_obsk = agent_obsk
-        # The benchmark ran on MuJoCo 2.0. It left Ant's contact forces at zero, and so their cost.
+        # The benchmark ran on MuJoCo 2.0, where Ant's contact forces stayed at zero, and so did their cost.
         no_contact = {"include_cfrc_ext_in_observation": False, "contact_cost_weight": 0.0}
         kwargs = no_contact if scenario == "Ant" and agent_obsk is None else {}
         try:
@@ -133,13 +133,12 @@ class MaMuJoCoEnv(EnvBase):
             ) from error
         if agent_obsk is not None and self.robots[0].observation_factorization is None:
             raise BadInput(
-                f"gymnasium-robotics has no agent_obsk observations for {scenario}: use the benchmark's (--interface "
-                "benchmark)"
+                f"gymnasium-robotics has no agent_obsk observations for {scenario}: use --interface benchmark"
             )
         self.simulators = [robot.single_agent_env for robot in self.robots]
         self.seeds = [None] * num_envs
-        # Raw single-agent observations of all robots, as MuJoCo has them; 84 entries for Ant's contact forces stay
-        # zero.
+        # Single-agent observations of all robots, before any scaling. In the benchmark's Ant, 84 entries for contact
+        # forces stay zero.
         D = self.simulators[0].observation_space.shape[0]
         self.raw = np.zeros((num_envs, D + 84 if kwargs else D))
         self.D = D
@@ -171,7 +170,7 @@ class MaMuJoCoEnv(EnvBase):
         )
 
     def _view(self) -> TensorDict:
-        """The agents' observations and the state, made of self.raw."""
+        """The agents' observations and the state, computed from self.raw."""
         B = self.raw.shape[0]
         if self.agent_obsk is None:
             obs = benchmark_observation(self.raw, self.n)
@@ -185,7 +184,7 @@ class MaMuJoCoEnv(EnvBase):
         )
 
     def _set_seed(self, seed: int | None):
-        """Gives each robot its own seed, which counts from its next reset on."""
+        """Gives each robot its own seed, which takes effect at its next reset."""
         if seed is not None:
             self.seeds = [int(s.generate_state(1)[0]) for s in np.random.SeedSequence(seed).spawn(len(self.robots))]
 

@@ -1,4 +1,4 @@
-"""An environment by its name: Multi-Agent MuJoCo (mamujoco.py), StarCraft II (starcraft.py) or SMAX (smax.py).
+"""Makes an environment by its name: Multi-Agent MuJoCo (mamujoco.py), StarCraft II (starcraft.py) or SMAX (smax.py).
 
     env = make_env("mamujoco", "hopper", num_envs=32)          # 32 robots in this process
     env = make_env("mamujoco", "hopper", 16, workers=2)        # 2 processes with 16 robots each
@@ -10,7 +10,7 @@
 Every environment uses the same TensorDict keys (n agents, B environments):
 
     ("agents", "observation")  [B, n, O]  float32
-    ("agents", "action")       [B, n, A]  float32, or [B, n] int64 where actions are discrete
+    ("agents", "action")       [B, n, A]  float32, or [B, n] int64 if actions are discrete
     ("agents", "action_mask")  [B, n, A]  bool, the available actions (discrete only)
     "state"                    [B, S]     float32, the global state that the mixers condition on
     "reward"                   [B, 1]     float32, one reward for the team
@@ -41,7 +41,7 @@ INTERFACES = {
 
 
 def check_task(env: str, task: str):
-    """Raises NoSimulator for an unknown env or task. For mamujoco and smax also where the simulator is missing."""
+    """Raises NoSimulator for an unknown env or task. For mamujoco and smax also if the simulator is not installed."""
     if env not in INTERFACES:
         raise NoSimulator(f"unknown env '{env}': there are {', '.join(INTERFACES)}")
     if env == "mamujoco":
@@ -87,7 +87,7 @@ def make_env(
 
 
 def in_processes(workers: int, make, device) -> ParallelEnv:
-    """make() in each of `workers` processes. They leave Ctrl-C and SIGTERM to this process."""
+    """make() in each of `workers` processes. They ignore Ctrl-C and SIGTERM; this process handles both for them."""
     env = ParallelEnv(workers, partial(stops.in_worker, make, os.getpid()), device=device)
     with stops.not_for_children():
         env.start()
@@ -101,7 +101,7 @@ def close_env(env: EnvBase):
         if not env.is_closed:
             env.close(raise_if_closed=False)
     except (OSError, EOFError, RuntimeError, AttributeError):
-        pass  # a worker has died, or still answers the step that was stopped: the next lines end it
+        pass  # a worker has died, or is still busy with the step that was stopped: the next lines end it
     for worker in set(workers) & set(multiprocessing.active_children()):
         worker.kill()
         worker.join()
@@ -116,8 +116,8 @@ def check_sizes(env: EnvBase, card: dict):
     for key, value in {"n_agents": n, "obs_dim": O, "state_dim": S, "action_dim": A}.items():
         if card[key] != value:
             raise BadInput(
-                f"the dataset's {key} is {card[key]}, the simulator of {card['env']} {card['task']} has {value}: it "
-                "was made with another interface or version"
+                f"the dataset's {key} is {card[key]}, the simulator of {card['env']} {card['task']} has {value}: the "
+                "dataset was made with another interface or version"
             )
 
 

@@ -7,7 +7,7 @@
 SMAX is not StarCraft II. It has six unit types with other stats, and none heals, splashes or explodes. Units move in
 four directions on an empty 32 x 32 map, and die at its edge. The enemy is scripted: it shoots the closest unit, or
 walks to one that it sees. Battles end after 101 steps (JaxMARL's limit of 100 counts from 0). A task has the name of
-the SMAC task that it follows. Results name the engine().
+the SMAC task that it imitates. Results say that they are SMAX's: they name the engine().
 
 TensorDict keys of B battles with n agents against m enemies:
 
@@ -16,16 +16,16 @@ TensorDict keys of B battles with n agents against m enemies:
     ("agents", "action")       [B, n]     int64: 0-3 move up, right, down and left, 4 stops, 5 + j attacks enemy j
     "state"                    [B, S]     float32, JaxMARL's world state, with positions over the map's size and
                                           cooldowns from 0 on
-    "battle_won"               [B, 1]     bool, the allies have won this battle; it stays so until the battle is reset
+    "battle_won"               [B, 1]     bool, the allies have won this battle; it stays true until the next reset
     "reward"                   [B, 1]     float32: the share of its health that an enemy lost, averaged over enemies,
                                           and 1 for the victory
     "done", "terminated", "truncated"  [B, 1]  bool; truncated: the time limit; terminated: the battle is decided
 
-No action is checked against its mask. SMAX takes an attack on a dead or distant enemy as a stop, and ignores the
+No action is checked against its mask. SMAX treats an attack on a dead or distant enemy as a stop, and ignores the
 actions of dead agents.
 
-JAX computes on its own default device. On a GPU it takes most of the memory at its first use. Where PyTorch needs some,
-set the environment variable XLA_PYTHON_CLIENT_PREALLOCATE=false.
+JAX computes on its own default device. On a GPU it reserves most of the memory at its first use. If PyTorch needs the
+same GPU, set the environment variable XLA_PYTHON_CLIENT_PREALLOCATE=false.
 """
 
 import functools
@@ -42,7 +42,7 @@ from torchrl.envs import EnvBase
 
 from environments.checks import NoSimulator
 
-# SMACv2's tasks are a race and a size. Of each race these are the units that SMAX has.
+# A task of SMACv2 is a race and a size. These are the units of each race that SMAX has.
 RACES = {"protoss": ("stalker", "zealot"), "terran": ("marine", "marauder"), "zerg": ("zergling", "hydralisk")}
 SIZES = {"5_vs_5": (5, 5), "10_vs_10": (10, 10), "10_vs_11": (10, 11), "20_vs_20": (20, 20), "20_vs_23": (20, 23)}
 # SMACv1's maps whose units all exist in SMAX: allies, enemies.
@@ -76,7 +76,7 @@ def import_jaxmarl():
 
 
 def check_task(task: str):
-    """Raises NoSimulator for a task that SMAX does not have, or where jaxmarl is not installed."""
+    """Raises NoSimulator for a task that SMAX does not have, or if jaxmarl is not installed."""
     if task == "2c_vs_64zg":
         raise NoSimulator("smax can't play 2c_vs_64zg: it has no colossus")
     if task not in TASKS:
@@ -89,7 +89,7 @@ def check_task(task: str):
     except ImportError as error:
         remedy = (
             "pip install -r requirements-smax.txt, in an environment of its own "
-            "(its protobuf and smacv2's exclude each other)"
+            "(it needs another version of protobuf than smacv2)"
         )
         raise NoSimulator(f"smax needs jaxmarl ({error}): {remedy}") from None
 
@@ -122,7 +122,7 @@ def make_simulator(task: str):
         n, m = (sum(team.values()) for team in teams)
         return HeuristicEnemySMAX(scenario=Scenario(jnp.array(types, jnp.uint8), n, m, False, False))
 
-    # Every unit type is equally likely, as in SMACv2 without a third type. The tables keep only the race's rows.
+    # Every unit type is equally likely, as in SMACv2 without its third type. The tables keep only the race's rows.
     race, size = task.split("_", 1)
     n, m = SIZES[size]
     rows = [names.index(unit) for unit in RACES[race]]
@@ -150,8 +150,8 @@ def make_simulator(task: str):
 def compiled(task: str):
     """(simulator, reset, step): JaxMARL's environment of one battle, and functions that play B battles at once.
 
-    A battle is {"key": its random key, "world": JaxMARL's state}. Don't use battles again that were given to reset or
-    step: their memory is reused.
+    A battle is {"key": its random key, "world": JaxMARL's state}. Don't use battles after they were given to reset or
+    step: JAX reuses their memory.
 
     reset(battles, which [B] bool)                        -> battles, view
     step(battles, action [B, n] int, which [B] bool)      -> battles, view with reward, terminated, truncated and done
@@ -164,13 +164,13 @@ def compiled(task: str):
     simulator = make_simulator(task)
     n = simulator.num_allies
     teams = lambda alive: (alive[:n].any(), alive[n:].any())
-    # Battles from JaxMARL's reset and from its step differ in weak types, so step would compile twice. jnp.where with
-    # an old battle makes them alike.
+    # Battles from JaxMARL's reset and from its step differ in JAX's weak types, so step would compile twice. jnp.where
+    # with an old battle gives both the same types.
     choose = lambda which, new, old: jax.tree.map(lambda x, y: jnp.where(which, x, y), new, old)
 
     def scaled_state(world):
         """The state with positions in [0, 1] and no negative cooldowns. In JaxMARL positions go up to 32, and the
-        cooldown of a weapon that is not used falls without end. That is bad input for a mixer."""
+        cooldown of a weapon that is not used falls without bound. That is bad input for a mixer."""
         state, F = simulator.get_world_state(world), len(simulator.own_features)
         units, rest = jnp.split(state, [F * simulator.num_agents])
         units = (

@@ -1,7 +1,8 @@
 """StarCraft II battles as a TorchRL environment: SMACv2's and SMACv1's tasks, on TorchRL's SMACv2Env and the smacv2
 package.
 
-requirements.txt does not install smacv2 (github.com/oxwhirl/smacv2), the game and the SMAC maps. The README says how.
+requirements.txt does not install smacv2 (github.com/oxwhirl/smacv2), the game and the SMAC maps. The README says how to
+install them.
 
 TensorDict keys of one game (n agents, A actions); several games run side by side in TorchRL's ParallelEnv:
 
@@ -15,7 +16,7 @@ TensorDict keys of one game (n agents, A actions); several games run side by sid
     "game_died"                [1]     bool: the game crashed. What it played since the reset does not count and
                                        must be played again
 
-This file mends what TorchRL's wrapper and smacv2 leave open: seeds (set_seed), a time limit that looks like a
+This file corrects what TorchRL's wrapper and smacv2 lack or get wrong: seeds (set_seed), a time limit that looks like a
 termination, a crashed game that looks like a lost battle, a reset that fails or starts a second game, and the reward's
 scale.
 """
@@ -33,7 +34,7 @@ from torchrl.envs.libs.smacv2 import SMACv2Env
 
 from environments.checks import BadInput, NoSimulator
 
-# SMACv2's unit types, their weights, and the type that can't be a whole team (Ellis et al. 2023; the package's
+# SMACv2's unit types, their weights, and the type that a team can't consist of alone (Ellis et al. 2023; the package's
 # examples).
 RACES = {
     "protoss": (["stalker", "zealot", "colossus"], [0.45, 0.45, 0.1], ["colossus"]),
@@ -51,7 +52,7 @@ HOW_TO_INSTALL = (
 
 
 def check_task(env: str, task: str):
-    """Raises NoSimulator for a task that does not exist. Only smacv2 knows the SMAC maps beyond those of the paper."""
+    """Raises NoSimulator for a task that does not exist. SMAC maps other than the paper's need smacv2 to be checked."""
     if env == "smacv2" and task not in SMACV2_TASKS:
         raise NoSimulator(f"unknown smacv2 task '{task}': use RACE_SIZE with {', '.join(RACES)} and {', '.join(SIZES)}")
     if env == "smacv1" and task not in SMACV1_TASKS:
@@ -92,7 +93,7 @@ def game_config(env: str, task: str) -> dict:
 
 
 def check_installed(map_name: str):
-    """Raises NoSimulator where smacv2, the game or the map is missing."""
+    """Raises NoSimulator if smacv2, the game or the map is missing."""
     try:
         import smacv2.env  # noqa: F401
         from pysc2 import maps, run_configs
@@ -145,9 +146,10 @@ def unit_features(game, units: dict, allies: bool) -> dict[str, np.ndarray]:
 def benchmark_view(game) -> tuple[np.ndarray, np.ndarray]:
     """Observations [n, O] and agents' states [n, S] of the public SMACv1 datasets, from smacv2's game object.
 
-    That is the SMAC variant of the MAPPO code (github.com/marlbenchmark/on-policy), with agent ids and last actions:
-    blocks of allies, enemies, moves, self and id. The state of agent i also holds the units beyond its sight, and their
-    place on the map. Once the agent is dead, both are zero but for the id.
+    They are those of the MAPPO code's variant of SMAC (github.com/marlbenchmark/on-policy), with agent ids and last
+    actions. Each vector has blocks for allies, enemies, available moves, the agent itself and its id. The state of
+    agent i also holds the units that it does not see, and every unit's place on the map. Once the agent is dead, both
+    are zero except for the id.
     """
     n, sight = game.n_agents, 9.0
     ally, enemy = unit_features(game, game.agents, True), unit_features(game, game.enemies, False)
@@ -207,9 +209,9 @@ def unit_type_id(game, unit, ally: bool) -> int:
 def empty_map(game):
     """Kills all units of a SMAC map. A trigger of the map then creates new ones at once.
 
-    (smacv2 would wait until it sees no unit: its issue 55.)
+    (smacv2's own function waits until it sees no unit, see its issue 55.)
     """
-    game._obs = game._controller.observe()  # what smacv2 saw last may be from a game that has died
+    game._obs = game._controller.observe()  # smacv2's last observation may be from a game that has died
     game._kill_units([unit.tag for unit in game._obs.observation.raw_data.units])
     game._controller.step(2)
 
@@ -221,8 +223,8 @@ class StarCraftEnv(SMACv2Env):
     """One game of StarCraft II. The first reset starts it.
 
     env "smacv2": the paper's 15 tasks RACE_SIZE. env "smacv1": SMAC's maps. Its interface "benchmark" has the public
-    datasets' observations, and the first agent's state, as OG-MARL's copies do. "standard" has SMAC's own observation
-    and state.
+    datasets' observations, and as state that of the first agent, as in OG-MARL's copies. "standard" has SMAC's own
+    observation and state.
 
     A game takes its seed when it is launched. So set_seed takes effect at the next reset, which launches a new game.
     """
@@ -234,13 +236,12 @@ class StarCraftEnv(SMACv2Env):
         self.benchmark = env == "smacv1" and interface == "benchmark"
         super().__init__(**config, device=device)
         self.game = self._env.env if env == "smacv2" else self._env
-        # smacv2's wrapper would draw teams and positions, and would repeat a failing reset forever. Here reset draws
-        # them.
+        # smacv2's wrapper draws teams and positions, but repeats a failing reset forever. So _start_battle draws them.
         self.distributions = list(getattr(self._env, "env_key_to_distribution_map", {}).values())
         if env == "smacv1":
             self.game.get_unit_type_id = partial(unit_type_id, self.game)
             self.game._kill_all_units = partial(empty_map, self.game)
-        self.undecided_reward = self.game.max_reward  # without the enemies' health, which only a reset knows
+        self.undecided_reward = self.game.max_reward  # without the enemies' health, which is known only after a reset
         self.launch = True
         self.streams = (random.getstate(), np.random.get_state())
 
@@ -261,7 +262,7 @@ class StarCraftEnv(SMACv2Env):
 
     @contextmanager
     def _own_random(self):
-        """smacv2 draws from Python's and NumPy's global random streams. Inside, these are the environment's own."""
+        """smacv2 draws from Python's and NumPy's global random streams. Within it, these are the environment's own."""
         outside = random.getstate(), np.random.get_state()
         random.setstate(self.streams[0])
         np.random.set_state(self.streams[1])
@@ -320,7 +321,7 @@ class StarCraftEnv(SMACv2Env):
         game, restarts = self.game, self.game.force_restarts
         if self.launch and game._sc2_proc is not None:
             game._sc2_proc.close()
-        # smacv2 launches a game as long as it has counted no episode. Later it reuses the game that it has.
+        # smacv2 launches a game only while its count of episodes is 0. After that it reuses the running game.
         game._episode_count = 0 if self.launch else max(game._episode_count, 1)
         self.launch = False
         battle = {}

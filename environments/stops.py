@@ -1,7 +1,7 @@
-"""Stops a script by Ctrl-C or SIGTERM (clusters send it before they take a machine back).
+"""Ends a script on Ctrl-C or SIGTERM (clusters send it before they take a machine back).
 
-The script ends with one line and exit code 130 or 143, never with a traceback. Before training a stop ends it at once,
-by raising Stopped. Once training has called `hold()`, a stop waits: the training loops look at `asked()` where their
+The script ends with one line and exit code 130 or 143, never with a traceback. Before training, a stop ends it at once,
+by raising Stopped. Once training has called `hold()`, a stop waits: the training loops check `asked()` whenever their
 state can be saved. Then they save it and call `leave()`. A second stop ends the script at once. Importing this module
 does not load torch.
 """
@@ -41,11 +41,12 @@ def _handle(number: int, frame):
         _Now.raised = number
         raise Stopped(number)
     _Now.number = number
-    os.write(2, b"\nstopping: the state is being saved (once more to stop without that)\n")  # print is not safe here
+    # print is not safe in a signal handler
+    os.write(2, b"\nstopping: the state is being saved (a second Ctrl-C or SIGTERM stops without saving)\n")
 
 
 def _drop(unraisable):
-    """Says nothing of a Stopped that Python dropped: leave() raises it again."""
+    """Prints nothing about a Stopped that Python dropped: leave() raises it again."""
     if not isinstance(unraisable.exc_value, Stopped):
         sys.__unraisablehook__(unraisable)
 
@@ -62,7 +63,7 @@ def catch(begun: bool = True):
 
 
 def ignore():
-    """No further signal disturbs the end of the script."""
+    """Ignores both signals from now on, while the script ends."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -88,8 +89,8 @@ def raised() -> int | None:
 def leave():
     """Raises Stopped if a stop was asked for.
 
-    Long loops call it at every round, also those that a stop ends at once: Python drops an exception that a signal
-    raises in the middle of a callback, such as that of a weak reference, and goes on.
+    Long loops call it in every round, even loops that a stop should end at once. The reason: if a signal arrives during
+    a callback, such as that of a weak reference, Python drops the exception that it raises, and goes on.
     """
     number = _Now.raised if _Now.number is None else _Now.number
     if number is not None:
@@ -98,7 +99,7 @@ def leave():
 
 
 def how_to_go_on() -> str:
-    """The command that goes on: this one, and with --resume if training had begun."""
+    """The command that continues the work: this one, with --resume if training had begun."""
     if not _Now.held:
         return shlex.join(sys.orig_argv)
     command = [word for word in sys.orig_argv if word not in ("--overwrite", "--resume")]
@@ -118,8 +119,8 @@ def not_for_children():
 
 
 def in_worker(make, parent: int):
-    """make(). In another process than `parent` both signals do nothing from now on: a worker ends when the parent
-    closes its pipe. They get an empty handler and not SIG_IGN, which a worker's games would inherit."""
+    """Returns make(). In a process other than `parent`, both signals do nothing from now on: a worker ends when the
+    parent closes its pipe. They get an empty handler, not SIG_IGN, since a worker's games would inherit SIG_IGN."""
     if os.getpid() != parent:
         for number in SIGNALS:
             signal.signal(number, lambda *_: None)

@@ -1,4 +1,4 @@
-"""The commands for datasets: `python -m offline_data COMMAND`. Each command's module is loaded when it is asked for.
+"""The commands for datasets: `python -m offline_data COMMAND`. Only the module of the given command is loaded.
 
     python -m offline_data list
     python -m offline_data collect --env mamujoco --task hopper
@@ -51,7 +51,7 @@ def main(arguments: list[str]):
     prog = f"python -m offline_data {name}"
     done = tyro.cli(command, prog=prog, args=flags)
     if name == "collect":
-        from offline_data.collect import main as collect  # after the flags are read: it loads torch, for seconds
+        from offline_data.collect import main as collect  # after the flags are read, since torch takes seconds to load
 
         collect(done)
 

@@ -2,8 +2,8 @@
 
 Nothing here loads torch, so reading a card takes no time. dataset.py describes the datasets themselves.
 
-A card may come from anybody. Its names become folders, its texts are printed, its numbers become sizes. So `check_card`
-checks all of them first.
+A card may come from anybody. Its names become folders, its texts are printed, its numbers become array sizes. So
+`check_card` checks all of them first.
 """
 
 import hashlib
@@ -14,29 +14,29 @@ from pathlib import Path
 from environments.checks import BadInput
 
 DATA_ROOT = Path(__file__).parent.parent / "data"
-NAME = re.compile(r"[\w-]{1,64}", re.ASCII)  # of an env, a task, a quality: one folder, and never a path
+NAME = re.compile(r"[\w-]{1,64}", re.ASCII)  # an env, a task or a quality: the name of one folder, never a path
 INTERFACE = r"benchmark|standard|agent_obsk=[0-9]{1,2}"  # what the agents see, see environments/simulators.py
 COUNTS = ("n_agents", "state_dim", "obs_dim", "action_dim", "trajectories", "samples")
 RETURNS = ("return_mean", "return_std", "return_min", "return_max")
 FIELDS = ("state", "agents/observation", "agents/action", "reward", "terminated", "done", "is_init", "episode")
-MASK = "agents/action_mask"  # where actions are discrete
+MASK = "agents/action_mask"  # only if actions are discrete
 LONGEST_JSON = 2**20  # bytes; a card has about 2,000
 LARGEST_COUNT = 2**40
 LARGEST_NUMBER = 3.5e38  # float32 ends here
-DEEPEST = 20  # levels of "made"
+DEEPEST = 20  # levels of nesting in "made"
 
 
 def check_name(what: str, name: object, where: str = ""):
-    """Raises BadInput for anything but a plain folder name: a path, an empty text, no text."""
+    """Raises BadInput unless `name` is a plain folder name."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise BadInput(f"{where}{what} is {short(name)}, not a name of letters, digits, _ and -")
 
 
 def dataset_path(data: str | None, env: str, task: str, quality: str, root: str | Path = "data") -> Path:
-    """`data` where it is given, else the folder that env, task and quality name."""
+    """`data` if it is given, else the folder that env, task and quality name."""
     if data is not None:
         if not data or "\0" in data:
-            raise BadInput(f"{data!r} names no folder: give the dataset's own")
+            raise BadInput(f"{data!r} names no folder: give the dataset's directory")
         return Path(data)
     for what, name in (("env", env), ("task", task), ("quality", quality)):
         check_name(what, name)
@@ -63,7 +63,7 @@ def short(value: object) -> str:
 
 
 def read_json(path: Path) -> dict:
-    """A file's JSON object. Raises BadInput for a file that is missing or anything else."""
+    """A file's JSON object. Raises BadInput for a file that is missing or holds anything else."""
     try:
         with open(path, "rb") as file:
             text = file.read(LONGEST_JSON + 1)
@@ -100,19 +100,19 @@ def check_card(path: str | Path, card: dict):
             raise BadInput(f"{at}'{name}' is {short(card.get(name))}: action_low and action_high are numbers")
     for name in RETURNS:
         if not is_number(card.get(name)):
-            raise BadInput(f"{at}the card says {name} {short(card.get(name))}, which is no number")
+            raise BadInput(f"{at}the card says {name} {short(card.get(name))}, which is not a number")
     if type(card.get("discrete")) is not bool:
         raise BadInput(f"{at}'discrete' is {short(card.get('discrete'))}, not true or false")
     sizes, fields = card.get("bytes"), {*FIELDS, *([MASK] if card["discrete"] else [])}
     if not isinstance(sizes, dict) or set(sizes) != fields:
-        raise BadInput(f"{at}'bytes' is {short(sizes)}, and a dataset has the fields {', '.join(sorted(fields))}")
+        raise BadInput(f"{at}'bytes' is {short(sizes)}, not a size for each of {', '.join(sorted(fields))}")
     if any(type(size) is not int or not 0 <= size <= LARGEST_COUNT for size in sizes.values()):
-        raise BadInput(f"{at}'bytes' holds something else than sizes")
+        raise BadInput(f"{at}'bytes' holds a value that is not a file's size")
     engine = card.get("engine")
     if engine is not None and not (isinstance(engine, str) and len(engine) <= 1000 and engine.isprintable()):
         raise BadInput(f"{at}'engine' is {short(engine)}, not a line of text")
     if not sound(card.get("made"), DEEPEST):
-        raise BadInput(f"{at}'made' holds control characters, a number beyond all bounds, or too many levels")
+        raise BadInput(f"{at}'made' holds control characters, a number that is too large, or too many levels")
     sums = card.get("sha256", {})
     if not isinstance(sums, dict) or not all(
         isinstance(x, str) and re.fullmatch("[0-9a-f]{64}", x) for x in sums.values()
@@ -120,7 +120,7 @@ def check_card(path: str | Path, card: dict):
         raise BadInput(f"{at}'sha256' is {short(sums)}, not a checksum for every file")
     unknown = sorted(set(sums) - set(files_of(card)))
     if unknown:
-        raise BadInput(f"{at}'sha256' names {short(unknown[0])}, which is no file of a dataset")
+        raise BadInput(f"{at}'sha256' names {short(unknown[0])}, which is not a file of a dataset")
 
 
 def sound(value: object, levels: int) -> bool:
@@ -148,7 +148,7 @@ def sha256(path: Path) -> str:
 
 
 def sha256_of_card(text: str, own: str) -> str:
-    """The card's own checksum, which it holds too: that of its text with zeros instead of these 64 digits."""
+    """The card's own checksum. Since the card holds it, it is computed with zeros in place of these 64 digits."""
     return hashlib.sha256(text.replace(own, "0" * 64).encode()).hexdigest()
 
 
@@ -189,7 +189,7 @@ def verify(path: Path, card: dict, whole: bool = True):
             )
 
 
-# ---------------------------------------------------------------- in print
+# ---------------------------------------------------------------- printing
 
 
 def table_row(card: dict) -> str:

@@ -7,8 +7,8 @@ MAPPO (Yu et al. 2022) uses TorchRL's own parts: MAPPOLoss, MultiAgentGAE, Colle
 unsquashed Gaussian, as in the benchmark. So recorded actions go beyond [-1, 1]. Where actions are discrete, the policy
 is a categorical distribution over the available ones.
 
-This protocol was fixed before any offline training looked at the data. The return of a checkpoint is the mean of the
-last 100 training episodes, played by the stochastic policy. Robots:
+This protocol was fixed before any offline training on the data. The return of a checkpoint is the mean over the last
+100 training episodes, played by the stochastic policy. Robots:
 
     expert          the checkpoint with the highest return
     medium          the first checkpoint whose return is at least a third of expert's
@@ -19,8 +19,9 @@ Battles (the paper's SMACv2 data are 1,000 trajectories of MAPPO's policy after 
 
     medium          the first checkpoint that wins 40% of its battles; if none does, the one that wins most
     medium-replay   training's battles up to that checkpoint, evenly thinned to about --replay-trajectories
-    poor, good      SMACv1's tasks only. There all three are cut from training by return, as in the public datasets:
-                    poor up to half of the return of a perfect victory, medium up to three quarters, good above
+    poor, good      SMACv1's tasks only. There poor, medium and good are selected from training's battles by return, as
+                    in the public datasets: poor up to half of the return of a perfect victory, medium up to three
+                    quarters, good above
 
 All are whole episodes of the stochastic policy. Expert and medium of robots have `--samples` transitions each; medium
 of battles has `--trajectories` battles. demo (only with --demo-samples, about that many transitions) is every K-th
@@ -29,7 +30,7 @@ episode of medium-replay. OUT/ENV/TASK holds the datasets, and behaviour/ with c
 command.
 
 Existing files are not lost. A dataset that the same command has made is kept. Anything else in its place ends the
-command before training starts, unless --overwrite is given. A folder that is no dataset is never replaced.
+command before training starts, unless --overwrite is given. A folder that is not a dataset is never replaced.
 """
 
 import csv
@@ -66,7 +67,7 @@ OBS, ACTION, MASK = ("agents", "observation"), ("agents", "action"), ("agents", 
 
 # Return of a perfect victory, by env. It sets the bounds of the qualities of SMACv1's tasks.
 FULL_RETURN = {"smacv1": 20.0, "smax": 2.0}
-SHORT_BATTLE = 30  # steps; with battles this short at least --replay-trajectories of them are kept
+SHORT_BATTLE = 30  # steps; if battles are at most this long, at least --replay-trajectories of them are kept
 MEDIUM_WINRATE = 0.4
 BATTLES = ("smacv1", "smacv2", "smax")
 
@@ -131,7 +132,7 @@ def make_critic(env, hidden: int) -> TensorDictModule:
 
 
 class EpisodeSplitter:
-    """Cuts batches of steps [B, T] into whole episodes. Each batch goes on where the last one ended.
+    """Cuts batches of steps [B, T] into whole episodes. Each batch continues where the last one ended.
 
     Episodes in which a game died are left out, and counted in `died`.
     """
@@ -169,7 +170,7 @@ FREE = ("out", "overwrite", "device", "workers", "samples", "demo_samples", "tra
 
 
 def load_state(args: Args, root: Path) -> dict | None:
-    """What a stopped training run left. None if there is nothing, or if --overwrite replaces another command's run.
+    """The saved state of a stopped training run. None if there is none, or if --overwrite replaces another command's.
 
     Raises BadInput for a file that can't be read, and for a run with other settings. The message names them.
     """
@@ -190,8 +191,8 @@ def load_state(args: Args, root: Path) -> dict | None:
         return None
     named = ", ".join(f"--{key.replace('_', '-')} {old[key]}" for key in changed)
     raise BadInput(
-        f"{root} holds a run with other settings ({named}): give them again or another --out, or --overwrite replaces "
-        "it"
+        f"{root} holds a run with other settings ({named}): give the same again, another --out, or --overwrite to "
+        "replace it"
     )
 
 
@@ -207,22 +208,22 @@ def made_already(args: Args, path: Path, free=("device",)) -> bool:
     made, now = read_json(path / "card.json").get("made"), arguments_of(args)
     old = made.get("arguments") if isinstance(made, dict) else None
     if not isinstance(old, dict):
-        raise BadInput(f"{path} was not made by this command: give another --out, or --overwrite replaces it")
+        raise BadInput(f"{path} was not made by this command: give another --out, or --overwrite to replace it")
     free = {*free, *(["demo_samples"] if path.name != "demo" else [])}
     changed = sorted(key for key in now.keys() | old.keys() if key not in free and old.get(key) != now.get(key))
     if changed:
         named = ", ".join(f"--{key.replace('_', '-')} {short(old.get(key))}" for key in changed)
         raise BadInput(
-            f"{path} was made with other arguments ({named}): give them again or another --out, or --overwrite "
-            "replaces it"
+            f"{path} was made with other arguments ({named}): give the same again, another --out, or --overwrite to "
+            "replace it"
         )
     return True
 
 
 def in_the_way(args: Args, root: Path) -> set[str]:
-    """The qualities that are finished. Checks every path that the command is going to write, before hours of work.
+    """The qualities that are finished. Checks, before hours of work, every path that the command is going to write.
 
-    Raises BadInput if something there would be lost.
+    Raises BadInput if existing files would be lost.
     """
     state, finished = load_state(args, root), set()
     for quality in qualities(args):
@@ -270,7 +271,7 @@ def train_in(env, args: Args, root: Path) -> list[dict]:
     loss.make_value_estimator(gamma=args.gamma, lmbda=args.gae_lambda)
     optimizer = torch.optim.Adam(loss.parameters(), args.lr, eps=1e-5)
 
-    # What a stopped run left: checkpoints and one dataset of episodes for each.
+    # A stopped run has left checkpoints, and one dataset of episodes for each.
     curve, recent, wins = [], deque(maxlen=100), deque(maxlen=100)
     state = load_state(args, root)
     if state is None and args.overwrite:
@@ -498,8 +499,8 @@ def robots(args: Args, root: Path, curve: list[dict]) -> list[str]:
     expert = max(range(len(curve)), key=returns.__getitem__)
     if returns[expert] <= 0:
         raise BadInput(
-            f"the best return of {args.task} is {returns[expert]:.1f}, and a third of it makes no medium policy: train "
-            "for more --steps"
+            f"the best return of {args.task} is {returns[expert]:.1f}, and a third of that defines no medium policy: "
+            "train for more --steps"
         )
     medium = next(i for i, r in enumerate(returns) if r >= returns[expert] / 3)
     print(f"expert: checkpoint {expert}, step {curve[expert]['step']:,}, return {returns[expert]:.1f}")
@@ -554,7 +555,7 @@ def battles(args: Args, root: Path, curve: list[dict]) -> list[str]:
 
 
 def make_datasets(args: Args, root: Path):
-    """Trains, or goes on with it, and writes every dataset that is not there yet."""
+    """Trains, or continues training, and writes every dataset that is missing."""
     curve = train(args, root)
     plot_curve(curve, root / "curve.png", f"MAPPO, {args.env} {args.task}")
     made = (battles if args.env in BATTLES else robots)(args, root, curve)
@@ -583,7 +584,7 @@ def main(args: Args):
     if args.seed < 0 or args.demo_samples < 0 or not 0 <= args.gamma <= 1 or not 0 <= args.gae_lambda <= 1:
         raise BadInput("--seed and --demo-samples must be at least 0, --gamma and --gae-lambda in [0, 1]")
     args.device = str(pick_device(args.device))
-    make_env(args.env, args.task, 1, 1, args.interface).close()  # and so does a missing simulator
+    make_env(args.env, args.task, 1, 1, args.interface).close()  # a missing simulator ends here too
     root = dataset_path(None, args.env, args.task, "behaviour", args.out)
     if in_the_way(args, root) == set(qualities(args)):
         for quality in qualities(args):

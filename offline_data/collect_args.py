@@ -1,4 +1,4 @@
-"""The flags of `python -m offline_data collect`, apart from collect.py so that --help need not load torch."""
+"""The flags of `python -m offline_data collect`, in a file of their own so that --help does not load torch."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ class Args:
     """what agents see: benchmark (default), agent_obsk=K (mamujoco: gymnasium-robotics' own, joints up to K away),
     standard (smacv1: SMAC's own)"""
     steps: int | None = None
-    """environment steps of MAPPO (default 3 million; 10 million of battles, as the paper)"""
+    """environment steps of MAPPO (default: 3 million; in battles 10 million, as in the paper)"""
     samples: int = 1_000_000
     """robots: transitions of the expert and of the medium dataset"""
     trajectories: int = 1000
@@ -23,7 +23,7 @@ class Args:
     replay_trajectories: int = 10_000
     """battles: about how many trajectories medium-replay has"""
     record_every: int | None = None
-    """every K-th training episode is kept for medium-replay (default 1; for battles as --replay-trajectories needs)"""
+    """keep every K-th training episode for medium-replay (default: 1; in battles it follows --replay-trajectories)"""
     demo_samples: int = 0
     """about how many transitions the demo dataset has; 0: no demo dataset"""
     seed: int = 0
@@ -54,11 +54,11 @@ class Args:
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
     clip: float = 0.2
-    """PPO's clip of the probability ratio"""
+    """PPO's clipping of the probability ratio"""
     entropy: float | None = None
     """weight of the entropy bonus (default 0; 0.01 in battles)"""
     max_grad_norm: float = 0.5
-    """clip of the gradient's norm"""
+    """largest norm of the gradient; larger ones are clipped"""
     hidden: int = 128
     """hidden units of actor and critic"""
     reward_scale: float | None = None

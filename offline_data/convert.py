@@ -1,10 +1,10 @@
-"""Conversion of a public dataset: the command. formats.py reads the formats.
+"""The command that converts a public dataset. formats.py reads the formats.
 
     python -m offline_data convert hopper.vlt/Medium --format vault --env mamujoco --task hopper --quality medium
 
 The C libraries that read the formats can crash or hang on a damaged file. So a second process does the reading
-(formats.py, run as a script), and this one watches it, so a crash is one line. If this process is killed, the reader
-sees that its input has ended, and ends too.
+(formats.py, run as a script). This process watches it and turns a crash into one line. If this process is killed, the
+reader sees that its input has ended, and ends too.
 """
 
 import json
@@ -41,12 +41,12 @@ def written(folder: Path) -> int:
 
 
 def read(source: str, format: str, job: dict, partial: Path) -> tuple[int, list[str]]:
-    """Runs the reader, and watches it write `partial`: its exit code, and the lines of its last words."""
+    """Runs the reader and watches it write `partial`. Returns its exit code and the lines of its error output."""
     with tempfile.TemporaryFile() as errors:
         path_of_modules = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         child = subprocess.Popen(
             [*CHILD_COMMAND, json.dumps(job)],
-            stdin=subprocess.PIPE,  # nothing is written to it; it ends with this process
+            stdin=subprocess.PIPE,  # nothing is written to it; it closes when this process ends
             stderr=errors,
             env=os.environ | {"PYTHONPATH": path_of_modules},
         )
@@ -60,7 +60,7 @@ def read(source: str, format: str, job: dict, partial: Path) -> tuple[int, list[
                 if time.monotonic() - since > STALL:
                     raise BadInput(
                         f"{source} can't be read as {format}: the reader did nothing for {STALL} seconds and was "
-                        "stopped; it is damaged"
+                        "stopped; the source is damaged"
                     )
         finally:
             child.kill()
@@ -89,15 +89,15 @@ def convert(
 
     Args:
         source: file or folder
-        format: what it is
+        format: format of the source
         env: mamujoco, smacv1, smacv2 or smax
-        task: the task it was recorded in, which for minari also says the partition (ant_4x2)
+        task: the task it was recorded in; for minari with the partition (ant_4x2)
         quality: the dataset's quality, which names its folder here
         out: directory to write, instead of data/ENV/TASK/QUALITY
-        interface: what the agents see: benchmark, standard or agent_obsk=K (default: benchmark; of smacv1's pymarl and
-            smax standard)
-        limit: the recording's step limit, if it is not the task's own
-        last_row: what the row that says done holds (vault, omiga)
+        interface: what the agents see: benchmark, standard or agent_obsk=K (default: benchmark; standard for smax and
+            for smacv1 in the format pymarl)
+        limit: the recording's step limit, if it differs from the task's
+        last_row: what the row with the done flag holds: a transition, or only the last observation (vault, omiga)
         return_to_go: replace the reward by the return-to-go, as the released code does in SMAC
         overwrite: replace a dataset that is already there
     """

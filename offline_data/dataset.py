@@ -4,7 +4,7 @@ A dataset is a directory of TensorDict memory maps with a card beside them:
 
     data/mamujoco/hopper/medium-replay/
         card.json               what it is, how it was made, sizes, statistics
-        meta.json, *.memmap     rows, flat in time; `TensorDict.load_memmap` reads them too
+        meta.json, *.memmap     rows, one after another in time; `TensorDict.load_memmap` reads them too
         agents/meta.json, agents/*.memmap
 
 An episode of T transitions is T + 1 rows, one after another. Row t holds what the team saw and did at time t:
@@ -49,9 +49,9 @@ CHECKED_AT_OPENING = 2**26  # bytes; the checksums of a smaller dataset are comp
 def open_dataset(path: str | Path, env: str | None = None, task: str | None = None) -> tuple[TensorDict, dict]:
     """Validates a dataset and maps it read-only: (rows [N], card).
 
-    Sizes are checked before anything is mapped, since TensorDict's own loader fills a file that was cut with zeros. The
+    Sizes are checked before anything is mapped, since TensorDict's own loader fills a truncated file up with zeros. The
     files are not changed, and nothing is unpickled. Raises BadInput with one line that says what is wrong: a missing or
-    cut file, another dtype or shape, a value that is not finite, an episode that does not close, an action out of the
+    truncated file, another dtype or shape, a value that is not finite, an episode without its end, an action out of the
     card's bounds or forbidden by its mask, statistics that differ from the card's, a dataset of another task.
     """
     path = Path(path)
@@ -114,7 +114,7 @@ def open_dataset(path: str | Path, env: str | None = None, task: str | None = No
         rows[tuple(key.split("/"))] = mapped.view(shape)
     _check_episodes(path, rows, card)
     _check_values(path, rows, card)
-    # Last, since the checks above say more precisely what is wrong.
+    # Checksums come last, since the checks above say more precisely what is wrong.
     if sum(card["bytes"].values()) <= CHECKED_AT_OPENING:
         verify(path, card, whole=False)
     return rows.lock_(), card
@@ -175,7 +175,7 @@ def _check_values(path: Path, rows: TensorDict, card: dict):
 
 
 def last_rows(rows: TensorDict) -> torch.Tensor:
-    """[N] bool: the rows that hold an episode's last observation and are no transitions."""
+    """[N] bool: the rows that hold an episode's last observation. They are not transitions."""
     done = rows["done"][:, 0]
     return torch.cat([done.new_zeros(1), done[:-1]])
 

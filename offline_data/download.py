@@ -1,4 +1,4 @@
-"""Download of the published datasets (OG-MARL's vaults), and their conversion.
+"""Downloads the published datasets (OG-MARL's vaults) and converts them.
 
     python -m offline_data download --env mamujoco --task hopper --quality medium-replay
 
@@ -30,7 +30,7 @@ from offline_data.lock import locked
 from offline_data.published import REPLAYS, downloadable, published
 
 BASE_URL = "https://huggingface.co/datasets/InstaDeepAI/og-marl/resolve/main"
-TRIES, WAIT = 5, 2  # connections of one download, seconds between them
+TRIES, WAIT = 5, 2  # attempts at one download, seconds between them
 # OG-MARL's names of the benchmark's MuJoCo tasks.
 VAULTS = {"hopper": "3hopper", "ant": "2ant", "halfcheetah": "6halfcheetah"}
 
@@ -41,7 +41,7 @@ def uid(quality: str) -> str:
 
 
 def vault_url(env: str, task: str, quality: str, base_url: str = BASE_URL) -> str:
-    """The place of OG-MARL's copy of a published dataset.
+    """The web address of OG-MARL's copy of a published dataset.
 
     Raises BadInput for a dataset that nobody published. The message says how to make it.
     """
@@ -72,7 +72,7 @@ def vault_url(env: str, task: str, quality: str, base_url: str = BASE_URL) -> st
 
 
 def room(folder: Path, wanted: int):
-    """Raises BadInput where the disk has less than `wanted` bytes left."""
+    """Raises BadInput if the disk has less than `wanted` bytes left."""
     free = shutil.disk_usage(folder).free
     if wanted > free:
         raise BadInput(
@@ -84,7 +84,7 @@ def room(folder: Path, wanted: int):
 def fetch(url: str, path: Path):
     """Downloads a zip to `path`. Until all its bytes are there and checked it is called PATH.partial.
 
-    A broken transfer goes on where it stopped, in this call or in the next. Raises BadInput.
+    A broken transfer continues where it stopped, in this call or in the next. Raises BadInput if it fails.
     """
     partial = path.with_name(path.name + ".partial")
     if not url.startswith(("http://", "https://")):
@@ -213,12 +213,12 @@ def download(
         env: mamujoco, smacv1 or smacv2
         task: hopper, ant, halfcheetah (replay: ant_4x2, halfcheetah_2x3, walker2d_2x3 too); 2c_vs_64zg, 5m_vs_6m,
             6h_vs_8z, corridor; terran_5_vs_5, terran_10_vs_10, zerg_5_vs_5
-        quality: expert, medium, medium-replay, medium-expert; good, medium, poor; replay, random. mamujoco's replay is
-            recorded on this project's own engine, under interface agent_obsk=1; nobody published its statistics
+        quality: expert, medium, medium-replay, medium-expert; good, medium, poor; replay, random. mamujoco's replay was
+            recorded in the simulator used here, with interface agent_obsk=1; nobody published its statistics
         out: directory to write, instead of data/ENV/TASK/QUALITY
         base_url: web address of the zips
         downloads: directory of the zips
-        return_to_go: put the return-to-go in the reward's place, as the released code does in SMAC
+        return_to_go: replace the reward by the return-to-go, as the released code does in SMAC
         overwrite: replace a dataset that is already there
     """
     url = vault_url(env, task, quality, base_url)

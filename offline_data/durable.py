@@ -3,11 +3,11 @@
     write_text(path, text)          # a new file, or an existing one replaced as a whole
     write_bytes(path, data)         # for example what torch.save wrote into an io.BytesIO
     replace(partial, path)          # a file or folder that is ready takes its final name
-    with disk_errors(path): ...     # what the disk refuses in here becomes one line
+    with disk_errors(path): ...     # an OSError in here becomes BadInput with one line
 
 A reader never sees half of a file under its final name: the bytes are written to PATH.partial, flushed to the disk, and
-then renamed, and the folder's entry is flushed as well. What the system refuses (a full disk, a quota, a read-only
-folder) is raised as BadInput with one line that says what to do. Importing this module does not load torch.
+then renamed, and the folder's entry is flushed as well. If the system refuses to write (a full disk, a quota, a
+read-only folder), BadInput is raised with one line that says what to do. Importing this module does not load torch.
 """
 
 import errno
@@ -28,7 +28,7 @@ def device_of(path: str | Path) -> str:
 
 @contextmanager
 def disk_errors(path: str | Path, again: str = AGAIN):
-    """Within it, an OSError becomes BadInput. `path` is what is being written, `again` how to go on with more space.
+    """Within it, an OSError becomes BadInput. `path` is what is being written, `again` what to do once there is space.
 
     torch.save to a path hides that the disk is full ("unexpected pos ..."), so save to an io.BytesIO and use
     write_bytes.
@@ -44,7 +44,10 @@ def disk_errors(path: str | Path, again: str = AGAIN):
         elif error.errno == errno.EROFS:
             what = f"can't write {path}: {device_of(path)} is mounted read-only; choose another folder"
         elif error.errno in (errno.EACCES, errno.EPERM):
-            what = f"can't write {path}: you are not allowed to write {at}; change its rights or choose another folder"
+            what = (
+                f"can't write {path}: you are not allowed to write {at}; change its permissions or choose another "
+                "folder"
+            )
         elif error.errno == errno.ENOENT:
             what = f"can't write {path}: {at} is not there, or was removed meanwhile; {again}"
         else:
@@ -80,8 +83,8 @@ def fsync_tree(path: str | Path):
 def replace(partial: str | Path, path: str | Path, again: str = AGAIN):
     """Gives a file or folder that is completely written its final name, flushed to the disk before and after.
 
-    A file takes the place of an older file. A folder never takes the place of anything but an empty folder: the system
-    itself refuses that, and it is raised as BadInput.
+    A file replaces an older file. A folder replaces nothing but an empty folder: the system itself refuses anything
+    else, which is raised as BadInput.
     """
     with disk_errors(path, again):
         fsync_tree(partial)
@@ -97,7 +100,7 @@ def replace(partial: str | Path, path: str | Path, again: str = AGAIN):
 
 
 def write_bytes(path: str | Path, data: bytes | memoryview, again: str = AGAIN):
-    """Writes a file as a whole. If that fails, an older file at `path` is as it was and nothing new is left."""
+    """Writes a file as a whole. If that fails, an older file at `path` is unchanged and no partial file is left."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:

@@ -1,4 +1,4 @@
-"""What the losses and the default flags need to know of a whole dataset. It is computed once, before training."""
+"""What the losses and the default flags need to know about a whole dataset. It is computed once, before training."""
 
 import math
 from typing import NamedTuple
@@ -10,11 +10,11 @@ from offline_data.dataset import episode_returns, last_rows
 
 
 class DataFacts(NamedTuple):
-    """What the losses need to know of the whole dataset."""
+    """What the losses need to know about the whole dataset."""
 
-    low: float  # least discounted return that follows any recorded state, in scaled rewards
+    low: float  # smallest discounted return that follows any recorded state, in scaled rewards
     high: float  # largest one
-    mass: float  # total weight of rho^mu, see comadice_losses.dual_loss; a time limit counts as going on
+    mass: float  # total weight of rho^mu, see comadice_losses.dual_loss; episodes cut by a time limit count as endless
 
 
 def data_facts(rows: TensorDict, args) -> DataFacts:

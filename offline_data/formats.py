@@ -11,24 +11,25 @@ The formats leave some things open. They are decided here, and each card says un
 - Rewards are as recorded. All agents must have the same reward: the team's. --return-to-go replaces it by the sum of
   the rewards still to come (on which the released ComaDICE trains SMAC) and marks the card.
 - Actions are as recorded, also beyond [-1, 1] (see the card's bounds). They go to the actuators in the recorded order.
-- Terminal or time limit: some formats have one flag for both (vault, omiga, npz). Then an episode that ends at the step
-  limit counts as cut, and any other end as final. A fall or a victory on exactly that step can't be recognised. pymarl
-  and minari have two flags.
+- Termination or time limit: some formats have one flag for both (vault, omiga, npz). Then an episode that ends at the
+  step limit counts as truncated, and any other end as terminated. A fall or a victory on exactly that step can't be
+  recognised. pymarl and minari have two flags.
 - If the last observation was not recorded, the one before it is copied (the card counts these). If the episode
   terminated, nothing reads it, since there is no value beyond. If it was truncated, its last bootstrap is one step off.
-- Row formats (vault, omiga), --last-row: does the row that says done hold a transition, or the last observation with
-  nothing behind it? The benchmark has both. Its MuJoCo episodes have 1,001 rows for 1,000 steps, and Table 3 counts
-  rows less trajectories (2ant: 1,001,000 rows, 1000K samples): an observation. Its StarCraft rows are all samples in
-  Table 3: transitions. "auto" looks at the longest episode: limit + 1 rows are an observation, exactly limit rows a
-  transition, and less says nothing: then mamujoco is read as the benchmark's MuJoCo and the rest as its StarCraft.
-- The state: [S] a row is taken as it is. With an axis of agents it is the agents' vectors side by side in MuJoCo (Table
-  3: 3 x 14 = 42) and the first agent's in StarCraft (OG-MARL's copies of the same data). In MuJoCo under the
-  benchmark's interface the observations side by side replace a state that is missing or has another size, as that
-  interface has it.
+- Row formats (vault, omiga), --last-row: is the row with the done flag a transition, or only the last observation? The
+  benchmark has both. Its MuJoCo episodes have 1,001 rows for 1,000 steps, and Table 3 counts rows minus trajectories
+  (2ant: 1,001,000 rows, 1000K samples). So there it is an observation. In StarCraft Table 3 counts every row as a
+  sample, so there it is a transition. "auto" looks at the longest episode. With limit + 1 rows it ends with an
+  observation, with exactly limit rows with a transition. With fewer rows this can't be told: then mamujoco is read like
+  the benchmark's MuJoCo, and the rest like its StarCraft.
+- The state: [S] per row is taken as it is. With an axis of agents it becomes the agents' vectors, concatenated, in
+  MuJoCo (Table 3: 3 x 14 = 42), and the first agent's in StarCraft (as in OG-MARL's copies of the same data). In MuJoCo
+  with the benchmark's interface, a state that is missing or has another size is replaced by the observations,
+  concatenated, as that interface defines it.
 
 Nothing is unpickled, and no link out of a file is followed. The C libraries under h5py and tensorstore can crash or
 hang on damaged files. So the command (convert.py) runs this file in a separate process with limited memory, and stops
-it if it writes nothing for long. The user sees one line of it. BLOCK bounds the memory, whatever the size of a source.
+it if it writes nothing for long. The user sees one error line. BLOCK bounds the memory, whatever the size of a source.
 Formats: Flashbax' flashbax/vault/vault.py, OG-MARL's og_marl/wrapped_environments and dataset cards, OMIGA's
 datasets/offline_dataset.py, Minari's minari/dataset/_storages/hdf5_storage.py.
 """
@@ -49,7 +50,7 @@ def end_with_the_parent(partial: Path):
     os._exit(1)
 
 
-if __name__ == "__main__":  # the process that convert.py starts; before what takes seconds to import
+if __name__ == "__main__":  # the process that convert.py starts; before the slow imports
     if len(sys.argv) != 2 or not sys.argv[1].startswith("{"):
         sys.exit("use `python -m offline_data convert --help`: this file is started by that command")
     JOB = json.loads(sys.argv[1])
@@ -101,7 +102,7 @@ def per_step(x: np.ndarray, name: str) -> np.ndarray:
     """
     x = np.asarray(x, np.float32).reshape(len(x), -1)
     if x.shape[1] == 0 or (x != x[:, :1]).any():
-        raise BadInput(f"'{name}' differs between agents (or is not a number): a team has one")
+        raise BadInput(f"'{name}' differs between agents (or is not a number): the whole team must have one value")
     return x[:, 0]
 
 
@@ -226,7 +227,7 @@ def row_episodes(
         )
         return terminal | truncation, terminal
 
-    # First only the flags are read: the length of the longest episode decides what last rows hold.
+    # First only the flags are read, since the length of the longest episode decides what last rows hold.
     end, longest, count = -1, 0, 0
     for start in range(0, N, B):
         ends = start + np.flatnonzero(flags(start)[0])
@@ -236,7 +237,7 @@ def row_episodes(
         raise BadInput("no row says that an episode is done")
     if max(longest, N - 1 - end) > limit + 1:
         raise BadInput(
-            f"an episode has {max(longest, N - 1 - end)} rows where a step limit of {limit} allows {limit + 1}: give "
+            f"an episode has {max(longest, N - 1 - end)} rows, but a step limit of {limit} allows {limit + 1}: give "
             "the data's own --limit"
         )
     why = f"the longest episode has {longest} rows, the step limit is {limit}"
@@ -325,8 +326,8 @@ def read_vault(
     if missing:
         raise BadInput(f"{source} has no {', '.join(missing)}: its leaves are {', '.join(sorted(leaves))}")
     arrays = {key: leaf(name) for key, name in names.items()}
-    # tensorstore reads zeros for a chunk that is missing, and stores none for one of zeros; an observation is never all
-    # zeros.
+    # tensorstore does not store chunks of zeros, and reads a missing chunk as zeros. An observation is never all zeros,
+    # so a missing chunk of observations is an error.
     if arrays["observation"].chunk_layout.read_chunk.shape[-1] >= arrays["observation"].shape[-1]:
         arrays["observation"] = leaf(names["observation"], strict=True)
     N = int(leaf("vault_index").read().result()[0])
@@ -462,7 +463,7 @@ def read_npz(
     names |= {"avails": "mask"} if env != "mamujoco" else {}
     with zipfile.ZipFile(source) as archive:
         members = sorted(archive.namelist())
-        for member in members:  # those that aren't used, too: a pickle anywhere is worth a line that says so
+        for member in members:  # the unused ones too, so that a pickle in any of them is reported
             npy_header(archive.open(member), member.removesuffix(".npy"), source)
         missing = [name for name in names if f"{name}.npy" not in members]
         if missing:
@@ -502,7 +503,7 @@ def read_npz(
                 T = min(int(moved[-1]) + 1, steps) if len(moved) else 0
             if T > limit:
                 raise BadInput(
-                    f"{source}: an episode has {T} steps where the step limit is {limit}: give the data's own --limit"
+                    f"{source}: an episode has {T} steps, but the step limit is {limit}: give the data's own --limit"
                 )
             parts["reward"] = per_step(parts["reward"][:T], "rewards")
             parts = {key: value[: T + 1] for key, value in parts.items()}
@@ -521,8 +522,8 @@ def read_pymarl(
     than obs.
 
     `filled` marks the steps that were played, the one with the last observation among them. `terminated` is PyMARL's:
-    false on a time limit, so an episode without it was truncated at its last filled step. Where the step of the
-    termination is the last one that is filled, the last observation was not recorded.
+    false on a time limit, so an episode without it was truncated at its last filled step. If the step of the
+    termination is the last filled one, the last observation was not recorded.
     """
     names = {
         "obs": "observation",
@@ -582,7 +583,7 @@ def batch_episodes(
             ends = np.flatnonzero(terminated[:F])
             if not filled[:F].all():
                 raise BadInput(f"{source}: the filled steps of episode {start + i} are not its first ones")
-            observations = F + (len(filled) < L)  # a `filled` without the last observation's step counts transitions
+            observations = F + (len(filled) < L)  # if `filled` is shorter than obs, it counts transitions
             T = int(ends[0]) + 1 if len(ends) else observations - 1
             if len(ends) and observations > T + 1:
                 raise BadInput(f"{source}: episode {start + i} goes on after it terminated")
@@ -606,11 +607,11 @@ def read_minari(
 ) -> Iterator[TensorDict]:
     """Minari's single-agent MuJoCo datasets (h5py), split into a MaMuJoCo partition under the benchmark's interface.
 
-    A folder with data/main_data.hdf5 (or that folder): groups episode_0, ... with observations [T + 1, D], actions [T,
-    A], rewards, terminations and truncations [T]. The agents see what environments.mamujoco.benchmark_observation makes
-    of it, and the state is the agents' vectors side by side; actions are split in plain order. Ant's contact forces are
-    zero in the benchmark, so they are set to zero here (its reward keeps their cost). An episode that ends without
-    either flag was cut by its recorder and counts as truncated.
+    The source is a folder with data/main_data.hdf5, or its data folder. The file has groups episode_0, ... with
+    observations [T + 1, D], actions [T, A], rewards, terminations and truncations [T]. Agents see what
+    environments.mamujoco.benchmark_observation returns. The state is the agents' vectors, concatenated. The actions are
+    split in order. Ant's contact forces are zero in the benchmark, so they are set to zero here (its reward keeps their
+    cost). An episode that ends without either flag was cut by its recorder and counts as truncated.
     """
     h5py = need("h5py")
     if env != "mamujoco" or interface != "benchmark":
@@ -699,9 +700,9 @@ def convert_here(
     return_to_go: bool = False,
     overwrite: bool = False,
 ) -> Path:
-    """Converts in this process (convert.py starts another one). `out` appears after the last episode is written.
+    """Converts in this process (convert.py starts one for it). `out` appears after the last episode is written.
 
-    Raises BadInput.
+    Raises BadInput for a source that can't be converted.
     """
     path = Path(source)
     if format not in READERS:

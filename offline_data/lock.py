@@ -1,7 +1,7 @@
 """One process at a time in a run directory, or at a dataset.
 
     lock(folder)                          # until unlock(folder), or the end of the process
-    with locked(folder, beside=True): ... # a dataset is made elsewhere and moved here: its lock lies beside it
+    with locked(folder, beside=True): ... # a dataset is moved here when it is complete, so its lock is beside it
 
 It is a lock of the operating system on the file LOCK. So it ends with the process, however that ends, and it also works
 between machines that share a file system. The text in the file only names the holder. Importing this module does not
@@ -24,16 +24,16 @@ HELD = {}  # folder -> its open lock file, in this process
 
 
 def lock(folder: Path, beside: bool = False, again: str = AGAIN):
-    """Locks the folder by FOLDER/LOCK, or by FOLDER.LOCK; what is missing on the way to that file is made.
+    """Locks the folder by FOLDER/LOCK, or with `beside` by FOLDER.LOCK. Missing folders above that file are made.
 
-    Raises BadInput if another process has the lock, or if the file can't be written; `again` is how to go on then. A
+    Raises BadInput if another process has the lock, or if the file can't be written; `again` says what to do then. A
     process that has the lock already keeps it.
     """
     folder = folder.absolute()
     if folder in HELD and _is_there(HELD[folder]):
         return
     path = folder.with_name(folder.name + ".LOCK") if beside else folder / "LOCK"
-    tries = 2  # the first may have met holder_of, which holds the lock for a moment
+    tries = 2  # the first may fail because holder_of, in another process, has the lock for a moment
     with disk_errors(path, again):
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
@@ -67,7 +67,7 @@ def lock(folder: Path, beside: bool = False, again: str = AGAIN):
 
 
 def holder_of(folder: Path) -> str | None:
-    """Who trains in the folder, as its LOCK says, or None. What a process that was killed left counts as nobody."""
+    """The process that trains in the folder, as named in its LOCK, or None. A killed process's LOCK does not count."""
     if folder.absolute() in HELD:  # a process that closes its own lock file loses the lock
         return "this process"
     try:
@@ -84,7 +84,7 @@ def holder_of(folder: Path) -> str | None:
 
 
 def unlock(folder: Path):
-    """Removes the lock file, while it is held, and a folder with nothing else in it."""
+    """Removes the lock file while the lock is still held, and the folder if nothing else is in it."""
     folder = folder.absolute()
     file = HELD.pop(folder, None)
     if file is not None:
@@ -92,14 +92,14 @@ def unlock(folder: Path):
             if _is_there(file):
                 os.unlink(file.name)
             if os.path.dirname(file.name) == str(folder):
-                folder.rmdir()  # fails where there is a run
-        with suppress(OSError):  # closing tries again what could not be written to a full disk
+                folder.rmdir()  # fails if the folder holds a run
+        with suppress(OSError):  # closing repeats a write that failed on a full disk
             file.close()
 
 
 @contextmanager
 def locked(folder: Path, beside: bool = False):
-    """Within it the folder is locked; one that was locked before stays locked."""
+    """Within it the folder is locked. If it was locked before, it stays locked afterwards."""
     before = folder.absolute() in HELD
     lock(folder, beside)
     try:

@@ -125,7 +125,7 @@ def differences(card: dict) -> tuple[list[str], list[str]]:
             f"{low} to {high} |"
         )
         compare("OG-MARL", "trajectories", card["trajectories"], trajectories)
-        # Its transitions are rows: last observations count in MuJoCo, and so do rows after the last end of an episode.
+        # OG-MARL counts rows. They include last observations (in MuJoCo) and rows after the end of the last episode.
         seen = made.get("rows", card["samples"] + (card["trajectories"] if card["env"] == "mamujoco" else 0))
         compare("OG-MARL", "rows", seen if isinstance(seen, int) else 0, count)
         for name, printed in (("mean", mean), ("std", std), ("min", low), ("max", high)):
@@ -153,7 +153,7 @@ def info(path: tyro.conf.Positional[str], verify: bool = False):
     print(f"engine: {card.get('engine')}\ninterface: {card.get('interface')}\nmade: {json.dumps(card.get('made'))}")
     made = card.get("made")
     if rows and isinstance(made, dict) and str(made.get("reward")).startswith("return-to-go"):
-        print("published: its rewards are returns-to-go, so its returns are not those that were published")
+        print("published: its rewards are returns-to-go, so its returns can't be compared with the published ones")
     elif rows:
         print("\n".join(f"published: DIFFERS in {line}" for line in lines) or "published: agrees with every number")
     if verify:

@@ -69,7 +69,7 @@ class RowSampler(Sampler):
 
 
 class RowStorage(TensorStorage):
-    """Reads whole rows by index_select, which is several times faster than an index."""
+    """Reads whole rows by index_select, which is several times faster than indexing."""
 
     def get(self, index: torch.Tensor) -> TensorDict:
         flat = index.flatten()
@@ -113,7 +113,7 @@ def minibatches(start: int, stops: set[int], *sources: tuple[TensorDictReplayBuf
 
     A source is (replay, batch size). DRAW batches are drawn at once, which is cheaper, but never across a step in
     `stops`, where checkpoints are. So a run that is resumed there draws the same batches. If a stop of the script is
-    asked for, the steps end early, between two draws. The caller sees it from the step that was reached.
+    asked for, the steps end early, between two draws. The caller can tell by the step that was reached.
     """
     step = start
     for stop in sorted(s for s in stops if s > start):

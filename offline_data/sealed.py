@@ -1,6 +1,6 @@
-"""Checkpoints that are whole or refused: torch.save's file with a checksum of all its bytes at its end.
+"""Checkpoints that load unchanged or not at all: torch.save's file with a checksum of all its bytes at its end.
 
-PyTorch compares no checksum when it loads: most files with one flipped bit load, with other numbers. Nothing but
+PyTorch compares no checksum when it loads: most files with one flipped bit load, with wrong numbers. Nothing but
 tensors and plain values is ever loaded.
 """
 
@@ -21,7 +21,7 @@ MARK = b"SHA-256 of the bytes before: "  # at the end of a file
 def sealed(archive: bytes) -> bytes:
     """A zip file, which is what torch.save writes, with a checksum of all its bytes as its comment.
 
-    The CRCs of a zip file cover what is in it, but not its directory, whose damage can exchange tensors.
+    The CRCs of a zip file cover its members, but not its directory. Damage to the directory can exchange tensors.
     """
     seal = len(MARK) + 2 * hashlib.sha256().digest_size
     archive = archive[:-2] + seal.to_bytes(2, "little")  # a zip file ends with the length of its comment, 0 so far
@@ -29,7 +29,7 @@ def sealed(archive: bytes) -> bytes:
 
 
 def save(path: Path, content, again: str = AGAIN):
-    """Writes what torch.save can write, as a whole file. `again` is how to go on where the disk takes nothing more."""
+    """Writes what torch.save can write, as a whole file. `again` says what to do after a full disk."""
     file = io.BytesIO()
     torch.save(content, file)
     write_bytes(path, sealed(file.getvalue()), again)
@@ -46,7 +46,7 @@ def load(path: Path):
         body, mark, digest = data.rpartition(MARK)
         if mark and hashlib.sha256(body).hexdigest().encode() != digest:
             raise BadInput(damaged)
-        # A checkpoint that something else wrote has no checksum: then the CRCs must do.
+        # A checkpoint that other code wrote has no checksum: then only the CRCs are checked.
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             if not mark and archive.testzip() is not None:
                 raise BadInput(damaged)
@@ -57,5 +57,5 @@ def load(path: Path):
         raise BadInput(unreadable + f"{error.strerror or error}") from None
     except BadInput:
         raise
-    except Exception:  # zipfile and torch.load have no one type for a file that is cut or foreign
+    except Exception:  # zipfile and torch.load raise many types for a truncated or foreign file
         raise BadInput(damaged) from None

@@ -23,7 +23,7 @@ class DatasetWriter:
         writer.append(episode)    # TensorDict [T + 1], see dataset.py's docstring; flags and "episode" are added
         writer.close(card)        # completes the card and moves the dataset into place
 
-    If something is already at `path`, it stays and BadInput is raised. With `overwrite` close() replaces an old
+    If something is already at `path`, it stays and BadInput is raised. With `overwrite`, close() replaces an old
     dataset, but nothing else.
     """
 
@@ -45,7 +45,7 @@ class DatasetWriter:
             with disk_errors(self.path):
                 try:
                     yield
-                except RuntimeError as error:  # so PyTorch calls it
+                except RuntimeError as error:  # PyTorch's type for a full disk
                     if os.strerror(errno.ENOSPC) in str(error):
                         raise OSError(errno.ENOSPC, "") from None
                     raise

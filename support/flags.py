@@ -15,7 +15,7 @@ from offline_data.card import NAME, is_number, short
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "torchrl", "tensordict", "numpy", "mujoco", "gymnasium-robotics", "jaxmarl")
-# What config.json says beside the flags. It may differ when a run goes on.
+# What config.json holds besides the flags. It may differ when a run goes on.
 ABOUT = ("versions", "commit", "dataset")
 NOT_AGAIN = ("seed", "algo", "resume", "overwrite", *ABOUT)  # in config.json, but not used by --config
 
@@ -70,10 +70,10 @@ def fits(value, kind) -> bool:
     """Whether a value of a config.json is what a flag of this type takes; texts are printable."""
     parts = get_args(kind)
     if get_origin(kind) is Literal:
-        return any(type(value) is type(part) and value == part for part in parts)  # True is no 1
+        return any(type(value) is type(part) and value == part for part in parts)  # True must not count as 1
     if get_origin(kind) is list:
         return isinstance(value, list) and all(fits(item, parts[0]) for item in value)
-    if parts:  # this or that
+    if parts:  # a union of types
         return any(fits(value, part) for part in parts)
     if kind is float:
         return is_number(value)

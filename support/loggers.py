@@ -1,13 +1,13 @@
-"""--logger: the rows of metrics.csv in the tools that people have open all day, by TorchRL's own loggers.
+"""--logger: writes the rows of metrics.csv for other tools too, with TorchRL's own loggers.
 
     none         metrics.csv alone
     csv          RUN/csv/scalars/STAGE/NAME.csv, a line "step,value" for each row
     tensorboard  RUN/tensorboard; `tensorboard --logdir runs` shows it
     wandb        RUN/wandb, offline; `wandb sync RUN/wandb/offline-run-*` uploads it. WANDB_MODE=online uploads at once
 
-A value is called STAGE/NAME, for example policy/return. A run that goes on continues its record: what is in there is
-not written twice, and what it lacks of metrics.csv comes first. An offline record of wandb can't be read back, so it
-may lack one row where the process was killed just before it was written.
+A value is called STAGE/NAME, for example policy/return. A resumed run continues its record: rows that the record holds
+are not written twice, and rows of metrics.csv that it lacks are added first. An offline record of wandb can't be read
+back, so it may lack one row if the process was killed just before writing it.
 """
 
 import importlib.util
@@ -32,12 +32,12 @@ def check(kind: Kind):
 
 
 def values_of(row: dict) -> dict[str, float]:
-    """The numbers of a row of metrics.csv by their names in the record; rollouts that were off gave none."""
+    """The numbers of a row of metrics.csv by their names in the record. Missing ones (no rollouts) are left out."""
     return {f"{row['stage']}/{k}": v for k, v in row.items() if k not in ("stage", "step") and v is not None}
 
 
 def recorded(kind: Kind, run: Path) -> set[tuple[str, int]] | None:
-    """(name, step) of all that a run's record holds already; None where it can't be read back."""
+    """(name, step) of all that a run's record holds already; None if it can't be read back."""
     folder = run / kind
     if not folder.is_dir():
         return set()
@@ -54,7 +54,7 @@ def recorded(kind: Kind, run: Path) -> set[tuple[str, int]] | None:
 
 
 def open_logger(kind: Kind, run: Path, rows: list[dict]) -> "Logger | None":
-    """A run's logger, whose record holds `rows` once this returns; None for none. Raises BadInput as check does."""
+    """A run's logger, whose record already holds `rows`; None with --logger none. Raises BadInput as check does."""
     check(kind)
     if kind == "none":
         return None
@@ -75,7 +75,7 @@ def open_logger(kind: Kind, run: Path, rows: list[dict]) -> "Logger | None":
 
 
 def open_wandb(run: Path) -> "Logger":
-    """Several runs at a time in one process; nothing is captured or printed, nothing leaves the machine."""
+    """A wandb logger, of which a process may open several. It prints and captures nothing. By default it is offline."""
     import wandb
     from torchrl.record.loggers import WandbLogger
 
@@ -90,10 +90,10 @@ def open_wandb(run: Path) -> "Logger":
 
 
 def log_row(logger: "Logger | None", row: dict, known: set[tuple[str, int]] = frozenset()):
-    """Adds a row of metrics.csv to the record, less the (name, step) that are `known` to be there."""
+    """Adds a row of metrics.csv to the record, without the (name, step) in `known`, which it holds already."""
     if logger is None:
         return
     new = {name: value for name, value in values_of(row).items() if (name, row["step"]) not in known}
     if new:
         logger.log_metrics(new, row["step"])
-        logger.flush()  # TensorBoard's writer would otherwise wait two minutes, and lose its rows in a kill
+        logger.flush()  # otherwise TensorBoard's writer waits two minutes, and loses its rows if it is killed

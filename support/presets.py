@@ -17,8 +17,8 @@ PRESETS = {
     },
 }  # fmt: skip
 # alpha is in units of the data's mean absolute reward, and episode_alpha in units of the mean absolute deviation of the
-# episodes' returns. So both mean the same on robots and in battles. (A few good episodes raise the standard deviation
-# far more than this one, and with it in their way the ratio would hardly prefer them.)
+# episodes' returns. So both mean the same on robots and in battles. (Not the standard deviation: a few good episodes
+# raise it far more. With such a large episode_alpha the ratio would hardly prefer these episodes.)
 OBJECTIVES = {
     "semi": {"advantage": "td", "alpha": 5.0, "episode_alpha": 0.25, "tau": 0.05, "bound": True},
     "exact": {"advantage": "td", "alpha": 0.5, "tau": 0.005, "bound": False},
@@ -32,7 +32,7 @@ COMMON = {
 
 
 def four_digits(x: float) -> float:
-    """x rounded, so that it does not depend on the order in which a machine adds up."""
+    """x rounded to four digits, since the last digits of a sum depend on the machine."""
     return float(f"{x:.4g}")
 
 
@@ -48,8 +48,8 @@ def resolve(args, mean_abs_reward: float, return_deviation: float = 0.0):
     own = dict(OBJECTIVES[given.get("objective") or preset["objective"]])
     own["alpha"] = four_digits(own["alpha"] * mean_abs_reward)
     if "episode_alpha" in own:
-        # A large --alpha is imitation, so this grows too. With the square, the ratio between episodes is as close to 1
-        # as w* is. It does not shrink with --alpha: few episodes would be left to learn from.
+        # A large --alpha means imitation, so episode_alpha grows with it. With the square, the ratio between episodes
+        # comes as close to 1 as w* does. It does not shrink with --alpha: too few episodes would be left to learn from.
         times = max(given.get("alpha", own["alpha"]) / own["alpha"], 1.0) ** 2
         own["episode_alpha"] = four_digits(own["episode_alpha"] * return_deviation * times)
     own["reward_scale"] = four_digits(0.2 / mean_abs_reward)

@@ -1,4 +1,4 @@
-"""The flags of `python comadice_eval.py ratio`, apart from ratio_picture.py so that --help need not load torch."""
+"""The flags of `python comadice_eval.py ratio`, in a file of their own so that --help does not load torch."""
 
 from dataclasses import dataclass
 

@@ -1,9 +1,9 @@
-"""ratio.png: what the ratio of a ComaDICE run prefers.
+"""ratio.png: which transitions and episodes a ComaDICE run prefers.
 
     python comadice_eval.py ratio runs/mamujoco/hopper/medium-replay/comadice/seed0
 
-A transition's weight in Eq. 11 is a product of two factors: its own w*, by which its log-likelihood is multiplied, and
-the ratio of its episode, in proportion to which it is drawn. Each is divided by its mean here: 1 is plain BC.
+A transition's weight in Eq. 11 is a product of two factors. Its own w* multiplies its log-likelihood. The ratio of its
+episode says how often it is drawn. Each is divided by its mean here: 1 is plain BC.
 """
 
 import io
@@ -23,8 +23,8 @@ from offline_data.replay import transition_rows
 from support.ratio_args import Args
 from support.runs import check_checkpoint, load_checkpoint
 
-LEAST = -4  # of the logarithms: smaller ones count as this
-BEST = 0.1  # of the episodes, the best by return, the picture says how much weight they have
+LEAST = -4  # smaller logarithms are drawn here
+BEST = 0.1  # the picture says how much of the weight this share of the episodes has, the best by return
 
 
 class Weights(NamedTuple):
@@ -57,13 +57,13 @@ def weights_of(w: Tensor, rows: TensorDict, episode_alpha: float, f: str) -> Wei
 
 
 def correlation(weights: Weights) -> float:
-    """Pearson's, of the episodes' mean weights and their returns; nan where either is the same for all episodes."""
+    """Pearson's correlation of the episodes' mean weights and returns; nan if either is the same for all episodes."""
     pair = torch.stack([weights.of_episodes(weights.total), weights.returns])
     return torch.corrcoef(pair)[0, 1].item() if (pair.std(1, correction=0) > 1e-9).all() else math.nan
 
 
 def share_of_best(weights: Weights) -> tuple[float, float]:
-    """What the best episodes by return have of the weight, and of the transitions."""
+    """The shares of the weight, and of the transitions, that belong to the best episodes by return."""
     best = torch.zeros(len(weights.returns), dtype=torch.bool)
     best[weights.returns.topk(max(round(BEST * len(best)), 1)).indices] = True
     chosen = best[weights.episode]
@@ -84,7 +84,7 @@ def verdict(weights: Weights) -> str:
 
 
 def draw_histogram(axis, weights: Weights):
-    """How w* is spread; its zeros have no logarithm, so the title counts them."""
+    """The distribution of w* and of the whole weight. Zeros have no logarithm, so the legend counts them."""
     for weight, name, style in (
         (weights.step, "w*", {"alpha": 0.6}),
         (weights.total, "w* × ratio of the episode", {"histtype": "step", "color": "black"}),
@@ -106,7 +106,7 @@ def draw_episodes(axis, weights: Weights):
     ):
         axis.scatter(weights.returns.numpy(), weights.of_episodes(weight).numpy(), label=name, linewidth=1, **style)
     axis.axhline(1, color="grey", linestyle="--", linewidth=1)
-    axis.set_yscale("symlog", linthresh=1)  # even up to 1, logarithmic from there: weights of 0 are to be seen too
+    axis.set_yscale("symlog", linthresh=1)  # linear up to 1 and logarithmic above, so that weights of 0 can be seen
     axis.set_ylim(0, 1.3 * axis.get_ylim()[1])
     ticks = [tick for tick in (0, 0.5, 1, 2, 5, 10, 20, 50, 100, 1000) if tick <= axis.get_ylim()[1]]
     axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -141,16 +141,16 @@ def draw_training(axis, metrics: list[dict], weights: Weights):
     axis.set_ylim(0, 100)
     axis.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.22))
     nu = [row.get("nu_init") for row in rows]
-    if None not in nu:  # runs from before it was recorded have none
+    if None not in nu:  # older runs did not record it
         other = axis.twinx()
         other.plot(steps, nu, color="C1", marker=".")
         other.set_ylabel("nu_tot(s0), in units of the reward", color="C1")
 
 
 def draw(state: dict, rows: TensorDict, metrics: list[dict], out: Path):
-    """Draws a run's ratio into the file `out` and prints what it says; `state` is the run's checkpoint.
+    """Draws a run's ratio into the file `out` and prints its verdict; `state` is the run's checkpoint.
 
-    Raises BadInput where the file can't be written.
+    Raises BadInput if the file can't be written.
     """
     from matplotlib.figure import Figure
 

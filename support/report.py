@@ -1,4 +1,4 @@
-"""Makes the paper's tables, learning curves and ablation charts from run directories, and a script's last printout.
+"""Makes the paper's tables, learning curves and ablation charts from run directories. Prints a script's final summary.
 
     python comadice_eval.py report runs/        # -> runs/report/report.md, report.csv, seeds.csv and PNGs
 
@@ -34,8 +34,8 @@ from support.runs import FREE, eval_steps, judged, last_evaluations
 METHODS = ["bc", "bc-best10", "bcq", "cql", "icq", "omar", "omiga", "comadice"]  # the paper's order, with bc-best10
 ABLATIONS = {"alpha": "alpha", "f": "f-divergence", "mixer_layers": "layers of the mixer"}  # Sections B.4, B.5, B.6
 AXIS = {"return": "return", "winrate": "winrate (%)"}
-COLOURED = 4  # curves of one figure in colour, where there are more than one more
-DASHES = ["--", "-.", ":", (0, (9, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (2, 4))]  # of the grey ones
+COLOURED = 4  # curves in colour, if a figure has at least two more
+DASHES = ["--", "-.", ":", (0, (9, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (2, 4))]  # of the grey curves
 RUN_FILES = {"config.json", "metrics.csv", "summary.json", "checkpoint.pt"}
 PAPER = Path(__file__).parent / "paper_tables.csv"
 
@@ -86,7 +86,7 @@ def numeric(text: str) -> tuple:
 
 
 def mean_std(values: list[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation; 0 of a single value."""
+    """Mean and sample standard deviation, which is 0 for a single value."""
     mean = sum(values) / len(values)
     return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1))
 
@@ -144,7 +144,7 @@ def read_run(path: Path) -> Run:
 
 
 def find_runs(root: Path, skip: list[Path]) -> tuple[list[Run], list[tuple[Path, str]]]:
-    """(finished runs below root, the folders that are left out, with the reason). `skip` is not looked at."""
+    """(finished runs below root, the folders that are left out, with the reason). Folders in `skip` are ignored."""
     left_out, holds = [], {}
     for folder, folders, files in os.walk(
         root, onerror=lambda error: left_out.append((Path(error.filename), f"can't be read: {error.strerror}"))
@@ -171,7 +171,7 @@ def find_runs(root: Path, skip: list[Path]) -> tuple[list[Run], list[tuple[Path,
             if same:
                 raise BadInput(f"the same run as {same.path}")
             if like and like[0].curves.keys() != run.curves.keys():
-                raise BadInput(f"one of it and {like[0].path} has a winrate and the other has none")
+                raise BadInput(f"of it and {like[0].path}, one has a winrate and the other has none")
         except BadInput as error:
             left_out.append((folder, str(error)))
             continue
@@ -251,8 +251,8 @@ def paper_numbers() -> dict[tuple, tuple[str, str]]:
 
 
 def of_paper(paper: dict, cell: Cell, metric: str) -> tuple[str, str] | None:
-    """The paper's number for a cell: from the main tables if nothing varies, from an ablation's table if one argument
-    does, else None."""
+    """The paper's number for a cell: from the main tables if no argument varies, from an ablation's table if one does,
+    else None."""
     return paper.get((*cell.instance[:3], metric, cell.method, cell.label))
 
 
@@ -328,7 +328,7 @@ def panels(count: int, width: float = 4.2, height: float = 3.1):
 
 
 def in_colour(cells: list[Cell], metric: str) -> list[str]:
-    """The columns to draw in colour: all where they are few, else ComaDICE and the best others, by their mean rank."""
+    """The columns to draw in colour: all if there are few, else ComaDICE and the best others by their mean rank."""
     columns = list(dict.fromkeys(cell.column for cell in cells))
     if len(columns) <= COLOURED + 1:
         return columns
@@ -408,7 +408,7 @@ def draw_ablation(cells: list[Cell], key: str, metric: str, last: float | None, 
         ]
         if numbers:
             x, m, s = zip(*numbers)
-            axis.errorbar(x, m, yerr=s, fmt="o", color="C1", capsize=3, label="the paper, on its data, ± the same")
+            axis.errorbar(x, m, yerr=s, fmt="o", color="C1", capsize=3, label="the paper, on its data, likewise")
         others = " ".join(f"{k}={v}" for k, v in group[0].setting if k != key)
         name = f"{title(instance, instances)} {others}".strip().replace("$", r"\$")
         axis.set(title=name, xlabel=ABLATIONS[key], ylabel=AXIS[metric])
@@ -437,7 +437,7 @@ def main(args: Args):
 
 
 def publish(cells: list[Cell], left_out: list[tuple[Path, str]], last: float | None, out: Path):
-    """Writes and prints a report. It is in `out` as a whole, in the place of an older report, or not at all."""
+    """Writes and prints a report. It replaces an older report in `out` as a whole. If writing fails, that one stays."""
     if out.exists() and not (out / "report.md").is_file():
         raise BadInput(f"{out} exists and is not a report: give another --out")
     partial = out.with_name(out.name + ".partial")

@@ -1,4 +1,4 @@
-"""The flags of `python comadice_eval.py report`, apart from report.py so that --help need not load torch."""
+"""The flags of `python comadice_eval.py report`, in a file of their own so that --help does not load torch."""
 
 from dataclasses import dataclass
 
@@ -12,5 +12,5 @@ class Args:
     out: str | None = None
     """folder for the report (default RUNS/report)"""
     last: float | None = None
-    """a seed's score is its mean over this share of its evaluations, the last ones (default: as in summary.json, the
-    last half and at most ten). A single evaluation would be noisy"""
+    """a seed's score is the mean over its last evaluations, this share of all (default: as in summary.json, the last
+    half and at most ten). A single evaluation would be noisy"""

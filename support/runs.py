@@ -11,8 +11,8 @@
 
 The checkpoint holds everything: the other files can be written again from it. A stopped run that goes on with --resume
 ends with the same bits as one that was not stopped. With more --steps, --resume extends a run. Its critics go on where
-they were, w* is computed again, and then its policies go on. A learning rate that falls to 0 now does so at the new
-end, so it jumps up first.
+they were, w* is computed again, and then its policies go on. A learning rate that falls to 0 now reaches it at the new
+last step, so it jumps up first.
 """
 
 import csv
@@ -47,14 +47,14 @@ FITS = 0.7  # share of a GPU's free memory that a dataset may take; training nee
 FREE = ("seeds", "data", "out", "resume", "overwrite", "device", "data_device", "workers", "graph", "quiet", "logger",
         *ABOUT)  # fmt: skip
 GROWS = ("steps", "evals")  # may differ when a run is extended
-# What a checkpoint's card and config must say.
+# What a checkpoint's card and config must hold.
 CARD_KEYS = ("env", "task", "quality", "interface", "n_agents", "state_dim", "obs_dim", "action_dim", "discrete")
 CARD_KEYS += ("samples", "return_mean")
 CONFIG_KEYS = ("hidden", "steps", "evals", "seeds")
 AGAIN = "run the same command again with --resume"
 LARGEST = 2**31  # of counts and seeds
 SMALL_BATCH = 1024  # a batch of this size is accepted for any dataset
-LIMIT = 1e4  # a larger parameter has diverged: Adam moves it by about --lr per step, so by some hundreds at most
+LIMIT = 1e4  # a larger parameter has diverged: Adam moves it by about --lr per step, so by at most some hundreds
 LOOK = 2000  # parameters are checked after so many steps, and at evaluations
 
 
@@ -96,7 +96,7 @@ def load_dataset(args, device: torch.device, algo: str) -> tuple[TensorDict, dic
     resumed run of `algo` keeps its own.
     """
     if args.quality is not None:
-        check_name("--quality", args.quality)  # a folder of --out is called so
+        check_name("--quality", args.quality)  # it names a folder in --out
     if args.data is None:
         default_dataset(args)
     path = dataset_path(args.data, args.env, args.task, args.quality, DATA_ROOT)
@@ -125,7 +125,7 @@ def load_dataset(args, device: torch.device, algo: str) -> tuple[TensorDict, dic
 
 
 def default_dataset(args):
-    """Fills in args.env, task and quality where they are not given."""
+    """Fills in args.env, task and quality if they are not given."""
     args.env = args.env or "mamujoco"
     args.task = args.task or ("hopper" if args.env == "mamujoco" else "zerg_5_vs_5")
     if args.quality is None:
@@ -140,7 +140,7 @@ def default_dataset(args):
 
 
 def no_dataset(args, path: Path) -> BadInput:
-    """What to say where no dataset is at `path`: how to get one. Raises BadInput for a task that is unknown."""
+    """The error for a missing dataset at `path`, which says how to get one. Raises BadInput for an unknown task."""
     check_task(args.env, args.task)
     how = f"make it with `python -m offline_data collect --env {args.env} --task {args.task}`"
     if args.env in ("smacv1", "smacv2"):
@@ -205,8 +205,8 @@ class Diverged(BadInput):
 def check_parameters(module: nn.Module, seeds: list[int], where: str):
     """Raises Diverged for seeds with a parameter that is huge or not finite. `module` is stacked, see support/seeds.py.
 
-    It waits for the GPU, so it is called only before checkpoints and every LOOK steps. That is enough: with Adam a
-    parameter that is not finite stays so.
+    It waits for the GPU, so it is called only before checkpoints and every LOOK steps. That is enough: with Adam, a
+    parameter that is not finite remains not finite.
     """
     largest = torch.stack([p.detach().reshape(len(seeds), -1).abs().amax(1) for p in module.parameters()]).amax(0)
     lost = [seed for seed, well in zip(seeds, (largest < LIMIT).tolist()) if not well]
@@ -296,7 +296,7 @@ def start_runs(args, algo: str, card: dict, rows: TensorDict, first: dict) -> di
                         if folder.is_dir():
                             shutil.rmtree(folder)
             elif not run.finished:
-                (run.path / "summary.json").unlink(missing_ok=True)  # it belongs to the run before it is extended
+                (run.path / "summary.json").unlink(missing_ok=True)  # it belongs to the run before it was extended
             old = read_json(run.path / "config.json") if run.begun else {}
             say_changes(run.path, old, about)
             if not run.begun or old["steps"] != args.steps:
@@ -324,7 +324,7 @@ def say_changes(path: Path, old: dict, about: dict):
     before, now = flat(old), flat(about)
     changed = [f"{key} {before[key]}, now {now.get(key)}" for key in before if before[key] != now.get(key)]
     if changed:
-        print(f"{path} was begun with {'; '.join(changed)}: it may not go on to the same bits")
+        print(f"{path} was begun with {'; '.join(changed)}: its result may differ from that of an uninterrupted run")
 
 
 def end_runs(runs: dict[int, Run]) -> list[list[dict]]:
@@ -390,12 +390,15 @@ def load_checkpoint(run: str | Path) -> dict:
         raise BadInput(f"{path} is not a checkpoint of this project")
     for part, keys in (("card", CARD_KEYS), ("config", CONFIG_KEYS)):
         if not sound(state[part], DEEPEST):
-            raise BadInput(f"{path} is not a checkpoint of this project: its {part} holds control characters or more")
+            raise BadInput(
+                f"{path} is not a checkpoint of this project: its {part} holds control characters, a number that is "
+                "too large, or too many levels"
+            )
         missing = [key for key in keys if key not in state[part]]
         if missing:
             raise BadInput(f"{path} is not a checkpoint of this project: its {part} lacks {', '.join(missing)}")
     if not all(isinstance(row, dict) and {"stage", "step"} <= row.keys() for row in state["metrics"]):
-        raise BadInput(f"{path} is not a checkpoint of this project: its metrics are no table")
+        raise BadInput(f"{path} is not a checkpoint of this project: its metrics are not a table")
     return state
 
 
@@ -434,7 +437,7 @@ def finish_run(run: Run, args, card: dict, together: int):
     """
     state, stages = run.state, 2 if "critic_step" in run.state else 1
     seconds = state["seconds"] + state.get("critic_seconds", 0.0)
-    wall = state["wall"] + state.get("critic_seconds", 0.0)  # with the waiting for evaluations
+    wall = state["wall"] + state.get("critic_seconds", 0.0)  # including the time spent waiting for evaluations
     last, device = last_evaluations(run.metrics), pick_device(args.device)
     mean = lambda key: sum(row[key] for row in last) / len(last)
     battles = bool(last) and last[0]["winrate"] is not None

@@ -1,11 +1,11 @@
-"""What a report says of all instances together: seeds.csv, the section "All instances together", its two figures, and
-the scores in the format of Gorsane et al. 2022 for those who use its tools.
+"""The parts of a report that cover all instances: seeds.csv, the section "All instances together", its two figures, and
+the scores in the format of Gorsane et al. 2022 for their tools.
 
-Methods are compared on the instances that all of them have, and at equal budgets alone: steps, evaluations, episodes.
+Methods are compared on the instances that all of them have, and only at equal budgets: steps, evaluations, episodes.
 
 A win rate is compared as it is. A return is divided by the mean return of its dataset: 1 is as good as what was
-recorded. That needs no other method and no expert, so a method's number stays when another one is added. It can't be
-done where the data's mean return is not positive: such an instance is left out, and named.
+recorded. This needs no other method and no expert, so a method's number does not change when another one is added. It
+can't be done if the data's mean return is not positive: such an instance is left out, and named.
 """
 
 import csv
@@ -37,7 +37,7 @@ class Score(NamedTuple):
 
     @property
     def normalised(self) -> float | None:
-        """None where there is no unit."""
+        """The score in UNIT. None if the data's mean return is not positive."""
         if self.metric == "winrate":
             return self.score
         return self.score / self.instance[4] if self.instance[4] > 0 else None
@@ -64,7 +64,7 @@ class Group(NamedTuple):
     metric: str
     budget: tuple
     instances: list[tuple]
-    columns: dict[str, list[np.ndarray]]  # column -> an array of seeds' scores an instance
+    columns: dict[str, list[np.ndarray]]  # column -> for each instance the array of its seeds' scores
     notes: list[str]
 
 
@@ -90,7 +90,7 @@ def groups(scores: list[Score]) -> list[Group]:
         arrays = {column: [np.array(own[instance]) for instance in shared] for column, own in columns.items()}
         counts = sorted({len(task) for tasks in arrays.values() for task in tasks})
         if len(counts) > 1:
-            notes.append(f"cells have {counts[0]} to {counts[-1]} seeds, and more seeds weigh more in the mean")
+            notes.append(f"cells have {counts[0]} to {counts[-1]} seeds; those with more seeds count more in the mean")
         if counts[0] == 1:
             notes.append("a cell with one seed adds nothing to the width of an interval")
         found.append(Group(env, metric, budget, shared, arrays, notes))
@@ -187,7 +187,7 @@ def panel_title(group: Group) -> str:
 
 
 def escape(text: str) -> str:
-    return text.replace("$", r"\$")  # matplotlib takes it for mathematics
+    return text.replace("$", r"\$")  # matplotlib reads $ as the start of a formula
 
 
 # ---------------------------------------------------------------- for other tools
@@ -196,8 +196,8 @@ def escape(text: str) -> str:
 def exchange(scores: list[Score]) -> dict[tuple, dict]:
     """Budget -> the scores as marl-eval reads them: env, task, algorithm, run, step_1 and so on, absolute_metrics.
 
-    Those tools need the same steps in all runs, hence one for each budget. An evaluation is one number, its mean over
-    episodes, and win rates are shares. absolute_metrics, which they expect last, has the seed's score.
+    marl-eval needs the same steps in all runs, so each budget has its own. An evaluation is one number, its mean over
+    episodes, and win rates are shares. absolute_metrics, which it expects last, has the seed's score.
     """
     alike = defaultdict(set)
     for s in scores:
@@ -224,7 +224,7 @@ def exchange(scores: list[Score]) -> dict[tuple, dict]:
 
 
 def write_exchange(scores: list[Score], out: Path) -> list[str]:
-    """marl_eval.json; with several budgets a file each. Returns the files' names."""
+    """Writes marl_eval.json, or with several budgets one file for each. Returns the files' names."""
     found, names = exchange(scores), []
     for budget, content in sorted(found.items()):
         names.append("marl_eval.json" if len(found) == 1 else f"marl_eval_{'_'.join(map(str, budget))}.json")

@@ -1,4 +1,4 @@
-"""Trains several seeds as one computation, and an update as one CUDA graph. The losses need to know of neither.
+"""Trains several seeds as one computation, and an update as one CUDA graph. The losses are written without either.
 
     critics, target = make_stacked(make_critics, seeds)   # parameters [S, ...]; for one seed the module as it is
     losses = per_seed(losses, [critics], len(seeds))      # takes batches [S, B]; for one seed [B]
@@ -14,7 +14,7 @@ from torch import nn
 from torch.func import functional_call
 
 VMAPPED = ("cuda",)  # devices on which seeds are vmapped, see per_seed
-EAGER_CALLS = 3  # before a graph is captured, as torch.cuda.graph asks for
+EAGER_CALLS = 3  # calls before a graph is captured, as torch.cuda.graph requires
 
 
 def stack(modules: list[nn.Module]) -> nn.Module:
@@ -29,7 +29,7 @@ def stack(modules: list[nn.Module]) -> nn.Module:
 
 
 def make_stacked(make, seeds: list[int]) -> tuple[nn.Module, nn.Module]:
-    """make() for each seed, stacked, and a copy. Each seed has the same first weights as when it is trained alone."""
+    """make() for each seed, stacked, and a copy of that. A seed has the same first weights as when trained alone."""
     each = []
     for seed in seeds:
         torch.manual_seed(seed)
@@ -126,7 +126,7 @@ def load_seeds(parts: dict, generators: list[torch.Generator], states: list[dict
 
 def adam(groups: list, lr: float, device: torch.device) -> torch.optim.Adam:
     """Adam as one fused kernel, which works in a CUDA graph. The learning rate is a tensor, so a graph sees changes."""
-    # The first calls of Graph are not captured, on purpose.
+    # This warning is expected: Graph deliberately does not capture its first calls.
     warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
     return torch.optim.Adam(groups, torch.tensor(lr, device=device), fused=True, capturable=device.type == "cuda")
 
@@ -145,10 +145,10 @@ def load_part(part, state: dict):
 def target_update(target: nn.Module, networks: nn.Module, tau: float | torch.Tensor):
     """The step target <- target + tau (networks - target) of every parameter, as a function without arguments.
 
-    It keeps the parameters' memory, so they must stay where they are, as a CUDA graph asks too: optimisers and
+    It refers to the parameters' memory, so they must keep it, as a CUDA graph requires too. They do: optimisers and
     load_state_dict work in place.
     """
-    # named_parameters has a parameter that two modules share once, TensorDict.from_module has it twice.
+    # If two modules share a parameter, named_parameters lists it once, but TensorDict.from_module twice.
     mine, theirs = (TensorDict(dict(module.named_parameters())).data for module in (target, networks))
     if isinstance(tau, torch.Tensor):  # repeated for every parameter, since lerp_ would read a single one on the host
         tau = theirs.apply(lambda _: tau)
@@ -166,9 +166,9 @@ def set_gradients(loss: torch.Tensor, parameters: list[torch.Tensor]):
 class Graph:
     """function(*batches) as a CUDA graph if the batches are on a GPU. Otherwise, and without `enabled`, the function.
 
-    The function must work in place, on tensors that keep their memory, and must not wait on the host. The next call
-    overwrites the results of the last. The first calls are not captured, but use the graph's inputs: they allocate what
-    libraries need, and let torch.compile compile for these strides. If the capture fails, it raises. TensorDict's
+    The function must work in place, on tensors that keep their memory, and must not make the host wait. Each call
+    overwrites the results of the one before. The first calls are not captured, but use the graph's inputs: libraries
+    allocate what they need, and torch.compile compiles for these strides. If the capture fails, it raises. TensorDict's
     CudaGraphModule does the same, but waits for the GPU at every replay.
     """
 

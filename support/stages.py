@@ -27,7 +27,7 @@ class Stage:
 
     `name` is for error messages, `label` for the progress bar. `parts` are the stacked modules and their optimisers, by
     their names in a checkpoint; the first is the module that is trained. A checkpoint holds the step and the seconds of
-    training under these names after `prefix`.
+    training under the names `prefix` + "step" and `prefix` + "seconds".
     """
 
     def __init__(self, name: str, label: str, args, runs: list[Run], parts: dict, generators: list, prefix: str = ""):
@@ -55,7 +55,7 @@ class Stage:
         check_parameters(next(iter(self.parts.values())), self.seeds, f"step {self.step} of the {self.name}")
 
     def progress(self) -> list[dict]:
-        """What each run's checkpoint needs of this stage. Raises Diverged."""
+        """What each run's checkpoint needs from this stage. Raises Diverged as check does."""
         now = time.perf_counter()
         self.seconds, self.clock = self.seconds + now - self.clock, now
         self.check()
@@ -81,7 +81,7 @@ class Stage:
 
 
 def play_all(play, seeds: list[int], unplayed: list[dict]) -> list[dict]:
-    # Not a method: the exception of a stop would then hold the simulators, see environments.checks.run_script.
+    # Not a method: the exception of a stop would keep the simulators alive, see environments.checks.run_script.
     return [play(seed, own["policy"], own["row"]) for seed, own in zip(seeds, unplayed)]
 
 
@@ -96,7 +96,7 @@ class Evaluations:
     def __init__(self, stage: Stage, play):
         self.stage, self.play = stage, play
         self.began = time.perf_counter() - stage.runs[0].state["wall"]
-        self.waiting: list[tuple[list[dict], list[dict], Future]] = []  # states to save then, unplayed, the results
+        self.waiting: list[tuple[list[dict], list[dict], Future]] = []  # states to save later, what is played, results
         self.thread = ThreadPoolExecutor(1)
 
     def __enter__(self):
@@ -109,7 +109,7 @@ class Evaluations:
         self.thread.shutdown()
 
     def submit(self, states: list[dict], unplayed: list[dict]):
-        """Plays every run's policy in the thread, and then `states` can be saved."""
+        """Plays every run's policy in the thread. Once that is done, `states` can be saved."""
         results = self.thread.submit(play_all, self.play, self.stage.seeds, unplayed)
         self.waiting.append((states, unplayed, results))
 
@@ -118,10 +118,10 @@ class Evaluations:
         self.stage.bar.say(rows)
         states = [state | {"unplayed": []} for state in self.stage.progress()]
         self.submit(states, [{"policy": state["policy"], "row": row} for state, row in zip(states, rows)])
-        self.save_finished(but=1)  # one evaluation runs beside the next updates, not more
+        self.save_finished(but=1)  # at most one evaluation runs beside the next updates
 
     def save_finished(self, but: int = 0):
-        """Waits for all evaluations `but` the last ones, and saves. Ends early where a stop cuts one short."""
+        """Waits for all evaluations except the last `but`, and saves. Ends early if a stop cuts one short."""
         while len(self.waiting) > but:
             states, _, results = self.waiting[0]
             try:
@@ -141,5 +141,5 @@ class Evaluations:
             self.stage.stop([{"wall": self.wall(), "unplayed": queue} for queue in queues])
 
     def wall(self) -> float:
-        """Seconds since the stage began, with the waiting for evaluations, over all processes that trained it."""
+        """Seconds that the stage took so far, waiting for evaluations included, in all processes that trained it."""
         return time.perf_counter() - self.began

@@ -2,7 +2,7 @@
 
 Scores of one method are a list with one array per task, which has one score per seed: [N_1], [N_2], ... Tasks may have
 different numbers of seeds. Every interval is a percentile interval of the stratified bootstrap: the seeds of each task
-are drawn anew with replacement, the tasks stay.
+are drawn with replacement, the tasks stay the same.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def profile(scores: list[np.ndarray], taus: np.ndarray) -> np.ndarray:
 def interval(statistic: Callable, *methods: list[np.ndarray], draws: int = DRAWS, seed: int = 0) -> np.ndarray:
     """The 95% interval of statistic(*methods): its low and high end, [2, ...].
 
-    Where every task has one seed there is nothing to draw from, and the interval is a point.
+    If every task has one seed, there is nothing to draw from, and the interval is a point.
     """
     generator = np.random.default_rng(seed)
     drawn = [[task[generator.integers(len(task), size=(draws, len(task)))] for task in scores] for scores in methods]

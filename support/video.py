@@ -1,9 +1,9 @@
 """Videos of robots and battles, made without a display: `python comadice_eval.py --run RUN_A RUN_B --video FILE`.
 
-A panel is one episode, that of the median return: of those that a policy plays, or of a dataset's recorded ones.
-Robots are drawn by MuJoCo off-screen, with EGL or OSMesa, whichever is there. Battles of SMAX are drawn from the key
+A panel is one episode: that of the median return among those that a policy plays, or among a dataset's recorded ones.
+MuJoCo draws robots off-screen, with EGL or OSMesa, whichever is installed. Battles of SMAX are drawn from the key
 "state" alone, so recorded ones need no JAX. An MP4 has the whole episode. A GIF of robots has its first seconds, so
-that a page can show it.
+that it is small enough for a web page.
 """
 
 import io
@@ -28,10 +28,10 @@ from offline_data.durable import write_bytes
 SIDE = 240  # pixels of a panel's picture, and below it CAPTION for two lines of text; MP4 wants multiples of 16
 CAPTION = 32
 FPS = {".gif": 10, ".mp4": 25}  # pictures a second, or fewer
-GIF_SECONDS = 6  # of robots, whose floor moves and makes each picture large
+GIF_SECONDS = 6  # robots only: their moving floor makes each picture's file size large
 BATTLE_STEP = 1 / 8  # seconds that a step of a battle is shown; in the game it is half a second
 COLORS = 64  # of a GIF's palette
-# Robots whose observations are their pose without the first (x) or the first two (x, y) coordinates, and velocities.
+# Robots whose observations are pose and velocities, and how many coordinates of the pose are left out (x, or x and y).
 HIDDEN = {"Hopper": 1, "HalfCheetah": 1, "Walker2d": 1, "Ant": 2}
 LETTERS = {"marine": "m", "marauder": "M", "stalker": "s", "zealot": "Z", "zergling": "z", "hydralisk": "h"}
 ALLY, ENEMY, GROUND, MARK = (38, 102, 191), (200, 60, 50), (238, 236, 228), (250, 205, 60)
@@ -56,7 +56,7 @@ def check_file(file: str):
 
 
 def check_env(card: dict):
-    """Raises BadInput for an env that is not drawn here, or for robots where nothing can draw them."""
+    """Raises BadInput for an env that can't be drawn here, or for robots if no library can draw them."""
     if card["env"] == "mamujoco":
         choose_opengl()
     elif card["env"] != "smax":
@@ -64,9 +64,10 @@ def check_env(card: dict):
 
 
 def choose_opengl():
-    """Sets MUJOCO_GL to what can draw here: what it is, else EGL, else OSMesa. Raises BadInput where nothing can.
+    """Sets MUJOCO_GL to a library that can draw here: its present value if it is set, else EGL, else OSMesa.
 
-    Each is tried in a process of its own: Python's OpenGL can't change its mind, and a broken driver may crash.
+    Each is tried in a process of its own: Python's OpenGL can't switch later, and a broken driver may crash. Raises
+    BadInput if none can draw.
     """
     if sys.platform != "linux":
         return
@@ -94,15 +95,15 @@ def robot_camera(env: EnvBase, number: int):
     simulator.model.vis.quality.shadowsize = 1024  # a quarter of the default: without a GPU shadows take most time
     follow = {"type": mjtCamera.mjCAMERA_TRACKING, "trackbodyid": 1, "distance": 3.0, "elevation": -10, "azimuth": 90}
     renderer = MujocoRenderer(simulator.model, simulator.data, follow, SIDE, SIDE)
-    renderer.camera_id = None  # it would name a camera of the model, whose pictures cut some robots' legs off
+    renderer.camera_id = None  # otherwise it names a camera of the model, whose pictures cut some robots' legs off
     return lambda: renderer.render("rgb_array")
 
 
 def draw_battle(state: np.ndarray, task: str) -> np.ndarray:
     """A battle of SMAX from its state [S] -> [SIDE, SIDE, 3] uint8.
 
-    Allies are blue, enemies red, with a letter for the unit's type and a bar for its health. A yellow ring: the unit
-    has just attacked.
+    Allies are blue, enemies red, with a letter for the unit's type and a bar for its health. A yellow ring means that
+    the unit has just attacked.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -124,20 +125,20 @@ def draw_battle(state: np.ndarray, task: str) -> np.ndarray:
 
 
 def time_step(card: dict, env: EnvBase | None) -> float:
-    """Seconds that a step is shown: a robot's own time."""
+    """Seconds that a step is shown. For robots it is the simulated time of a step."""
     return BATTLE_STEP if card["env"] == "smax" else env.simulators[0].unwrapped.dt
 
 
 def steps_between(file: str, step: float) -> int:
-    """Steps of so many seconds from one picture to the next."""
+    """How many steps of `step` seconds lie between two pictures."""
     return max(round(1 / (FPS[Path(file).suffix] * step)), 1)
 
 
 class Film(Transform):
     """Keeps pictures of one of an environment's robots or battles until its episode ends, with the return so far.
 
-    TorchRL's PixelRenderTransform would draw the steps that are left out too, its VideoRecorder keeps no numbers beside
-    the pictures, and its logger writes MP4 with torchcodec alone, which needs FFmpeg's libraries on the system.
+    Why not TorchRL's own? PixelRenderTransform would also draw the steps that are left out. VideoRecorder keeps no
+    numbers with the pictures. Its logger writes MP4 only with torchcodec, which needs FFmpeg's libraries on the system.
     """
 
     def __init__(self, card: dict, env: EnvBase, number: int, every: int):
@@ -163,14 +164,14 @@ class Film(Transform):
 
 
 def median(returns) -> int:
-    """Which of these returns is the median, of two the lower."""
+    """The index of the median return. Of two in the middle, it is the lower."""
     return int(np.argsort(np.asarray(returns), kind="stable")[(len(returns) - 1) // 2])
 
 
 def played_frames(policy, card: dict, env: EnvBase, play: Callable, every: int) -> list[Frame]:
-    """Pictures of one of the episodes that play(policy, env) plays, which gives their returns: the median's.
+    """Pictures of the episode of median return. play(policy, env) plays episodes and gives their returns.
 
-    They are played twice, the same ones: to find it, and to film it.
+    The same episodes are played twice: to find the median, and to film it.
     """
     reel = Film(card, env, median(play(policy, env)), every)
     play(policy, TransformedEnv(env, Compose(RewardSum(), reel)))
@@ -189,7 +190,8 @@ def median_episode(rows: TensorDict) -> TensorDict:
 def raw_observations(rows: TensorDict, card: dict) -> np.ndarray:
     """The robot's own observations [T, D], as MuJoCo gave them, up to float32.
 
-    The benchmark's interface standardises them together with a one-hot id. That id tells how, so it can be undone.
+    The benchmark's interface standardises them together with a one-hot id. The id was 0 and 1, so its standardised
+    values give the shift and the scale, and both can be undone.
     """
     state = rows["state"].double().numpy()
     if card["interface"] != "benchmark":
@@ -209,7 +211,7 @@ def recorded_frames(rows: TensorDict, card: dict, env: EnvBase | None, every: in
     if card["env"] == "mamujoco":
         robot = mamujoco_scenario(card["task"])[0]
         if robot not in HIDDEN:
-            raise BadInput(f"recorded episodes of {card['task']} can't be drawn: of {', '.join(HIDDEN)} they can")
+            raise BadInput(f"recorded episodes of {card['task']} can't be drawn, only those of {', '.join(HIDDEN)}")
         simulator, camera, k = env.simulators[0].unwrapped, robot_camera(env, 0), HIDDEN[robot]
         nq, nv = simulator.model.nq, simulator.model.nv
         raw = raw_observations(rows, card)
@@ -256,11 +258,11 @@ def compose(panels: list[tuple[str, list[Frame]]]) -> list[np.ndarray]:
 
 
 def write(file: str, pictures: list[np.ndarray], seconds: float):
-    """Writes a video, a picture each `seconds`; a GIF repeats for ever. Raises BadInput where the disk refuses it."""
+    """Writes a video with a picture every `seconds`; a GIF repeats endlessly. Raises BadInput if it can't write it."""
     if Path(file).suffix == ".gif":
         from PIL import Image
 
-        # One palette for all, and no dithering: what does not change costs nothing then.
+        # One palette for all pictures and no dithering: then parts that do not change take no space.
         some = np.concatenate(pictures[:: max(len(pictures) // 8, 1)])
         palette = Image.fromarray(some).quantize(COLORS, dither=Image.Dither.NONE)
         images = [Image.fromarray(x).quantize(palette=palette, dither=Image.Dither.NONE) for x in pictures]
@@ -284,9 +286,9 @@ def write(file: str, pictures: list[np.ndarray], seconds: float):
 def film(file: str, shown: list[tuple], make: Callable, play: Callable):
     """The episode of the median return of each player in `shown`, side by side, into a file; prints the returns.
 
-    A player is (name, card, policy) or (name, card, rows of a dataset). make(card) gives an environment of as many
-    simulators as there shall be episodes. play(policy, environment) plays one in each and gives the returns, the same
-    ones each time. Raises BadInput for players of different tasks.
+    A player is (name, card, policy) or (name, card, rows of a dataset). make(card) gives an environment with one
+    simulator per episode. play(policy, environment) plays an episode in each and gives the returns, the same ones each
+    time. Raises BadInput for players of different tasks.
     """
     cards = [card for _, card, _ in shown]
     if any((card["env"], card["task"]) != (cards[0]["env"], cards[0]["task"]) for card in cards):
