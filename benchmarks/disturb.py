@@ -94,11 +94,18 @@ def kill(pids: list[int]):
             pass
 
 
+def ended(log: Path, how: str) -> BadInput:
+    """The error of a grid that ended too early. It has the log's last line, since a temporary folder is deleted."""
+    lines = log.read_text(errors="replace").split("\n")
+    said = next((line for line in reversed(lines) if line.strip()), "nothing printed")
+    return BadInput(f"the grid ended {how}: {said} (--folder keeps the whole log)")
+
+
 def wait_until(what, process: subprocess.Popen, log: Path):
     until = time.monotonic() + 3600
     while not (found := what()):
         if process.poll() is not None or time.monotonic() > until:
-            raise BadInput(f"the grid ended before anything was killed: see {log}")
+            raise ended(log, "before anything was killed")
         time.sleep(0.1)
     return found
 
@@ -142,7 +149,7 @@ def grid(args: Args, out: Path, victim: str | None) -> str:
         if victim in ("driver", "all"):
             code = command(args, out, **more).wait()
         if code or not (out / "report/report.md").is_file():
-            raise BadInput(f"the grid ended with code {code}: see {out.with_suffix('.log')}")
+            raise ended(out.with_suffix(".log"), f"with code {code}")
     finally:
         if victim == "node":
             ours = [pid for pid, (_, line) in processes().items() if str(PORT) in line and "ray" in line]

@@ -124,6 +124,8 @@ def fetch(url: str, path: Path):
         if total is None or size == total:
             break
     else:
+        if not size and why:
+            raise BadInput(f"{url} can't be reached{why}: check the network and run the command again")
         of = f"{total:,}" if total and total > 0 else "?"
         raise BadInput(
             f"{url} broke off{why}: {size:,} of {of} bytes are here; run the command again to go on from there"

@@ -837,7 +837,8 @@ def test_info_prints_the_row_of_table_3(hopper_data):
 def test_info_of_a_bad_path(tmp_path):
     done = command("info", tmp_path / "nothing")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == f"error: no dataset at {tmp_path / 'nothing'}\n"
+    how = "`python -m offline_data list` shows what is here and what can be downloaded"
+    assert done.stderr == f"error: no dataset at {tmp_path / 'nothing'}: {how}\n"
 
 
 def test_replay_of_some_keys_of_row_t_alone(hopper_data):
