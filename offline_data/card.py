@@ -22,7 +22,7 @@ FIELDS = ("state", "agents/observation", "agents/action", "reward", "terminated"
 MASK = "agents/action_mask"  # only if actions are discrete
 LONGEST_JSON = 2**20  # bytes; a card has about 2,000
 LARGEST_COUNT = 2**40
-LARGEST_NUMBER = 3.5e38  # float32 ends here
+LARGEST_NUMBER = 3.4e38  # float32 ends here
 DEEPEST = 20  # levels of nesting in "made"
 
 
