@@ -9,6 +9,8 @@ starts the processes of all slots; the machines of a cluster start their own, so
 """
 
 import math
+import shlex
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -72,4 +74,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    run_script(main, tyro.cli(Args))
+    run_script(main, tyro.cli(Args), go_on=shlex.join(sys.orig_argv))

@@ -27,6 +27,7 @@ from typing import Literal
 import torch
 import tyro
 
+from benchmarks.ray_env import TOKEN
 from environments.checks import BadInput, run_script
 from support.runs import load_checkpoint
 
@@ -112,9 +113,11 @@ def wait_until(what, process: subprocess.Popen, log: Path):
 
 def ray(*words: str) -> subprocess.CompletedProcess:
     script = str(Path(sys.executable).with_name("ray"))
-    done = subprocess.run([script, *words], capture_output=True, text=True, cwd=ROOT)
+    env = os.environ | ({"RAY_AUTH_MODE": "token"} if TOKEN else {})  # a second node does not show it by itself either
+    done = subprocess.run([script, *words], capture_output=True, text=True, cwd=ROOT, env=env)
     if done.returncode:
-        raise BadInput(f"ray {' '.join(words)}: {done.stderr.strip() or done.stdout.strip()}")
+        said = (done.stderr.strip() or done.stdout.strip() or "failed").splitlines()
+        raise BadInput(f"ray {' '.join(words)}: {said[-1]}")
     return done
 
 
@@ -124,13 +127,14 @@ def grid(args: Args, out: Path, victim: str | None) -> str:
     if victim == "node":
         node = ["--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats"]
         ray("start", "--head", f"--port={PORT}", "--include-dashboard=false", *node)
-        ray("start", f"--address=127.0.0.1:{PORT}", "--node-name=victim", *node)
         more = {"RAY_ADDRESS": f"127.0.0.1:{PORT}"}
-    try:
+    try:  # after the head: where its port is another Ray's, that one is left alone
+        if victim == "node":
+            ray("start", f"--address=127.0.0.1:{PORT}", "--node-name=victim", *node)
         process, said = command(args, out, **more), "undisturbed"
         if victim:
-            third, log = 2 * len(args.methods) * args.seeds // 3, out.with_suffix(".log")
-            wait_until(lambda: len(list(out.rglob("summary.json"))) >= third, process, log)
+            total, log = len(DATA) * len(args.methods) * args.seeds, out.with_suffix(".log")
+            wait_until(lambda: len(list(out.rglob("summary.json"))) >= total // 3, process, log)
             done = len(list(out.rglob("summary.json")))
             if victim == "node":
                 named = [pid for pid, (_, line) in processes().items() if "--node-name=victim" in line]
@@ -144,7 +148,7 @@ def grid(args: Args, out: Path, victim: str | None) -> str:
                 wait_until(lambda: trainers(out), process, log)
                 pids = below(process.pid) if victim == "all" else [process.pid]
             kill(pids)
-            said = f"{len(pids)} processes killed when {done} of {third * 3} runs were done"
+            said = f"{len(pids)} processes killed when {done} of {total} runs were done"
         code = process.wait()
         if victim in ("driver", "all"):
             code = command(args, out, **more).wait()

@@ -91,7 +91,8 @@ def pick_device(name: str, tf32: bool = False) -> "torch.device":
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"--device {name}: {str(error).splitlines()[0]}") from None
+        how = "use --device auto, which takes a GPU where there is one"
+        raise BadInput(f"--device {name}: {str(error).splitlines()[0]}; {how}") from None
     if device.type not in ("cpu", "cuda"):
         raise BadInput(f"--device {name}: use cpu or cuda")
     if device.index is not None and device.type == "cuda":

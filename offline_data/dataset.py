@@ -56,8 +56,8 @@ def open_dataset(path: str | Path, env: str | None = None, task: str | None = No
     """
     path = Path(path)
     if not path.is_dir():
-        listed = "`python -m offline_data list` shows what is here and what can be downloaded"
-        raise BadInput(f"no dataset at {path}: {listed}")
+        how = "`python -m offline_data list` shows what is here and what can be downloaded"
+        raise BadInput(f"no dataset at {path}: {how}")
     card = read_json(path / "card.json")
     check_card(path, card)
     for name, value in (("env", env), ("task", task)):

@@ -681,7 +681,7 @@ FLAGS = [
     ({"seeds": []}, "--seeds"),
     ({"seeds": [1, 1]}, "--seeds"),
     ({"device": "nonsense"}, "--device nonsense"),
-    ({"device": "cuda:99"}, "--device cuda:99"),
+    ({"device": "cuda:99"}, "--device cuda:99: .*; use --device auto"),
     ({"task": "ant"}, "is a dataset of task 'hopper', not 'ant'"),
     ({"data": "/nothing/there"}, "no dataset at /nothing/there"),
     ({"data": None, "task": "hoper"}, "unknown mamujoco task 'hoper'"),
