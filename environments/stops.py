@@ -30,6 +30,7 @@ class _Now:
     held = False  # a stop waits until a training loop calls leave()
     number = None  # the signal that waits
     raised = None  # the signal that ended the script
+    words = ()  # flags that the command to go on needs beside those that were given
 
 
 def _handle(number: int, frame):
@@ -54,7 +55,7 @@ def _drop(unraisable):
 def catch(begun: bool = True):
     """From now on both signals are handled as this module says. With begun=False, while a script loads its modules,
     they end it at once. A signal that is ignored (nohup, a background job of a shell script) stays ignored."""
-    _Now.begun, _Now.held, _Now.number, _Now.raised = begun, False, None, None
+    _Now.begun, _Now.held, _Now.number, _Now.raised, _Now.words = begun, False, None, None, ()
     sys.unraisablehook = _drop
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
@@ -70,6 +71,11 @@ def ignore():
 
 def hold():
     _Now.held = True
+
+
+def also_needs(*words: str):
+    """The command to go on gets these words too. They name what this run chose by itself, from what was there."""
+    _Now.words = words
 
 
 def forget():
@@ -103,7 +109,7 @@ def how_to_go_on() -> str:
     if not _Now.held:
         return shlex.join(sys.orig_argv)
     command = [word for word in sys.orig_argv if word not in ("--overwrite", "--resume")]
-    return shlex.join([*command, "--resume"])
+    return shlex.join([*command, *_Now.words, "--resume"])
 
 
 @contextmanager

@@ -137,6 +137,7 @@ def default_dataset(args):
                 "with the code, quality demo"
             )
             args.quality = "demo"
+            stops.also_needs("--quality", "demo")  # another quality may be there when the run goes on
 
 
 def no_dataset(args, path: Path) -> BadInput:

@@ -239,6 +239,24 @@ def test_a_second_stop_does_not_wait(hopper_data, wholes, tmp_path, monkeypatch,
     assert same_run(folder(tmp_path, "bc"), wholes["bc"])
 
 
+def test_a_run_that_chose_its_dataset_names_it_in_the_command_to_go_on(tmp_path, monkeypatch, capsys):
+    """Without --quality the dataset of the code stands in for a missing one, which may be there later."""
+    monkeypatch.setattr(sys, "orig_argv", ["python", "comadice_bc.py", "--task", "hopper"])
+    original = comadice_bc.policy_losses
+    monkeypatch.setattr(
+        comadice_bc, "policy_losses", lambda *a: (os.kill(os.getpid(), signal.SIGTERM), original(*a))[1]
+    )
+    demo = Path("mamujoco", "hopper", "demo")
+    shutil.copytree(ROOT / "data" / demo, tmp_path / demo)
+    monkeypatch.setattr(support.runs, "DATA_ROOT", tmp_path)
+    with pytest.raises(SystemExit) as end:
+        args = comadice_bc.Args(task="hopper", steps=20, evals=1, device="cpu", out=str(tmp_path / "runs"))
+        environments.checks.run_script(comadice_bc.main, args)
+    said = capsys.readouterr()
+    assert end.value.code == 143 and "quality demo" in said.out
+    assert said.err.strip().endswith("to go on: python comadice_bc.py --task hopper --quality demo --resume")
+
+
 def test_a_stop_before_training_writes_nothing(hopper_data, tmp_path, monkeypatch, capsys):
     stop_in(monkeypatch, support.runs, "open_dataset", 1)
     ends(capsys, "bc", hopper_data, tmp_path / "runs", 143, "stopped by SIGTERM; to go on: ")
