@@ -92,8 +92,19 @@ PATH = str(Path(__file__).parent.parent)
 # ---------------------------------------------------------------- the work, as tasks of Ray
 
 
-def start_ray():
-    """Joins the cluster that RAY_ADDRESS names, or starts Ray here, and returns it."""
+def find_ray():
+    """The module of Ray. Raises BadInput if it is not installed."""
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise BadInput(
+            "Ray is missing: pip install -r requirements-ray.txt (or run one run at a time with --index)"
+        ) from None
+    return ray
+
+
+def start_ray(ray):
+    """Joins the cluster that RAY_ADDRESS names, or starts Ray here."""
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if "RAY_ADDRESS" in os.environ:
         where, options = f"no Ray cluster at RAY_ADDRESS {os.environ['RAY_ADDRESS']}", {}
@@ -101,16 +112,9 @@ def start_ray():
         where = "Ray does not start here; a busy machine may be too slow for it, so try again"
         options = {"address": "local", "include_dashboard": False, "object_store_memory": 100 * 2**20}
     try:
-        import ray
-    except ModuleNotFoundError:
-        raise BadInput(
-            "Ray is missing: pip install -r requirements-ray.txt (or run one run at a time with --index)"
-        ) from None
-    try:
         ray.init(**options, **quiet)
     except Exception as error:  # ConnectionError, ValueError, RuntimeError, and after a timeout a bare Exception
         raise BadInput(f"{where} ({type(error).__name__}: {str(error).strip().splitlines()[0]})") from None
-    return ray
 
 
 def work(ray, cells: list[Cell], args: Args, train=grid.train):
@@ -293,10 +297,11 @@ def main(args: Args, extra: list[str]):
                             grid.split_extra(extra, all_methods))  # fmt: skip
     if args.plan:
         return print_plan(cells, args)
+    ray = find_ray() if args.index is None else None  # before anything is written
     grid.save_plan(out, cells)
-    if args.index is not None:
+    if ray is None:
         return run_one(cells, args)
-    ray = start_ray()
+    start_ray(ray)
     try:
         stops.catch()  # again, since Ray has set its own handlers
         stops.hold()

@@ -310,8 +310,8 @@ def test_without_ray_there_is_one_line(tmp_path):
     code = (
         "import sys; sys.modules['ray'] = None; import runpy; runpy.run_module('benchmarks.paper', run_name='__main__')"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "--data", DEMO, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
-    )
+    words = [sys.executable, "-c", code, "--data", DEMO, "--out", str(tmp_path / "grid")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: Ray is missing: pip install -r requirements-ray.txt")
     assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "grid").exists()
