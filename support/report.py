@@ -414,6 +414,8 @@ def draw_ablation(cells: list[Cell], key: str, metric: str, last: float | None, 
         axis.set(title=name, xlabel=ABLATIONS[key], ylabel=AXIS[metric])
         if metric == "winrate":
             axis.set_ylim(0, 100)
+        else:
+            axis.margins(y=0.25)  # room for the legend above the bars
         axis.legend(fontsize=6)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
