@@ -507,6 +507,11 @@ def test_actions_and_flags_of_any_memory_layout_and_one_compilation(env, twin):
     for e in (env, twin):
         e.set_seed(5)
     td, free = env.reset(), twin.reset()
+    compilations = lambda: (env.compiled_reset._cache_size(), env.compiled_step._cache_size())
+    twin.step(free.clone().set(("agents", "action"), attack(free)))
+    before = compilations()  # more than one of each, if another test of this process had another number of battles
+    twin.set_seed(5)
+    free = twin.reset()
     for t in range(5):
         plain = attack(td)
         odd = torch.cat([torch.zeros(1, dtype=torch.int64), plain.T.flatten()])[1:].view(5, B).T
@@ -521,4 +526,4 @@ def test_actions_and_flags_of_any_memory_layout_and_one_compilation(env, twin):
         td = step_mdp(env.step(td))
     env.set_seed(1)
     env.reset()
-    assert env.compiled_reset._cache_size() == env.compiled_step._cache_size() == 1
+    assert compilations() == before and min(before) >= 1
