@@ -203,11 +203,10 @@ def train(cell: Cell, seeds: list[int], device: str) -> tuple[str, str]:
 
     Returns an outcome and a line that explains it. "finished". "stopped": by a signal, or since another process does
     not end. "failed": these seeds only. "input": the input can't be used, so the cell's other seeds can't run either.
-    What the script prints goes to OUT/grid/logs.
+    What the script prints goes to OUT/grid/logs. The cell's own failure is kept: another seed may just have written it.
     """
     log = Path(cell.out, "grid", "logs", cell.name.replace("/", ".") + f".seed{'-'.join(map(str, seeds))}.txt")
     log.parent.mkdir(parents=True, exist_ok=True)
-    cell.failure().unlink(missing_ok=True)
     for seed in seeds:
         cell.failure(seed).unlink(missing_ok=True)
     for _ in range(PATIENCE):

@@ -130,6 +130,7 @@ def work(ray, cells: list[Cell], args: Args, train=grid.train):
     )(train)
     tasks = []
     for cell in cells:
+        cell.failure().unlink(missing_ok=True)  # of an earlier command
         seeds = [seed for seed in cell.seeds if not cell.finished(seed)]
         tasks += [(cell, seeds)] if gpus and seeds else [(cell, [seed]) for seed in seeds]
     running = {remote.remote(*task, device): (*task, 0) for task in tasks}
@@ -329,6 +330,7 @@ def run_one(cells: list[Cell], args: Args):
     if cell.finished(seed):
         return print("it is finished")
     device = "cuda" if torch.cuda.is_available() and args.gpu_fraction else "cpu"
+    cell.failure().unlink(missing_ok=True)  # of an earlier command
     outcome, line = grid.train(cell, [seed], device)
     print(outcome, line)
     if outcome == "stopped":

@@ -306,6 +306,19 @@ def test_durations():
 # ---------------------------------------------------------------- without Ray
 
 
+def test_a_seed_that_starts_late_keeps_the_failure_of_its_cell(tmp_path, monkeypatch):
+    """One seed finds that the input can't be used while the next one starts, and is stopped for this reason."""
+
+    def stopped(*_):
+        raise SystemExit(143)
+
+    cell = cells_of(tmp_path, ["hopper/expert"], methods=["bc"])[0]
+    grid.keep_failures(cell, {None: "no dataset"})
+    monkeypatch.setattr(grid, "run_script", stopped)
+    assert grid.train(cell, [1], "cpu")[0] == "stopped"
+    assert cell.failure().read_text() == "no dataset\n"
+
+
 def test_without_ray_there_is_one_line(tmp_path):
     code = (
         "import sys; sys.modules['ray'] = None; import runpy; runpy.run_module('benchmarks.paper', run_name='__main__')"
