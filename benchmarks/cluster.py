@@ -45,10 +45,7 @@ def stub(cell: grid.Cell, seeds: list[int], device: str, seconds: float) -> tupl
 def main(args: Args):
     if min(args.slots, args.tasks) < 1 or args.tasks > 1365 or args.seconds <= 0 or args.run <= 0:
         raise BadInput("--slots, --seconds and --run must be positive, --tasks from 1 to 1365")
-    try:
-        import ray
-    except ModuleNotFoundError:
-        raise BadInput("Ray is missing: pip install -r requirements-ray.txt") from None
+    ray = paper.find_ray()
     options = {"include_dashboard": False, "object_store_memory": 100 * 2**20, "logging_level": "ERROR"}
     ray.init("local", num_cpus=args.slots, **options)
     with tempfile.TemporaryDirectory() as folder:

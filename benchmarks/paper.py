@@ -97,9 +97,8 @@ def find_ray():
     try:
         import ray
     except ModuleNotFoundError:
-        raise BadInput(
-            "Ray is missing: pip install -r requirements-ray.txt (or run one run at a time with --index)"
-        ) from None
+        how = "pip install -r requirements-ray.txt (benchmarks.paper --index trains single runs without it)"
+        raise BadInput(f"Ray is missing: {how}") from None
     return ray
 
 
