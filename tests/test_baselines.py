@@ -29,6 +29,15 @@ from support.seeds import Graph, adam, target_update
 METHODS = {"bcq": bcq, "cql": cql, "icq": icq, "omar": omar, "omiga": omiga}
 B, n, O, S, A = 7, 2, 3, 5, 4
 GAMMA = 0.9
+# The card of the games that are made here.
+GAME = {
+    "env": "nowhere",
+    "task": "game",
+    "quality": "made",
+    "engine": None,
+    "interface": "benchmark",
+    "made": {"by": "tests"},
+}
 
 
 def resolved(module, discrete: bool, **flags):
@@ -585,16 +594,7 @@ def test_temperatures_are_in_units_of_the_reward(name, discrete, tmp_path):
                 "done": end.clone(),
             }
             writer.append(TensorDict(team | {"agents": TensorDict(agents, [6, 2])}, [6]))
-        data = writer.close(
-            {
-                "env": "nowhere",
-                "task": "game",
-                "quality": "made",
-                "engine": None,
-                "interface": "benchmark",
-                "made": {"by": "tests"},
-            }
-        )
+        data = writer.close(GAME)
         flags = {} if relative else {flag: factor * value for flag, value in published.items()}
         out = tmp_path / f"runs{number}"
         module.main(module.Args(**QUICK | {"steps": 40}, **flags, data=str(data), out=str(out)))
@@ -826,16 +826,7 @@ def test_continuous_game(name, tmp_path):
             "done": end.clone(),
         }
         writer.append(TensorDict(team | {"agents": TensorDict(agents, [2, 2])}, [2]))
-    data = writer.close(
-        {
-            "env": "nowhere",
-            "task": "game",
-            "quality": "made",
-            "engine": None,
-            "interface": "benchmark",
-            "made": {"by": "tests"},
-        }
-    )
+    data = writer.close(GAME)
     module, flags = (
         MODULES[name],
         FLAGS[name]
