@@ -74,7 +74,7 @@ def hold():
 
 
 def also_needs(*words: str):
-    """The command to go on gets these words too. They name what this run chose by itself, from what was there."""
+    """Adds words to the command that is printed after a stop. They name what the run chose, such as its dataset."""
     _Now.words = words
 
 

@@ -170,9 +170,10 @@ FREE = ("out", "overwrite", "device", "workers", "samples", "demo_samples", "tra
 
 
 def load_state(args: Args, root: Path) -> dict | None:
-    """The saved state of a stopped training run. None if there is none, or if --overwrite replaces another command's.
+    """The saved state of a stopped training run, or None if there is none.
 
-    Raises BadInput for a file that can't be read, and for a run with other settings. The message names them.
+    With --overwrite a run with other settings counts as none. Raises BadInput for a file that can't be read. Without
+    --overwrite it also does for a run with other settings, and names them.
     """
     path = root / "state.pt"
     if not path.exists():
