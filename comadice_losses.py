@@ -103,21 +103,12 @@ def td_advantage(reward: Tensor, terminated: Tensor, nu_tot: Tensor, nu_tot_next
     return reward + gamma * nu_tot_next * ~terminated - nu_tot  # Eq. 5, with q_tot written out
 
 
-def q_loss(
-    A_tot: Tensor,
-    reward: Tensor,
-    terminated: Tensor,
-    nu_tot: Tensor,
-    nu_tot_next: Tensor,
-    gamma: float,
-    rho: Tensor | None = None,
-) -> Tensor:
-    """The MSE that fits q: A_tot = M[q - nu] to the TD form. It trains psi_q only.
+def q_loss(A_tot: Tensor, td: Tensor, rho: Tensor | None = None) -> Tensor:
+    """The MSE that fits q: A_tot = M[q - nu] to td = r + gamma nu_tot(s') - nu_tot(s) (td_advantage), held fixed.
 
-    The paper prints no brackets, but the residual is A_tot - (r + gamma nu_tot(s') - nu_tot(s)).
+    It trains psi_q only. The paper prints no brackets around td, but the residual is A_tot - td.
     """
-    td = td_advantage(reward, terminated, nu_tot, nu_tot_next, gamma)
-    return expectation((A_tot - td) ** 2, rho)  # Eq. 9
+    return expectation((A_tot - td.detach()) ** 2, rho)  # Eq. 9
 
 
 def dual_loss(

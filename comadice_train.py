@@ -176,35 +176,33 @@ def nu_tot(critics: Critics, states: TensorDict) -> Tensor:
     return critics.mixer(critics.nu(states["agents", "observation"]), states["state"])
 
 
-def nu_tot_next(critics: Critics, batch: TensorDict, facts: DataFacts) -> Tensor:
-    """nu_tot(s') -> [B]. With --bound it is clipped to the discounted returns that follow the recorded states."""
-    return nu_tot(critics, batch["next"]).clamp(facts.low, facts.high)
+def td_form(critics: Critics, batch: TensorDict, nu_s: Tensor, args: Args, facts: DataFacts) -> Tensor:
+    """A_tot(s, a) = r + gamma nu_tot(s') - nu_tot(s) -> [B], with nu_tot(s') from `critics` and nu_s = nu_tot(s).
 
-
-def td_form(batch: TensorDict, nu_s: Tensor, nu_next: Tensor, args: Args) -> Tensor:
-    """A_tot(s, a) = r + gamma nu_tot(s') - nu_tot(s) -> [B]."""
+    With --bound, nu_tot(s') is clipped to the discounted returns that follow the recorded states.
+    """
+    nu_next = nu_tot(critics, batch["next"]).clamp(facts.low, facts.high)
     reward, terminated = args.reward_scale * batch["reward"][:, 0], batch["terminated"][:, 0]
     return losses.td_advantage(reward, terminated, nu_s, nu_next, args.gamma)  # Eq. 5
 
 
-def q_form(critics: Critics, batch: TensorDict, nu: Tensor, q: Tensor, args: Args, train_theta: bool = True) -> Tensor:
-    """A_tot(s, a) from q and nu [B, n]: M_theta^s[q - nu] without the bias -> [B].
+def q_form(critics: Critics, batch: TensorDict, args: Args, trained: Literal["nu", "q"]) -> Tensor:
+    """A_tot(s, a) = M_theta^s[q - nu] without the mixer's bias -> [B].
 
-    With `printed` the mixer's bias is in it. With `released_nu` it is the local A_i = W_i (q_i - nu_i) -> [B, n].
+    The gradient flows to psi_q alone, or to psi_nu and theta. With `printed` the mixer's bias is in A_tot. With
+    `released_nu` it is the local A_i = W_i (q_i - nu_i) -> [B, n], and theta is fixed.
     """
-    at = critics.mixer.at(batch["state"])  # W_theta^s and b_theta^s
-    at = at if train_theta else tuple(weights.detach() for weights in at)
+    obs, state = batch["agents", "observation"], batch["state"]
+    nu, q = critics.nu(obs), critics.q(obs, batch["agents", "action"])
+    nu, q = (nu, q.detach()) if trained == "nu" else (nu.detach(), q)
+    at = critics.mixer.at(state)  # W_theta^s and b_theta^s
+    if trained == "q" or args.objective == "released_nu":
+        at = tuple(weights.detach() for weights in at)
     if args.objective == "released_nu":
         return at[0] * (q - nu)
     if args.objective == "printed":
-        return critics.mixer(q - nu, batch["state"], at)  # Section 5, with the mixer's bias
-    return critics.mixer.advantage(q - nu, batch["state"], at)  # without the bias, so that Eq. 5 can hold
-
-
-def local_values(critics: Critics, batch: TensorDict) -> tuple[Tensor, Tensor]:
-    """nu_i(o_i) and q_i(o_i, a_i), each [B, n]."""
-    obs = batch["agents", "observation"]
-    return critics.nu(obs), critics.q(obs, batch["agents", "action"])
+        return critics.mixer(q - nu, state, at)  # Section 5, with the mixer's bias
+    return critics.mixer.advantage(q - nu, state, at)  # without the bias, so that Eq. 5 can hold
 
 
 # What lines 6 and 7 minimise, one function per --objective. `printed` is Eq. 10, with a multiplier if --lambda-scale is
@@ -214,25 +212,22 @@ def local_values(critics: Critics, batch: TensorDict) -> tuple[Tensor, Tensor]:
 
 def semi(critics, target, batch, init, alpha, args, facts):
     """The target networks give nu_tot(s'), so no gradient flows at s'. -> (L(nu, theta), A_tot, nu_tot(s))."""
-    with torch.no_grad():
-        nu_next = nu_tot_next(target, batch, facts)
     nu_s = nu_tot(critics, batch)
-    A_tot = td_form(batch, nu_s, nu_next, args)
+    A_tot = td_form(target, batch, nu_s, args, facts)
     return losses.semi_loss(nu_s, A_tot, alpha, losses.DIVERGENCES[args.f]), A_tot, nu_s
 
 
 def exact(critics, target, batch, init, alpha, args, facts):
     """Prop. 4.1, with the gradient at s, s' and s0. -> (L(nu, theta), A_tot, nu_tot(s))."""
     nu_s = nu_tot(critics, batch)
-    A_tot = td_form(batch, nu_s, nu_tot_next(critics, batch, facts), args)
+    A_tot = td_form(critics, batch, nu_s, args, facts)
     f, lam = losses.DIVERGENCES[args.f], critics.lam
     return losses.dual_loss(nu_tot(critics, init), A_tot, alpha, f, args.gamma, lam, facts.mass), A_tot, nu_s
 
 
 def printed(critics, target, batch, init, alpha, args, facts):
     """Eq. 10 as it is printed, with q fixed. -> (L(nu, theta), A_tot, nu_tot(s))."""
-    nu, q = local_values(critics, batch)
-    A_tot = q_form(critics, batch, nu, q.detach(), args)
+    A_tot = q_form(critics, batch, args, trained="nu")
     f, lam = losses.DIVERGENCES[args.f], critics.lam
     loss = losses.dual_loss(nu_tot(critics, init), A_tot, alpha, f, args.gamma, lam)  # Eq. 10
     return loss, A_tot, nu_tot(critics, batch)
@@ -240,8 +235,7 @@ def printed(critics, target, batch, init, alpha, args, facts):
 
 def released_nu(critics, target, batch, init, alpha, args, facts):
     """The released code's rule for nu, theta fixed. -> (L(nu), A_i [B, n], nu_tot(s))."""
-    nu, q = local_values(critics, batch)
-    A_i = q_form(critics, batch, nu, q.detach(), args, train_theta=False)
+    A_i = q_form(critics, batch, args, trained="nu")
     nu_init = critics.nu(init["agents", "observation"])
     f, lam = losses.DIVERGENCES[args.f], critics.lam
     return losses.released_nu_loss(nu_init, A_i, alpha, f, args.gamma, lam), A_i, nu_tot(critics, batch)
@@ -253,17 +247,15 @@ OBJECTIVE_LOSSES = {"semi": semi, "exact": exact, "printed": printed, "released_
 def q_loss(critics: Critics, target: Critics, batch: TensorDict, args: Args, facts: DataFacts) -> Tensor:
     """L_q(psi_q), with nu and theta fixed and nu_tot(s') from the target networks.
 
-    With `released_nu` q_tot itself is regressed, which trains theta too.
+    With `released_nu` it is M[q] that is fitted, to r + gamma nu_tot(s'). That trains theta too.
     """
-    nu, q = local_values(critics, batch)
-    with torch.no_grad():
-        nu_s, nu_next = critics.mixer(nu, batch["state"]), nu_tot_next(target, batch, facts)
-    reward, terminated = args.reward_scale * batch["reward"][:, 0], batch["terminated"][:, 0]
+    nu_s = nu_tot(critics, batch).detach()
     if args.objective == "released_nu":
-        q_tot = critics.mixer(q, batch["state"])
-        return losses.q_loss(q_tot, reward, terminated, torch.zeros_like(q_tot), nu_next, args.gamma)
-    A_tot = q_form(critics, batch, nu.detach(), q, args, train_theta=False)
-    return losses.q_loss(A_tot, reward, terminated, nu_s, nu_next, args.gamma)  # Eq. 9
+        q = critics.q(batch["agents", "observation"], batch["agents", "action"])
+        A_tot = critics.mixer(q, batch["state"]) - nu_s
+    else:
+        A_tot = q_form(critics, batch, args, trained="q")
+    return losses.q_loss(A_tot, td_form(target, batch, nu_s, args, facts))  # Eq. 9
 
 
 def ratio(A_tot: Tensor, alpha: float | Tensor, lam: Tensor, args: Args) -> Tensor:
@@ -367,9 +359,9 @@ def dataset_ratio(critics: Critics, rows: TensorDict, args: Args, facts: DataFac
         stops.leave()
         batch = as_transition(rows[torch.stack([index, index + 1], -1)].to(device))
         if args.advantage == "td":
-            A_tot = td_form(batch, nu_tot(critics, batch), nu_tot_next(critics, batch, facts), args)
+            A_tot = td_form(critics, batch, nu_tot(critics, batch), args, facts)
         else:
-            A_tot = q_form(critics, batch, *local_values(critics, batch), args)
+            A_tot = q_form(critics, batch, args, trained="q")
         out.copy_(ratio(A_tot, alpha, critics.lam, args))
     return w
 

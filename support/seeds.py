@@ -29,12 +29,15 @@ def stack(modules: list[nn.Module]) -> nn.Module:
 
 
 def make_stacked(make, seeds: list[int]) -> tuple[nn.Module, nn.Module]:
-    """make() for each seed, stacked, and a copy of that. A seed has the same first weights as when trained alone."""
+    """make() for each seed, stacked, and a copy of that without gradients, for target networks and averages.
+
+    A seed has the same first weights as when trained alone.
+    """
     each = []
     for seed in seeds:
         torch.manual_seed(seed)
         each.append(make())
-    return stack(each), stack(copy.deepcopy(each))
+    return stack(each), stack(copy.deepcopy(each)).requires_grad_(False)
 
 
 class Call(nn.Module):

@@ -310,7 +310,7 @@ def test_termination_cuts_the_bootstrap_and_nothing_else():
     torch.testing.assert_close(at_s, -torch.ones(2))
     torch.testing.assert_close(at_next, torch.tensor([0, 0.5]))
     # q_loss regresses onto just that.
-    loss = losses.q_loss(torch.tensor([3.0, 4.0]), reward, torch.tensor([True, False]), nu_tot, nu_tot_next, 0.5)
+    loss = losses.q_loss(torch.tensor([3.0, 4.0]), A.detach())
     assert loss.item() == pytest.approx(((3 + 9) ** 2 + (4 - 82) ** 2) / 2)
 
 

@@ -1249,11 +1249,13 @@ def test_preset_paper_trains(hopper_data, tmp_path, capsys):
     rows, card = open_dataset(hopper_data)
     arguments = comadice_train.Args(**state["config"])
     critics = comadice_train.make_critics(card, arguments)
-    x = torch.zeros(len(rows), 3)
-    torch.testing.assert_close(
-        comadice_train.q_form(critics, rows, x, x, arguments), critics.mixer.b(rows["state"])[:, 0]
-    )
-    assert not comadice_train.q_form(critics, rows, x, x, dataclasses.replace(arguments, objective="exact")).any()
+    for module in (critics.nu, critics.q):
+        for parameter in module.parameters():
+            parameter.data.zero_()
+    b = critics.mixer.b(rows["state"])[:, 0]
+    torch.testing.assert_close(comadice_train.q_form(critics, rows, arguments, "q"), b)
+    exact = dataclasses.replace(arguments, objective="exact")
+    assert not comadice_train.q_form(critics, rows, exact, "q").any()
 
 
 # ---------------------------------------------------------------- what the losses know of the data
