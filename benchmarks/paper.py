@@ -83,6 +83,7 @@ from environments import stops
 from environments.checks import BadInput, fail_at_end, run_script
 from offline_data.card import DATA_ROOT, dataset_path
 from support import report
+from support.runs import check_seeds
 
 SECONDS = 5  # between two looks at the run directories
 LINE = 60  # seconds between two lines where the output is not a terminal
@@ -281,8 +282,7 @@ def check(args: Args):
     """Raises BadInput for a flag out of its range."""
     if min(args.steps, args.evals, args.eval_episodes) < 1:
         raise BadInput("--steps, --evals and --eval-episodes must be positive")
-    if not args.seeds or len(set(args.seeds)) < len(args.seeds) or not 0 <= min(args.seeds) <= max(args.seeds) < 2**31:
-        raise BadInput(f"--seeds {args.seeds}: give different numbers from 0 to {2**31 - 1}, at least one")
+    check_seeds(args.seeds)
     if not args.methods or not 0 <= args.gpu_fraction <= 1 or args.retries < 0:
         raise BadInput("give at least one method to --methods, --gpu-fraction from 0 to 1, --retries of at least 0")
 

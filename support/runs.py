@@ -58,14 +58,19 @@ LIMIT = 1e4  # a larger parameter has diverged: Adam moves it by about --lr per 
 LOOK = 2000  # parameters are checked after so many steps, and at evaluations
 
 
+def check_seeds(seeds: list[int]):
+    """Raises BadInput for seeds that are out of range or not different."""
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) >= LARGEST:
+        raise BadInput(f"--seeds {seeds}: give different numbers from 0 to {LARGEST - 1}, at least one")
+
+
 def check_args(args):
     """Raises BadInput for a flag out of its range."""
     for name in ("steps", "batch_size", "hidden", "evals", "eval_episodes", "workers"):
         if not 1 <= getattr(args, name) < LARGEST:
             said = f"--{name.replace('_', '-')} is {short(getattr(args, name))}"
             raise BadInput(f"{said}: give a positive number below {LARGEST}")
-    if not args.seeds or len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0 or max(args.seeds) >= LARGEST:
-        raise BadInput(f"--seeds {args.seeds}: give different numbers from 0 to {LARGEST - 1}, at least one")
+    check_seeds(args.seeds)
     if args.resume and args.overwrite:
         raise BadInput("--resume and --overwrite contradict each other: give one of them")
     loggers.check(args.logger)
@@ -299,7 +304,8 @@ def start_runs(args, algo: str, card: dict, rows: TensorDict, first: dict) -> di
             elif not run.finished:
                 (run.path / "summary.json").unlink(missing_ok=True)  # it belongs to the run before it was extended
             old = read_json(run.path / "config.json") if run.begun else {}
-            say_changes(run.path, old, about)
+            if not run.finished:
+                say_changes(run.path, old, about)
             if not run.begun or old["steps"] != args.steps:
                 config = asdict(args) | {"algo": algo, "seed": seed} | about
                 write_text(run.path / "config.json", json.dumps(config, indent=2) + "\n", AGAIN)
