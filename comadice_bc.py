@@ -32,7 +32,7 @@ class Args:
     task: str | None = None
     """task of that simulator (default: hopper or zerg_5_vs_5, or that of --data)"""
     quality: str | None = None
-    """quality of the dataset (default: medium-replay, in battles medium, or that of --data)"""
+    """quality of the dataset (default: medium-replay for robots, medium for battles, or that of --data)"""
     data: str | None = None
     """a dataset directory, instead of data/ENV/TASK/QUALITY"""
 
@@ -70,7 +70,7 @@ class Args:
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
     data_device: Literal["auto", "cpu", "device"] = "auto"
-    """where the dataset is kept: cpu, --device, or auto: there if it fits. A resumed run keeps its place"""
+    """where the dataset is kept: cpu, device (that of --device), or auto (on --device if it fits there)"""
     tf32: bool = False
     """on a GPU: matrix products in TF32, faster and less exact"""
     graph: bool = True
@@ -80,7 +80,7 @@ class Args:
     quiet: bool = False
     """no progress bars"""
     logger: Literal["none", "csv", "tensorboard", "wandb"] = "none"
-    """also keep the rows of metrics.csv for csv, tensorboard or wandb, offline (support/loggers.py)"""
+    """also log metrics.csv's rows with TorchRL's csv, tensorboard or (offline) wandb logger (support/loggers.py)"""
     resume: bool = False
     """go on with runs that were stopped, leave finished ones as they are, extend them with more --steps"""
     overwrite: bool = False
@@ -133,7 +133,8 @@ def with_ratios(rows: TensorDict, ratios: dict[int, Tensor | None]) -> TensorDic
     """The dataset with one more key per row, "w": the transition's ratio over the mean ratio. It is 0 on last rows.
 
     `ratios` holds each seed's ratio [T], or None for w = 1. "w" is [N] for one seed and [N, S] for S seeds. Eq. 11's
-    optimum does not depend on the scale of w. Divided by its mean, the size of a gradient step hardly does either.
+    optimum does not depend on the scale of w. Since w is divided by its mean, the size of a gradient step hardly
+    depends on it either.
     Raises Diverged for a ratio that is zero everywhere or not finite.
     """
     is_transition = (~last_rows(rows)).to(rows["reward"].dtype)
@@ -174,14 +175,14 @@ def policy_losses(policy, batch: TensorDict) -> tuple[Tensor]:
     return (policy_loss(batch["w"], log_prob),)  # Eq. 11
 
 
-def make_policy_update(policy, average, optimizer, weight: Tensor, seeds: int = 1, compiled: bool = False):
-    """Line 11 as a function of a batch [B]: one Adam step, then the average moves towards the policy by `weight`.
+def make_policy_update(policy, average, optimizer, average_step: Tensor, seeds: int = 1, compiled: bool = False):
+    """Line 11 as a function of a batch [B]: one Adam step, then the average moves towards the policy by `average_step`.
 
     Stacked policies of S seeds take batches [S, B], with w [S, B, S].
     """
     parameters = list(policy.parameters())
     losses_of = per_seed(policy_losses, [policy], seeds, compiled)
-    update_average = target_update(average, policy, weight)
+    update_average = target_update(average, policy, average_step)
 
     def update(batch: TensorDict) -> Tensor:
         if seeds > 1:
@@ -189,22 +190,22 @@ def make_policy_update(policy, average, optimizer, weight: Tensor, seeds: int = 
             batch["w"] = batch["w"].diagonal(0, 0, 2).T  # each seed's own ratio
         (loss,) = losses_of(batch)
         set_gradients(loss.sum(), parameters)
-        optimizer.step()  # line 11: eta_i
+        optimizer.step()  # line 11: eta
         update_average()
         return loss.detach()
 
     return update
 
 
-def set_schedule(optimizer, weight: Tensor, step: int, args):
-    """Writes this step's learning rate and the average's `weight` into the tensors that the update reads.
+def set_schedule(optimizer, average_step: Tensor, step: int, args):
+    """Writes this step's learning rate and the average's step into the tensors that the update reads.
 
     The average is exponential with decay --ema, but covers at most a tenth of the steps so far. Early on it would
     otherwise be mostly the untrained policy.
     """
     for group in optimizer.param_groups:
         group["lr"].fill_(args.lr * (1 - (step - 1) / args.steps) if args.lr_decay else args.lr)
-    weight.fill_(max(1 - args.ema, 1 / (AVERAGED * (step - 1) + 1)) if args.ema else 1.0)
+    average_step.fill_(max(1 - args.ema, 1 / (AVERAGED * (step - 1) + 1)) if args.ema else 1.0)
 
 
 # ---------------------------------------------------------------- lines 9 to 12
@@ -216,20 +217,21 @@ def train_policies(
 ):  # fmt: skip
     """Lines 9 to 12 for runs at the same step: args.steps gradient steps on Eq. 11, with args.evals evaluations.
 
-    "w" [T] in a run's state is the transitions' ratio, None for BC. Transitions are drawn from the rows `first`, or
-    from all, in proportion to `weights`, or equally. Each evaluation is saved in the runs' directories.
+    "w" [T] in a run's state is the transitions' ratio, None for BC. `first` are the row numbers of the transitions that
+    may be drawn, by default all. They are drawn in proportion to `weights`, by default equally. Each evaluation is
+    saved in the runs' directories.
     """
     device, seeds = pick_device(args.device), [run.seed for run in runs]
     sizes = card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], args.hidden
-    policy, average = make_stacked(lambda: make_policy(*sizes).to(device), seeds)  # line 1: eta_i
-    optimizer, weight = adam(list(policy.parameters()), args.lr, device), torch.ones((), device=device)
+    policy, average = make_stacked(lambda: make_policy(*sizes).to(device), seeds)  # line 1: eta, shared by all agents
+    optimizer, average_step = adam(list(policy.parameters()), args.lr, device), torch.ones((), device=device)
     generators = make_generators(seeds, 2, rows)
     parts = {"eta": policy, "policy": average, "policy_optimizer": optimizer}  # "policy" is what is played
     stage = Stage("policies", label, args, runs, parts, generators)
     ratios = {run.seed: run.state["w"] for run in runs}
     stats = {seed: {} if w is None else ratio_stats(w) for seed, w in ratios.items()}
     replay = make_replay(with_ratios(rows, ratios), POLICY_KEYS, False, generators, device, first, weights)
-    update = Graph(make_policy_update(policy, average, optimizer, weight, len(seeds), args.compile), args.graph)
+    update = Graph(make_policy_update(policy, average, optimizer, average_step, len(seeds), args.compile), args.graph)
 
     def play(seed: int, parameters: dict, row: dict) -> dict:
         player = make_policy(*sizes)
@@ -239,7 +241,7 @@ def train_policies(
     # line 9: training the local policies
     with Evaluations(stage, play) as evaluations:  # they run beside the updates
         for step, batch in stage.steps((replay, args.batch_size)):  # line 10
-            set_schedule(optimizer, weight, step, args)
+            set_schedule(optimizer, average_step, step, args)
             loss = update(batch)  # line 11
             if step in stage.at:  # --evals times
                 row = {"stage": "policy", "step": step}

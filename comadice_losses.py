@@ -1,4 +1,6 @@
-"""ComaDICE's equations, one short function each (numbers are the paper's).
+"""ComaDICE's equations, one short function each. The numbers of equations are the paper's.
+
+Three parts are not in the paper: semi_loss and episode_ratio are this project's, released_nu_* the released code's.
 
 This file needs only torch. It can be copied into another project as it is.
 
@@ -132,7 +134,7 @@ def dual_loss(
 
     mass is the total weight of rho^mu, (1 - gamma) E[sum_t gamma^t] over episodes. It is 1 in the paper's endless MDP.
     If episodes terminate, it is below 1. With mass 1 the policy would then not approach the behaviour as alpha grows.
-    lam is the multiplier of E_D[w] = 1 (Table 4's lambda, as in OptiDICE). L is minimised over it too.
+    lam is the multiplier of mass E_D[w] = 1 (Table 4's lambda, as in OptiDICE). L is minimised over it too.
     """
     data_term = mass * expectation(alpha * f.f_star((A_tot - lam) / alpha), rho)
     return (1 - gamma) * expectation(nu_tot_init, p0) + data_term + lam  # Eq. 10 (printed), Prop. 4.1 (exact)
@@ -141,11 +143,13 @@ def dual_loss(
 def semi_loss(nu_tot: Tensor, A_tot: Tensor, alpha: float | Tensor, f: Divergence, rho: Tensor | None = None) -> Tensor:
     """Objective `semi`: E_D[nu_tot(s) + alpha f*(A_tot / alpha)], with nu_tot(s') in A_tot held fixed.
 
+    Its minimum has E[w | s] = 1: among the actions recorded in a state, some get more weight and others less.
+
     For stationary data (1 - gamma) E_p0[nu_tot] = E_D[nu_tot(s) - gamma nu_tot(s')]. Without a gradient at s', only
     nu_tot(s) remains. Mao et al. (2024) study semi-gradients of DICE losses; the unit weight on nu_tot(s) is this
-    project's choice. If nu_tot(s) can take any value in every state, the minimum has E[w | s] = 1 in every state, with
-    or without termination. So no normaliser is needed. The policy is kept close to the behaviour in each state, while
-    Eq. 2-3 keep its occupancy close to the data's.
+    project's choice. E[w | s] = 1 holds with or without termination, if nu_tot(s) can take any value in every state. So
+    no normaliser is needed. The policy is kept close to the behaviour in each state, while Eq. 2-3 keep its occupancy
+    close to the data's.
     """
     return expectation(nu_tot + alpha * f.f_star(A_tot / alpha), rho)
 
@@ -156,9 +160,9 @@ def released_nu_loss(
     """Objective `released_nu`: how the authors' released code moves nu, for a given multiplier lam.
 
     nu_init [B, n] are local values nu_i(s0). A [B, n] are local advantages A_i = W_i (q_i - nu_i). f(w) and the factor
-    A_i beside w are constants here. So nu's gradient is -W_i r'(y) y with y = (A_i - lam) / alpha and r = w*, an
-    asymmetric regression of nu_i onto q_i. The initial states are not mixed. docs/PAPER.md lists what else the released
-    code does.
+    A_i beside w are constants here. So the data term's gradient in nu_i is -W_i r'(y) y with y = (A_i - lam) / alpha
+    and r = w*, an asymmetric regression of nu_i onto q_i. The initial states are not mixed. docs/PAPER.md lists what
+    else the released code does.
     """
     A = A - (lam.detach() if isinstance(lam, Tensor) else lam)
     w = f.w_star(A / alpha)
@@ -168,7 +172,7 @@ def released_nu_loss(
 
 
 def occupancy_ratio(A_tot: Tensor, alpha: float | Tensor, f: Divergence, lam: float | Tensor = 0.0) -> Tensor:
-    """w_tot*(s, a) = max(0, (f')^-1(A_tot / alpha)), the ratio rho^pi / rho^mu.
+    """w_tot*(s, a) = max(0, (f')^-1((A_tot - lam) / alpha)), the ratio rho^pi / rho^mu. The default has lam = 0.
 
     (Section 5 prints its argument negated.)
     """
@@ -183,10 +187,11 @@ def released_nu_ratio(A: Tensor, alpha: float | Tensor, f: Divergence, lam: floa
 def episode_ratio(returns: Tensor, alpha: float, f: Divergence) -> Tensor:
     """w(e) = max(0, (f')^-1((R_e - lam) / alpha)) of each recorded episode, with lam such that its mean is 1.
 
-    Not in the paper. It solves Eq. 2-3 over the mixtures of recorded episodes. What one episode visits is a sample of
-    the occupancy of the policy that played it. If chance plays a small role, every mixture therefore satisfies the
-    Bellman flow of Eq. 3, and E[w] = 1 is the only constraint left; lam is its multiplier. If chance plays a large
-    role, the ratio also prefers lucky episodes. returns R_e [E] -> w [E]. alpha > 0 is in units of the return.
+    Not in the paper. It solves Eq. 2-3 over the mixtures of recorded episodes. If the dynamics are nearly
+    deterministic, what an episode visits is an occupancy that satisfies the Bellman flow of Eq. 3. Then every mixture
+    of episodes satisfies it, too. E[w] = 1 is the only constraint left; lam is its multiplier. If chance plays a large
+    role, the ratio also prefers lucky episodes. returns R_e [E], not discounted -> w [E]. alpha > 0 is in units of the
+    return.
     """
     low, high = returns.min() - 100 * alpha, returns.max() + 100 * alpha
     for _ in range(100):  # bisection: the mean falls as lam grows

@@ -8,8 +8,9 @@ computed once for every transition of the dataset. Lines 9 to 12 train the local
 cloning, in comadice_bc.py. The equations are in comadice_losses.py, the networks in comadice_mixer.py.
 
 By default (objective `semi`, w* from the TD form) there is no q: line 5 has nothing to do, and lines 6 and 7 minimise
-semi_loss in the place of Eq. 10. `--preset paper` runs the algorithm as printed. docs/PAPER.md says why. Flags whose
-default is None are filled in by `resolve` in support/presets.py.
+semi_loss in the place of Eq. 10. Transitions are drawn in proportion to a ratio between episodes (--episode-alpha),
+which is not in the paper. `--preset paper` runs the algorithm as printed. docs/PAPER.md says why. Flags whose default
+is None are filled in by `resolve` in support/presets.py.
 """
 
 import environments.threads  # noqa: F401 -- before torch
@@ -38,7 +39,7 @@ class Args:
     task: str | None = None
     """task of that simulator (default: hopper or zerg_5_vs_5, or that of --data)"""
     quality: str | None = None
-    """quality of the dataset (default: medium-replay, in battles medium, or that of --data)"""
+    """quality of the dataset (default: medium-replay for robots, medium for battles, or that of --data)"""
     data: str | None = None
     """a dataset directory, instead of data/ENV/TASK/QUALITY"""
 
@@ -52,7 +53,8 @@ class Args:
     alpha: float | None = None
     """weight of the divergence from the data, in units of the reward (default with semi: 5 mean absolute rewards)"""
     episode_alpha: float | None = None
-    """alpha of the ratio between episodes, in units of the return; 0: off (default with semi: 0.25 mean deviations)"""
+    """alpha of the ratio between episodes, in units of the return; 0: off (default with semi: 0.25 times the mean
+    absolute deviation of the episodes' returns)"""
     f: Literal["soft_chi2", "chi2", "kl"] = "soft_chi2"
     """f-divergence (Section B.5)"""
     gamma: float = 0.99
@@ -86,7 +88,7 @@ class Args:
     mixer_hidden: int = 64
     """hidden units of the mixer's hyper-networks (Table 4)"""
     reward_scale: float | None = None
-    """nu and q are learned in units of 1 / reward_scale, by default of 5 mean absolute rewards; w* does not change"""
+    """rewards are multiplied by it before nu and q are learned (default: so that 5 mean absolute rewards become 1)"""
     layer_norm: bool | None = None
     """LayerNorm in nu and q (default; the paper has none)"""
 
@@ -104,7 +106,7 @@ class Args:
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
     data_device: Literal["auto", "cpu", "device"] = "auto"
-    """where the dataset is kept: cpu, --device, or auto: there if it fits. A resumed run keeps its place"""
+    """where the dataset is kept: cpu, device (that of --device), or auto (on --device if it fits there)"""
     tf32: bool = False
     """on a GPU: matrix products in TF32, faster and less exact"""
     graph: bool = True
@@ -114,7 +116,7 @@ class Args:
     quiet: bool = False
     """no progress bars"""
     logger: Literal["none", "csv", "tensorboard", "wandb"] = "none"
-    """also keep the rows of metrics.csv for csv, tensorboard or wandb, offline (support/loggers.py)"""
+    """also log metrics.csv's rows with TorchRL's csv, tensorboard or (offline) wandb logger (support/loggers.py)"""
     resume: bool = False
     """go on with runs that were stopped, leave finished ones as they are, extend them with more --steps"""
     overwrite: bool = False
@@ -176,21 +178,22 @@ def nu_tot(critics: Critics, states: TensorDict) -> Tensor:
     return critics.mixer(critics.nu(states["agents", "observation"]), states["state"])
 
 
-def td_form(critics: Critics, batch: TensorDict, nu_s: Tensor, args: Args, facts: DataFacts) -> Tensor:
-    """A_tot(s, a) = r + gamma nu_tot(s') - nu_tot(s) -> [B], with nu_tot(s') from `critics` and nu_s = nu_tot(s).
+def td_form(critics_next: Critics, batch: TensorDict, nu_s: Tensor, args: Args, facts: DataFacts) -> Tensor:
+    """A_tot(s, a) = r + gamma nu_tot(s') - nu_tot(s) -> [B]. `critics_next` give nu_tot(s'), and nu_s is nu_tot(s).
 
-    With --bound, nu_tot(s') is clipped to the discounted returns that follow the recorded states.
+    With --bound, nu_tot(s') is clipped to the discounted returns that follow the recorded states. Without it, facts.low
+    and facts.high are infinite.
     """
-    nu_next = nu_tot(critics, batch["next"]).clamp(facts.low, facts.high)
+    nu_next = nu_tot(critics_next, batch["next"]).clamp(facts.low, facts.high)
     reward, terminated = args.reward_scale * batch["reward"][:, 0], batch["terminated"][:, 0]
     return losses.td_advantage(reward, terminated, nu_s, nu_next, args.gamma)  # Eq. 5
 
 
 def q_form(critics: Critics, batch: TensorDict, args: Args, trained: Literal["nu", "q"]) -> Tensor:
-    """A_tot(s, a) = M_theta^s[q - nu] without the mixer's bias -> [B].
+    """A_tot(s, a) from M_theta^s[q - nu] -> [B]. With `released_nu`: the local A_i = W_i (q_i - nu_i) -> [B, n].
 
-    The gradient flows to psi_q alone, or to psi_nu and theta. With `printed` the mixer's bias is in A_tot. With
-    `released_nu` it is the local A_i = W_i (q_i - nu_i) -> [B, n], and theta is fixed.
+    Only `printed` keeps the mixer's bias in A_tot. The gradient flows to psi_q if q is `trained`. Otherwise it flows to
+    psi_nu and theta, and with `released_nu` to psi_nu alone.
     """
     obs, state = batch["agents", "observation"], batch["state"]
     nu, q = critics.nu(obs), critics.q(obs, batch["agents", "action"])
@@ -247,7 +250,7 @@ OBJECTIVE_LOSSES = {"semi": semi, "exact": exact, "printed": printed, "released_
 def q_loss(critics: Critics, target: Critics, batch: TensorDict, args: Args, facts: DataFacts) -> Tensor:
     """L_q(psi_q), with nu and theta fixed and nu_tot(s') from the target networks.
 
-    With `released_nu` it is M[q] that is fitted, to r + gamma nu_tot(s'). That trains theta too.
+    `released_nu` differs: there M[q] is fitted to r + gamma nu_tot(s'), and theta is trained, too.
     """
     nu_s = nu_tot(critics, batch).detach()
     if args.objective == "released_nu":
@@ -301,11 +304,12 @@ def make_critic_update(critics, target, optimizer, args: Args, facts: DataFacts,
     """Lines 5 to 7 as a function of (batch, init): one Adam step for all at once, then a step of the target networks.
 
     It returns what critic_losses does. Stacked critics of S seeds take batches [S, B] and give [S] and [S, B]. alpha
-    [S] is in scaled rewards, one for each seed. By default it is args.alpha.
+    [S] is in scaled rewards, one for each seed. By default it is args.alpha times args.reward_scale.
     """
     alpha = torch.full_like(critics.lam, args.alpha * args.reward_scale) if alpha is None else alpha
     trained = [parameter for name, parameter in critics.named_parameters() if name != "lam" or args.lambda_scale]
     on_batch = lambda *inputs: critic_losses(*inputs, args, facts)
+    # losses_of(batch, init, alpha) is critic_losses(critics, target, batch, init, alpha, args, facts), for each seed
     losses_of = per_seed(on_batch, [critics, target], alpha.numel(), args.compile)
     update_target = target_update(target, critics, args.tau)
 
@@ -322,16 +326,17 @@ def make_critic_update(critics, target, optimizer, args: Args, facts: DataFacts,
 def train_critics(rows: TensorDict, card: dict, args: Args, runs: list[Run], facts: DataFacts, weights: Tensor | None):
     """Lines 3 to 8 for runs at the same step, from their checkpoints on. args.evals checkpoints are saved on the way.
 
-    Not in the paper: transitions are drawn in proportion to `weights`, the ratio of their episode
-    (comadice_losses.episode_ratio), in both stages. Initial states are drawn uniformly.
+    A transition is a row of `rows` and the next row. Not in the paper: in both stages transitions are drawn in
+    proportion to `weights`, the ratio of their episode (comadice_losses.episode_ratio). Initial states are drawn
+    uniformly.
     """
     device, seeds = pick_device(args.device), [run.seed for run in runs]
     critics, target = make_stacked(lambda: make_critics(card, args).to(device), seeds)  # line 1: theta, psi_q, psi_nu
-    optimizer = make_optimizer(critics, args)  # line 1: the learning rates
+    optimizer = make_optimizer(critics, args)  # line 1: one learning rate for theta, psi_q and psi_nu
     generators = make_generators(seeds, 1, rows)
     parts = {"critics": critics, "target": target, "critic_optimizer": optimizer}
     stage = Stage("critics", "critics", args, runs, parts, generators, "critic_")
-    transitions = make_replay(rows, CRITIC_KEYS, True, generators, device, weights=weights)
+    transitions = make_replay(rows, CRITIC_KEYS, True, generators, device, weights=weights)  # with the next rows
     initial_states = make_replay(rows, INIT_KEYS, False, generators, device, initial_rows(rows))
     # nu_tot(s0) of always the same initial states, for metrics.csv alone
     starts = rows[initial_rows(rows)[:STARTS]].select(*INIT_KEYS).to(device)

@@ -32,7 +32,7 @@ class RunArgs:
     quiet: bool = False
     """no progress bars"""
     logger: Literal["none", "csv", "tensorboard", "wandb"] = "none"
-    """also keep the rows of metrics.csv for csv, tensorboard or wandb, offline (support/loggers.py)"""
+    """also log metrics.csv's rows with TorchRL's csv, tensorboard or (offline) wandb logger (support/loggers.py)"""
     resume: bool = False
     """go on with runs that were stopped, leave finished ones as they are, extend them with more --steps"""
     overwrite: bool = False

@@ -682,7 +682,9 @@ def test_config_says_what_a_result_depends_on(hopper_data, copy, tmp_path, capsy
         json.dumps(config | {"versions": config["versions"] | {"numpy": "0.1"}, "commit": "abc"})
     )
     capsys.readouterr()
-    train("comadice", hopper_data, tmp_path, resume=True)
+    train("comadice", hopper_data, tmp_path, resume=True)  # it is finished, so nothing goes on
+    assert "was begun with" not in capsys.readouterr().out
+    train("comadice", hopper_data, tmp_path, resume=True, steps=config["steps"] + 1)
     warned = [line for line in capsys.readouterr().out.splitlines() if "was begun with" in line]
     assert len(warned) == 1 and "numpy 0.1, now " in warned[0] and "commit abc, now " in warned[0]
 
