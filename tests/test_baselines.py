@@ -684,18 +684,7 @@ def game(path, joint_actions: list, reward, n_actions: int) -> str:
             "done": end.clone(),
         }
         writer.append(TensorDict(team | {"agents": TensorDict(agents, [2, 2])}, [2]))
-    return str(
-        writer.close(
-            {
-                "env": "nowhere",
-                "task": "game",
-                "quality": "made",
-                "engine": None,
-                "interface": "benchmark",
-                "made": {"by": "tests"},
-            }
-        )
-    )
+    return str(writer.close(GAME))
 
 
 MODULES = METHODS | {"comadice": comadice_train, "bc": comadice_bc}
@@ -742,15 +731,17 @@ BEST = (1, 1)
 def test_matrix_game(name, tmp_path):
     """The data hold all nine joint actions equally often.
 
-    Every method that looks at rewards must find the best one with at least 9 of 10 seeds. Measured: all 20 of 20 for
-    each. BC's policy is uniform, as the data are. So two agents that draw from it differ with probability 2/3.
+    Every method that looks at rewards must find the best one with all of 10 seeds. Measured: all 20 of 20 for each.
+    BC's policy is uniform, as the data are. So two agents that draw from it differ with probability 2/3, and its most
+    likely actions end anywhere.
     """
     data = game(tmp_path / "data", [(i, j) for i in range(3) for j in range(3)], lambda i, j: REWARDS[i][j], 3)
-    actions, differ = solve(name, data, tmp_path, 10)
+    actions, differ = solve(name, data, tmp_path, 20 if name == "bc" else 10)
     if name == "bc":
-        assert differ == pytest.approx([2 / 3] * 10, abs=0.01)
+        assert differ == pytest.approx([2 / 3] * 20, abs=0.01)
+        assert actions.count(BEST) <= 12 and len(set(actions)) > 2
     else:
-        assert actions.count(BEST) >= 9, actions
+        assert actions == [BEST] * 10
 
 
 @pytest.mark.parametrize("name", MODULES)
