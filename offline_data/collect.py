@@ -170,7 +170,7 @@ FREE = ("out", "overwrite", "device", "workers", "samples", "demo_samples", "tra
 
 
 def load_state(args: Args, root: Path) -> dict | None:
-    """The saved state of a stopped training run, or None if there is none.
+    """The saved state of a stopped training run, or None if nothing was saved.
 
     With --overwrite a run with other settings counts as none. Raises BadInput for a file that can't be read. Without
     --overwrite it also does for a run with other settings, and names them.
