@@ -213,13 +213,13 @@ def set_schedule(optimizer, average_step: Tensor, step: int, args):
 
 def train_policies(
     rows: TensorDict, card: dict, args, runs: list[Run], env: EnvBase | None, label: str,
-    first: Tensor | None = None, weights: Tensor | None = None,
+    drawn_from: Tensor | None = None, weights: Tensor | None = None,
 ):  # fmt: skip
     """Lines 9 to 12 for runs at the same step: args.steps gradient steps on Eq. 11, with args.evals evaluations.
 
-    "w" [T] in a run's state is the transitions' ratio, None for BC. `first` are the row numbers of the transitions that
-    may be drawn, by default all. They are drawn in proportion to `weights`, by default equally. Each evaluation is
-    saved in the runs' directories.
+    "w" [T] in a run's state is the transitions' ratio, None for BC. Transitions are drawn from the row numbers
+    `drawn_from`, by default from all, in proportion to `weights`, by default equally. Each evaluation is saved in the
+    runs' directories.
     """
     device, seeds = pick_device(args.device), [run.seed for run in runs]
     sizes = card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], args.hidden
@@ -230,7 +230,8 @@ def train_policies(
     stage = Stage("policies", label, args, runs, parts, generators)
     ratios = {run.seed: run.state["w"] for run in runs}
     stats = {seed: {} if w is None else ratio_stats(w) for seed, w in ratios.items()}
-    replay = make_replay(with_ratios(rows, ratios), POLICY_KEYS, False, generators, device, first, weights)
+    own_rows, how = with_ratios(rows, ratios), {"generators": generators, "device": device, "weights": weights}
+    replay = make_replay(own_rows, POLICY_KEYS, pairs=False, drawn_from=drawn_from, **how)
     update = Graph(make_policy_update(policy, average, optimizer, average_step, len(seeds), args.compile), args.graph)
 
     def play(seed: int, parameters: dict, row: dict) -> dict:
@@ -267,13 +268,13 @@ def train_seeds(
     Seeds at the same step are trained together.
     """
     algo = name_of(args)
-    first = None if args.best == 1 else best_transitions(rows, args.best)
+    drawn_from = None if args.best == 1 else best_transitions(rows, args.best)
     runs = start_runs(args, algo, card, rows, {"w": w})
     while group := next_group(runs):
         try:
             for run in group:
                 run.state["w"] = w
-            train_policies(rows, card, args, group, env, algo, first, weights)  # lines 9 to 12
+            train_policies(rows, card, args, group, env, algo, drawn_from, weights)  # lines 9 to 12
             for run in group:
                 finish_run(run, args, card, len(group))
         except Diverged as error:

@@ -336,8 +336,9 @@ def train_critics(rows: TensorDict, card: dict, args: Args, runs: list[Run], fac
     generators = make_generators(seeds, 1, rows)
     parts = {"critics": critics, "target": target, "critic_optimizer": optimizer}
     stage = Stage("critics", "critics", args, runs, parts, generators, "critic_")
-    transitions = make_replay(rows, CRITIC_KEYS, True, generators, device, weights=weights)  # with the next rows
-    initial_states = make_replay(rows, INIT_KEYS, False, generators, device, initial_rows(rows))
+    how = {"generators": generators, "device": device}
+    transitions = make_replay(rows, CRITIC_KEYS, pairs=True, weights=weights, **how)
+    initial_states = make_replay(rows, INIT_KEYS, pairs=False, drawn_from=initial_rows(rows), **how)
     # nu_tot(s0) of always the same initial states, for metrics.csv alone
     starts = rows[initial_rows(rows)[:STARTS]].select(*INIT_KEYS).to(device)
     starts = starts.expand(len(seeds), *starts.shape) if len(seeds) > 1 else starts

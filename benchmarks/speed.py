@@ -152,8 +152,9 @@ def critics_stage(rows: TensorDict, card: dict, seeds: int, args: Args, device: 
     optimizer, generators = comadice_train.make_optimizer(critics, train), make_generators(list(range(seeds)), 1, rows)
     data = comadice_train.data_facts(rows, train)
     update = Graph(comadice_train.make_critic_update(critics, target, optimizer, train, data), train.graph)
-    replay = make_replay(rows, comadice_train.CRITIC_KEYS, True, generators, device)
-    initial = make_replay(rows, comadice_train.INIT_KEYS, False, generators, device, initial_rows(rows))
+    how = {"generators": generators, "device": device}
+    replay = make_replay(rows, comadice_train.CRITIC_KEYS, **how)
+    initial = make_replay(rows, comadice_train.INIT_KEYS, pairs=False, drawn_from=initial_rows(rows), **how)
     draw = lambda: minibatches(0, {args.steps}, (replay, train.batch_size), (initial, train.init_batch_size))
 
     def steps():
@@ -185,9 +186,8 @@ def policy_stage(rows: TensorDict, card: dict, seeds: int, args: Args, device: t
     optimizer, weight = adam(list(policy.parameters()), args.train.lr, device), torch.ones((), device=device)
     step = comadice_bc.make_policy_update(policy, average, optimizer, weight, seeds, args.train.compile)
     update, generators = Graph(step, args.train.graph), make_generators(list(range(seeds)), 2, rows)
-    replay = make_replay(
-        comadice_bc.with_ratios(rows, dict.fromkeys(range(seeds))), comadice_bc.POLICY_KEYS, False, generators, device
-    )
+    weighted = comadice_bc.with_ratios(rows, dict.fromkeys(range(seeds)))
+    replay = make_replay(weighted, comadice_bc.POLICY_KEYS, pairs=False, generators=generators, device=device)
     draw = lambda: minibatches(0, {args.steps}, (replay, args.train.batch_size))
 
     def steps():

@@ -88,8 +88,9 @@ def train_critics(objective: str, rows: TensorDict, card: dict, args: Args) -> l
     optimizer, data = comadice_train.make_optimizer(critics, train), data_facts(rows, train)
     update = Graph(comadice_train.make_critic_update(critics, target, optimizer, train, data, alpha))
     generators = make_generators(seeds, 1, rows)
-    replay = make_replay(rows, comadice_train.CRITIC_KEYS, True, generators)
-    initial = make_replay(rows, comadice_train.INIT_KEYS, False, generators, first=initial_rows(rows))
+    replay = make_replay(rows, comadice_train.CRITIC_KEYS, generators=generators)
+    starts = {"pairs": False, "drawn_from": initial_rows(rows), "generators": generators}
+    initial = make_replay(rows, comadice_train.INIT_KEYS, **starts)
     batches = minibatches(0, {args.steps}, (replay, train.batch_size), (initial, train.init_batch_size))
     for _, batch, init in tqdm(batches, total=args.steps, desc=f"{objective}: {len(members)} critics", mininterval=2):
         update(batch, init)
@@ -122,7 +123,7 @@ def train_policies(
     update = Graph(make_policy_update(policy, average, optimizer, weight, len(members)))
     at = {args.steps - round(i * args.steps / 5 / args.last) for i in range(args.last)}
     jobs = []
-    replay = make_replay(weighted, POLICY_KEYS, False, generators)
+    replay = make_replay(weighted, POLICY_KEYS, pairs=False, generators=generators)
     batches = minibatches(0, {args.steps}, (replay, args.train.batch_size))
     for step, batch in tqdm(batches, total=args.steps, desc=f"{len(members)} policies", mininterval=2):
         set_schedule(optimizer, weight, step, train)

@@ -26,12 +26,12 @@ def best_transitions(rows: TensorDict, share: float) -> torch.Tensor:
     returns = episode_returns(rows)
     best = torch.zeros_like(returns, dtype=torch.bool)
     best[returns.topk(max(round(share * len(returns)), 1)).indices] = True
-    first = transition_rows(rows)
-    return first[best[rows["episode"][first, 0]]]
+    row = transition_rows(rows)
+    return row[best[rows["episode"][row, 0]]]
 
 
 class RowSampler(Sampler):
-    """Draws rows t from `first`, with replacement, on their device: [B], or as pairs (t, t + 1) [B, 2].
+    """Draws rows t from `drawn_from`, with replacement, on their device: [B], or as pairs (t, t + 1) [B, 2].
 
     It draws uniformly, or in proportion to `weights` [T]. TorchRL's SliceSampler draws trajectories uniformly, so it
     would draw the steps of short episodes too often.
@@ -41,17 +41,17 @@ class RowSampler(Sampler):
 
     def __init__(
         self,
-        first: torch.Tensor,
+        drawn_from: torch.Tensor,
         pairs: bool = False,
         generators: list[torch.Generator] | None = None,
         weights: torch.Tensor | None = None,
     ):
-        self.first, self.pairs, self.generators = first, pairs, generators or [None]
+        self.drawn_from, self.pairs, self.generators = drawn_from, pairs, generators or [None]
         self.cumulated = None if weights is None else (weights.double() / weights.double().sum()).cumsum(0)
 
     def draw(self, count: int, generator: torch.Generator | None) -> torch.Tensor:
-        """Indices into `first`, [count]."""
-        device, n = self.first.device, len(self.first)
+        """Indices into `drawn_from`, [count]."""
+        device, n = self.drawn_from.device, len(self.drawn_from)
         if self.cumulated is None:
             return torch.randint(n, (count,), device=device, generator=generator)
         uniform = torch.rand(count, dtype=torch.float64, device=device, generator=generator)
@@ -59,8 +59,8 @@ class RowSampler(Sampler):
 
     def sample(self, storage, batch_size: int) -> tuple[torch.Tensor, dict]:
         drawn = [self.draw(batch_size, generator) for generator in self.generators]
-        first = self.first[torch.stack(drawn) if len(drawn) > 1 else drawn[0]]
-        return torch.stack([first, first + 1], -1) if self.pairs else first, {}
+        t = self.drawn_from[torch.stack(drawn) if len(drawn) > 1 else drawn[0]]
+        return torch.stack([t, t + 1], -1) if self.pairs else t, {}
 
     def _empty(self):
         raise NotImplementedError("a dataset is read-only")
@@ -86,19 +86,20 @@ def as_transition(pairs: TensorDict) -> TensorDict:
 def make_replay(
     rows: TensorDict,
     keys: list | None = None,
+    *,
     pairs: bool = True,
     generators: list[torch.Generator] | None = None,
     device: torch.device | None = None,
-    first: torch.Tensor | None = None,
+    drawn_from: torch.Tensor | None = None,
     weights: torch.Tensor | None = None,
 ) -> TensorDictReplayBuffer:
-    """TorchRL replay of a dataset's transitions, or of the rows `first`. RowSampler draws them.
+    """TorchRL replay of a dataset's transitions, or of the row numbers `drawn_from`. RowSampler draws them.
 
     Rows are read from the CPU's memory map or from the GPU's memory, and then moved to `device`. With `keys` only those
     entries are read (if they exist). With pairs=False nothing of the next row is read.
     """
     storage = RowStorage(rows if keys is None else rows.select(*keys, strict=False), device=rows["is_init"].device)
-    sampler = RowSampler(transition_rows(rows) if first is None else first, pairs, generators, weights)
+    sampler = RowSampler(transition_rows(rows) if drawn_from is None else drawn_from, pairs, generators, weights)
     elsewhere = device is not None and device.type != rows["is_init"].device.type
 
     def transform(batch):

@@ -274,9 +274,9 @@ def test_a_generator_makes_sampling_repeatable(hopper_data):
 def test_replay_draws_where_the_rows_lie(hopper_data):
     """Rows on another device ("meta" stands for a GPU) are drawn there, by index tensors that never leave it."""
     rows, _ = open_dataset(hopper_data)
-    there, first = rows.to("meta"), torch.arange(100, device="meta")
+    there, drawn_from = rows.to("meta"), torch.arange(100, device="meta")
     for pairs in (True, False):
-        batch = make_replay(there, pairs=pairs, first=first).sample(8)
+        batch = make_replay(there, pairs=pairs, drawn_from=drawn_from).sample(8)
         assert {value.device.type for value in batch.values(True, True)} == {"meta"} and batch.batch_size == (8,)
 
 
@@ -844,9 +844,8 @@ def test_info_of_a_bad_path(tmp_path):
 def test_replay_of_some_keys_of_row_t_alone(hopper_data):
     rows, _ = open_dataset(hopper_data)
     some = [("agents", "action"), "reward", ("agents", "action_mask")]
-    both = [
-        make_replay(rows, keys, keys is None, [torch.Generator().manual_seed(0)]).sample(64) for keys in (None, some)
-    ]
+    seeded = lambda: [torch.Generator().manual_seed(0)]
+    both = [make_replay(rows, keys, pairs=keys is None, generators=seeded()).sample(64) for keys in (None, some)]
     assert {k for k in both[1].keys(True, True) if k != "index"} == {("agents", "action"), "reward"}
     for key in (("agents", "action"), "reward"):
         assert torch.equal(both[0][key], both[1][key])
@@ -859,7 +858,8 @@ def test_minibatches_that_go_on_from_a_stop_are_those_of_a_run_without_one(hoppe
         generator = torch.Generator().manual_seed(0)
         if state is not None:
             generator.set_state(state)
-        replays = make_replay(rows, generators=[generator]), make_replay(rows, ["reward"], False, [generator])
+        how = {"generators": [generator]}
+        replays = make_replay(rows, **how), make_replay(rows, ["reward"], pairs=False, **how)
         states = {}
         for step, batch, other in minibatches(start, {5, 40, 41}, (replays[0], 8), (replays[1], 4)):
             assert batch.batch_size == (8,) and other.batch_size == (4,)

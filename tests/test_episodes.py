@@ -63,9 +63,8 @@ def test_transitions_are_drawn_in_proportion_to_their_episode_s_ratio():
     weights = comadice_bc.episode_weights(rows, 0.2 * card["return_std"], "soft_chi2")
     assert len(weights) == card["samples"] and comadice_bc.episode_weights(rows, 0.0, "soft_chi2") is None
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-    drawn = make_replay(rows, ["episode", "done"], False, generators, weights=weights).sample(200_000)["episode"][
-        ..., 0
-    ]
+    replay = make_replay(rows, ["episode", "done"], pairs=False, generators=generators, weights=weights)
+    drawn = replay.sample(200_000)["episode"][..., 0]
     length = torch.bincount(rows["episode"][transition_rows(rows), 0])
     expected = (w * length / (w * length).sum()).float()
     for own in drawn:

@@ -72,12 +72,10 @@ def critics_of(seeds: list[int], rows: TensorDict, card: dict, args, device: str
     critics, target = stack(each), stack(deepcopy(each))
     parts = {"critics": critics, "target": target, "optimizer": comadice_train.make_optimizer(critics, args)}
     generators = make_generators(seeds, 1, rows)
+    starts = {"pairs": False, "generators": generators, "drawn_from": initial_rows(rows)}
     sources = (
-        (make_replay(rows, comadice_train.CRITIC_KEYS, True, generators), args.batch_size),
-        (
-            make_replay(rows, comadice_train.INIT_KEYS, False, generators, first=initial_rows(rows)),
-            args.init_batch_size,
-        ),
+        (make_replay(rows, comadice_train.CRITIC_KEYS, generators=generators), args.batch_size),
+        (make_replay(rows, comadice_train.INIT_KEYS, **starts), args.init_batch_size),
     )
     update = comadice_train.make_critic_update(critics, target, parts["optimizer"], args, DATA)
     return parts, generators, update, lambda start, stop: minibatches(start, {stop}, *sources)
@@ -137,7 +135,8 @@ def test_policies_together_are_policies_alone(discrete, double, way):
         optimizer, weight = adam(list(policy.parameters()), 1e-3, torch.device("cpu")), torch.tensor(0.1)
         update = comadice_bc.make_policy_update(policy, average, optimizer, weight, len(seeds))
         weighted = comadice_bc.with_ratios(rows, dict(enumerate(ratios)))
-        for _, batch in minibatches(0, {50}, (make_replay(weighted, comadice_bc.POLICY_KEYS, False, generators), 16)):
+        replay = make_replay(weighted, comadice_bc.POLICY_KEYS, pairs=False, generators=generators)
+        for _, batch in minibatches(0, {50}, (replay, 16)):
             loss = update(batch)
             assert loss.shape == ((len(seeds),) if len(seeds) > 1 else ())
         return seed_states({"eta": policy, "policy": average, "optimizer": optimizer}, generators)
@@ -269,8 +268,8 @@ def test_an_update_can_be_captured(stage, seeds, monkeypatch):
         replay = make_replay(
             comadice_bc.with_ratios(rows, dict.fromkeys(range(len(seeds)))),
             comadice_bc.POLICY_KEYS,
-            False,
-            make_generators(seeds, 2, rows),
+            pairs=False,
+            generators=make_generators(seeds, 2, rows),
         )
         update = comadice_bc.make_policy_update(policy, average, optimizer, torch.tensor(0.1), len(seeds))
         return policy, optimizer, update, [[b] for _, b in minibatches(0, {8}, (replay, 16))]

@@ -60,7 +60,7 @@ def critic_step(n: int, discrete: bool, args: comadice_train.Args) -> list[str]:
     target, optimizer = deepcopy(critics), comadice_train.make_optimizer(critics, args)
     replay, initial = (
         make_replay(data, comadice_train.CRITIC_KEYS),
-        make_replay(data, comadice_train.INIT_KEYS, False, first=initial_rows(data)),
+        make_replay(data, comadice_train.INIT_KEYS, pairs=False, drawn_from=initial_rows(data)),
     )
     update = comadice_train.make_critic_update(critics, target, optimizer, args, DATA)
     with Recorder() as recorder:
@@ -129,7 +129,7 @@ def test_critic_step_on_a_gpu_does_not_synchronise(objective, advantage):
     target, optimizer = deepcopy(critics), comadice_train.make_optimizer(critics, args)
     replay, initial = (
         make_replay(data, comadice_train.CRITIC_KEYS),
-        make_replay(data, comadice_train.INIT_KEYS, False, first=initial_rows(data)),
+        make_replay(data, comadice_train.INIT_KEYS, pairs=False, drawn_from=initial_rows(data)),
     )
     update = comadice_train.make_critic_update(critics, target, optimizer, args, DATA)
     update(replay.sample(16), initial.sample(4))
