@@ -54,10 +54,9 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
 
-from baselines.common import check, train
+from baselines.common import check, frozen, train
 from comadice_mixer import LinearMixer, LocalMLP, Q, make_policy
 from environments.checks import BadInput, run_script
-from support.seeds import set_gradients
 
 KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
 BOX = 1.0  # the simulator clips continuous actions to [-1, 1], so recorded actions are clipped too
@@ -100,7 +99,9 @@ def candidate_mask(log_pi: Tensor, threshold: float) -> Tensor:
     return (log_pi - log_pi.amax(-1, keepdim=True)).exp() > threshold  # Fujimoto et al. 2019b, the rule of the policy
 
 
-# ---------------------------------------------------------------- one update
+# ---------------------------------------------------------------- networks, and what one update minimises
+
+LATENT_BOX = 0.5  # latents of candidates are clipped to it, as in the authors' code
 
 
 class ContinuousBCQ(nn.Module):
@@ -113,11 +114,7 @@ class ContinuousBCQ(nn.Module):
         self.perturbation = LocalMLP(n, O + A, A, args.hidden)
         self.q = nn.ModuleList(Q(n, O, A, args.hidden, layer_norm=args.layer_norm) for _ in range(2))
         self.mixer = LinearMixer(n, S, args.mixer_hidden)
-        self.register_buffer("latents", self.draw(torch.empty(n, 2 * A), args.candidates))
-
-    def draw(self, like: Tensor, count: int) -> Tensor:
-        """Latents for the candidates [count, ...], from Normal(0, 1) clipped to [-0.5, 0.5]."""
-        return torch.randn_like(like.expand(count, *like.shape)).clamp(-0.5, 0.5)
+        self.register_buffer("latents", torch.randn(args.candidates, n, 2 * A).clamp(-LATENT_BOX, LATENT_BOX))
 
     def decode(self, obs: Tensor, latent: Tensor) -> Tensor:
         return BOX * self.decoder(torch.cat([obs, latent], -1)).tanh()
@@ -137,8 +134,8 @@ class ContinuousBCQ(nn.Module):
         best = self.q[0](obs, actions).argmax(0, keepdim=True)
         return actions.gather(0, best.unsqueeze(-1).expand(1, *actions.shape[1:]))[0]  # Fujimoto et al. 2019a, Eq. 11
 
-    def losses(self, target, batch: TensorDict, args: Args) -> list[tuple]:
-        """[(name, loss, the modules that it trains)]."""
+    def losses(self, target, batch: TensorDict, args: Args) -> dict[str, Tensor]:
+        """The losses and their sum. No parameter is in two of them: the perturbation climbs a q that is frozen."""
         obs, action, next_obs = (
             batch["agents", "observation"],
             batch["agents", "action"].clamp(-BOX, BOX),
@@ -146,9 +143,9 @@ class ContinuousBCQ(nn.Module):
         )
         mean, log_std = self.encoder(torch.cat([obs, action], -1)).chunk(2, -1)
         log_std = log_std.clamp(-4, 15)
-        reconstruction = self.decode(obs, mean + log_std.exp() * torch.randn_like(mean))
+        reconstruction = self.decode(obs, mean + log_std.exp() * batch["noise", "reconstruction"])
         with torch.no_grad():
-            latents = self.draw(mean, args.target_candidates)
+            latents = batch["noise", "candidates"].movedim(1, 0).clamp(-LATENT_BOX, LATENT_BOX)
             next_obs, latent = next_obs.expand(len(latents), *next_obs.shape), latents[0]
             next_action = target.perturb(next_obs, self.decode(next_obs, latents))
             q_next = soft_clipped(target.q_j(next_obs, next_action), args.clip_lambda).amax(0)
@@ -156,13 +153,9 @@ class ContinuousBCQ(nn.Module):
             proposal = self.decode(obs, latent)
         q_tot = self.mixer(self.q_j(obs, action), batch["state"])  # [2, B]
         L_q = q_loss(q_tot, q_target(batch["reward"][:, 0], batch["terminated"][:, 0], q_tot_next, args.gamma))
-        L_xi = -self.q[0](obs, self.perturb(obs, proposal)).sum(-1).mean()  # Fujimoto et al. 2019a, Eq. 12
+        L_xi = -frozen(self.q[0])(obs, self.perturb(obs, proposal)).sum(-1).mean()  # Fujimoto et al. 2019a, Eq. 12
         L_vae = vae_loss(reconstruction, action, mean, log_std, args.kl_weight)
-        return [
-            ("q_loss", L_q, (self.q, self.mixer)),
-            ("policy_loss", L_xi, (self.perturbation,)),
-            ("vae_loss", L_vae, (self.encoder, self.decoder)),
-        ]
+        return {"loss": L_q + L_xi + L_vae, "q_loss": L_q, "policy_loss": L_xi, "vae_loss": L_vae}
 
 
 class DiscreteBCQ(nn.Module):
@@ -179,8 +172,8 @@ class DiscreteBCQ(nn.Module):
         candidates = candidate_mask(self.behaviour.logits(obs, mask).log_softmax(-1), self.threshold)
         return self.q.net(obs).masked_fill(~candidates, -torch.inf).argmax(-1)
 
-    def losses(self, target, batch: TensorDict, args: Args) -> list[tuple]:
-        """[(name, loss, the modules that it trains)]."""
+    def losses(self, target, batch: TensorDict, args: Args) -> dict[str, Tensor]:
+        """Both losses and their sum. No parameter is in both."""
         obs, action, next_obs = (
             batch["agents", "observation"],
             batch["agents", "action"],
@@ -192,7 +185,7 @@ class DiscreteBCQ(nn.Module):
         q_tot = self.mixer(self.q(obs, action), batch["state"])
         L_q = huber_q_loss(q_tot, q_target(batch["reward"][:, 0], batch["terminated"][:, 0], q_tot_next, args.gamma))
         L_bc = -self.behaviour.log_prob(obs, action, batch["agents", "action_mask"]).sum(-1).mean()
-        return [("q_loss", L_q, (self.q, self.mixer)), ("policy_loss", L_bc, (self.behaviour,))]
+        return {"loss": L_q + L_bc, "q_loss": L_q, "policy_loss": L_bc}
 
 
 def make_networks(card: dict, args: Args) -> nn.Module:
@@ -204,13 +197,16 @@ def policy_of_run(card: dict, config: dict) -> nn.Module:
     return make_networks(card, Args(**config))
 
 
-def update(networks: nn.Module, target: nn.Module, optimizer, batch: TensorDict, args: Args) -> dict[str, Tensor]:
-    """One Adam step. Each parameter gets the gradient of the one loss that trains it."""
-    losses = networks.losses(target, batch, args)
-    for _, loss, modules in losses:
-        set_gradients(loss, [p for m in modules for p in m.parameters()])
-    optimizer.step()
-    return {name: loss.detach() for name, loss, _ in losses}
+def noise(card: dict, args: Args, B: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """The random numbers of one update with continuous actions: standard normal ones, for latents of 2 A entries."""
+    n, A = card["n_agents"], card["action_dim"]
+    normal = lambda *shape: torch.randn(B, *shape, n, 2 * A, generator=generator, device=generator.device)
+    return {"reconstruction": normal(), "candidates": normal(args.target_candidates)}
+
+
+def losses(networks: nn.Module, target: nn.Module, batch: TensorDict, args: Args) -> dict[str, Tensor]:
+    """The losses of the networks for these actions, and their sum."""
+    return networks.losses(target, batch, args)
 
 
 # ---------------------------------------------------------------- the script
@@ -220,7 +216,7 @@ def main(args: Args):
     check(args, "phi", "candidates", "target_candidates", "kl_weight", "mixer_hidden")
     if not 0 <= args.clip_lambda <= 1 or not 0 <= args.threshold < 1:
         raise BadInput("--clip-lambda must be in [0, 1] and --threshold in [0, 1)")
-    train("bcq", make_networks, update, KEYS, args)
+    train("bcq", make_networks, losses, KEYS, args, noise=noise)
 
 
 if __name__ == "__main__":

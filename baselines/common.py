@@ -1,44 +1,47 @@
 """What the five baselines share: checks of their flags, training that can be stopped and resumed, and the script."""
 
 import copy
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from tensordict import TensorDict
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 from torchrl.envs import EnvBase
 
 from baselines.run_args import RunArgs
 from comadice_bc import set_schedule
 from comadice_eval import evaluation, try_eval_env
-from environments import stops
 from environments.checks import check_positive, pick_device
 from offline_data.facts import mean_abs_reward
-from offline_data.replay import make_replay, minibatches
-from support.bars import Bar
+from offline_data.replay import make_replay
 from support.presets import four_digits
 from support.report import report
 from support.runs import (
-    LOOK,
     Diverged,
     Run,
     check_args,
     check_discount,
-    check_parameters,
     check_policy_stage,
     end_runs,
-    eval_steps,
     finish_run,
     give_up,
     load_dataset,
-    random_state,
-    save_checkpoint,
-    set_random_state,
+    next_group,
     start_runs,
 )
-from support.seeds import Graph, adam, load_part, target_update
+from support.seeds import (
+    Graph,
+    adam,
+    make_generators,
+    make_stacked,
+    per_seed,
+    set_gradients,
+    split_seeds,
+    target_update,
+)
+from support.stages import Evaluations, Stage
 
 
 def check(args: RunArgs, *positive: str):
@@ -65,87 +68,103 @@ def scaled(rows: TensorDict, scale: float) -> TensorDict:
     return rows.lock_()
 
 
-def train_seed(
-    algo: str, networks: nn.Module, update: Callable, rows: TensorDict, keys: list, args: RunArgs, run: Run, card: dict,
-    env: EnvBase | None,
-):  # fmt: skip
-    """Trains one run from its last checkpoint to its end. `train` explains the arguments."""
-    seed = run.seed
-    device = pick_device(args.device)
-    target, optimizer = copy.deepcopy(networks), adam(list(networks.parameters()), args.lr, device)
-    policy = getattr(networks, "policy", networks)  # BCQ has no separate policy
-    average, weight = copy.deepcopy(policy), torch.ones((), device=device)
-    parts = {"policy": average, "networks": networks, "target": target, "optimizer": optimizer}  # "policy" is played
-    start, seconds, began = run.state["step"], run.state["seconds"], time.perf_counter() - run.state["wall"]
-    step = start
-    if start:
-        for name, part in parts.items():
-            load_part(part, run.state[name])
-        set_random_state(run.state["random"])  # last, since making the parts drew random numbers
+def frozen(module: nn.Module) -> Callable:
+    """The module as a function whose parameters are constants: a gradient flows to its inputs alone."""
+    constants = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    return lambda *inputs: functional_call(module, constants, inputs)
 
-    update_target, update_average = target_update(target, networks, args.tau), target_update(average, policy, weight)
 
-    def step_of(batch: TensorDict) -> dict:
-        metrics = update(networks, target, optimizer, batch, args)
+def add_noise(batch: TensorDict, noise: Callable, card: dict, args: RunArgs, generators: list[torch.Generator]):
+    """The batch [B] or [S, B] with the random numbers of one update under "noise", drawn by each seed's generator.
+
+    So a seed draws the same numbers alone and with others, and a CUDA graph gets new ones at every replay.
+    """
+    size = batch.batch_size[-1]
+    drawn = [TensorDict(noise(card, args, size, generator), [size]) for generator in generators]
+    batch = batch.copy()
+    batch["noise"] = (torch.stack(drawn) if len(drawn) > 1 else drawn[0]).to(batch["reward"].device)
+    return batch
+
+
+def make_update(networks: nn.Module, target: nn.Module, average: nn.Module, optimizer, average_step: Tensor,
+                losses: Callable, args: RunArgs, seeds: int = 1):  # fmt: skip
+    """One step as a function of a batch [B], or [S, B] for stacked networks of S seeds. It returns
+    what `losses` does, but for "loss".
+
+    After Adam's step the target networks and the average of the policy move towards the networks.
+    """
+    parameters = list(networks.parameters())
+    losses_of = per_seed(lambda *inputs: losses(*inputs, args), [networks, target], seeds)
+    update_target = target_update(target, networks, args.tau)
+    update_average = target_update(average, getattr(networks, "policy", networks), average_step)
+
+    def update(batch: TensorDict) -> dict[str, Tensor]:
+        values = losses_of(batch)
+        set_gradients(values["loss"].sum(), parameters)
+        optimizer.step()
         update_target()
         update_average()
-        return metrics
+        return {name: value.detach() for name, value in values.items() if name != "loss"}
 
-    def progress() -> dict:
-        check_parameters(networks, [seed], f"step {step}")
-        state = {name: part.state_dict() for name, part in parts.items()}
-        return state | {"step": step, "seconds": seconds, "random": random_state(), "unplayed": []}
+    return update
 
-    def evaluate(state: dict, row: dict):
-        """Adds the evaluation's results to the row, and saves. If a stop cuts it short, the resumed run repeats it."""
-        try:
-            row = row | evaluation(average, env, args.eval_episodes, seed, row["step"])
-        except stops.Stopped:
-            save_checkpoint(run, state | {"unplayed": [row]}, None)
-            raise
-        bar.say([row])
-        save_checkpoint(run, state | {"wall": time.perf_counter() - began}, row)
 
-    graph, at = Graph(step_of, args.graph), eval_steps(args)
-    bar = Bar(f"{algo} seed {seed}", args.steps, start, args.quiet)
-    for row in run.state.get("unplayed", []):
-        evaluate({"unplayed": []}, row)
-    batches = minibatches(start, at, (make_replay(rows, keys, device=device), args.batch_size))
-    clock = time.perf_counter()
-    for step, batch in bar(batches):
-        set_schedule(optimizer, weight, step, args)
-        metrics = graph(batch)
-        if step in at:
-            row = {"stage": "policy", "step": step} | {name: value.item() for name, value in metrics.items()}
-            seconds += time.perf_counter() - clock
-            evaluate(progress(), row)
-            clock = time.perf_counter()
-        elif step % LOOK == 0:
-            check_parameters(networks, [seed], f"step {step}")
-    if step < args.steps:  # after a stop was asked for
-        if step > start:
-            seconds += time.perf_counter() - clock
-            save_checkpoint(run, progress() | {"wall": time.perf_counter() - began}, None)
-        stops.leave()
-    finish_run(run, args, card, 1)
+def train_runs(
+    algo: str, make_networks: Callable, losses: Callable, noise: Callable | None, rows: TensorDict, keys: list,
+    args: RunArgs, runs: list[Run], card: dict, env: EnvBase | None,
+):  # fmt: skip
+    """Trains runs at the same step from their last checkpoints to their end. `train` explains the arguments."""
+    device, seeds = pick_device(args.device), [run.seed for run in runs]
+    policy_of = lambda networks: getattr(networks, "policy", networks)  # without one, it plays its q
+    networks, target = make_stacked(lambda: make_networks(card, args).to(device), seeds)
+    average = copy.deepcopy(policy_of(networks)).requires_grad_(False)
+    optimizer, average_step = adam(list(networks.parameters()), args.lr, device), torch.ones((), device=device)
+    generators = make_generators(seeds, 1, rows)
+    parts = {"networks": networks, "target": target, "policy": average, "optimizer": optimizer}  # "policy" is played
+    stage = Stage("training", algo, args, runs, parts, generators)
+    replay = make_replay(rows, keys, generators=generators, device=device)
+    update = make_update(networks, target, average, optimizer, average_step, losses, args, len(seeds))
+    update = Graph(update, args.graph)
+
+    def play(seed: int, parameters: dict, row: dict) -> dict:
+        player = policy_of(make_networks(card, args))
+        player.load_state_dict(parameters)
+        return row | evaluation(player, env, args.eval_episodes, seed, row["step"])
+
+    with Evaluations(stage, play) as evaluations:  # they run beside the updates
+        for step, batch in stage.steps((replay, args.batch_size)):
+            set_schedule(optimizer, average_step, step, args)
+            if noise is not None and not card["discrete"]:
+                batch = add_noise(batch, noise, card, args, generators)
+            values = update(batch)
+            if step in stage.at:  # --evals times
+                each = split_seeds(tuple(values.values()), seeds)
+                named = [dict(zip(values, [value.item() for value in own])) for own in each]
+                evaluations.add([{"stage": "policy", "step": step} | row for row in named])
+        evaluations.end()
+    for run in runs:
+        finish_run(run, args, card, len(runs))
 
 
 def train(
     algo: str,
     make_networks: Callable,
-    update: Callable,
+    losses: Callable,
     keys: list,
     args: RunArgs,
     prepare: Callable = lambda rows: rows,
     defaults: Callable = lambda card, unit: {},
+    noise: Callable | None = None,
 ):
-    """Trains a method for args.seeds, one after another, and reports.
+    """Trains a method for args.seeds, together where they are at the same step, and reports.
 
-    make_networks(card, args) makes all that is learned. update(networks, target, optimizer, batch, args) is one step on
-    a batch of the rows' `keys`. It returns values for metrics.csv. train_seed moves the target networks after it.
+    make_networks(card, args) makes all that is learned. losses(networks, target, batch, args) gives the values of one
+    update on a batch of the rows' `keys`, for metrics.csv. Its "loss" is minimised: the sum of the method's losses, no
+    parameter in two of them, so that each parameter gets the gradient of the one loss that trains it.
     prepare(rows) may add keys to the dataset's rows, whose rewards are scaled before. defaults(card, unit) gives the
     values of flags that depend on the data; `unit` is their mean absolute reward. Flags for temperatures are in units
-    of the recorded reward, as ComaDICE's alpha is.
+    of the recorded reward, as ComaDICE's alpha is. noise(card, args, B, generator) draws the random numbers of an
+    update for continuous actions, {name: [B, ...]}.
     """
     device = pick_device(args.device, args.tf32)
     rows, card = load_dataset(args, device, algo)
@@ -156,13 +175,9 @@ def train(
     env = try_eval_env(card, args.eval_episodes, args.workers)
     rows = prepare(scaled(rows, args.reward_scale))
     runs = start_runs(args, algo, card, rows, {})
-    for seed, run in runs.items():
-        if run.finished:
-            continue
-        torch.manual_seed(seed)
-        networks = make_networks(card, args).to(device)
+    while group := next_group(runs):
         try:
-            train_seed(algo, networks, update, rows, keys, args, run, card, env)
+            train_runs(algo, make_networks, losses, noise, rows, keys, args, group, card, env)
         except Diverged as error:
             give_up(runs, error)
     report({algo.upper(): end_runs(runs)}, card, args, f"learning_curve_{algo}.png")

@@ -9,7 +9,8 @@ For a linear mixer it splits exactly: log sum_a exp q_tot = b + sum_i log sum_a_
 and every agent has its own log-sum-exp.
 
 discrete actions: the log-sum-exp, the maximum in the target and the arg max that is played run over available actions;
-    the policy is the arg max of q_i, a CategoricalPolicy on q's own network (w_i >= 0: local maxima are the team's).
+    the policy is the arg max of q_i (w_i >= 0: local maxima are the team's). So the "policy" of a checkpoint holds all
+    parameters, as BCQ's does.
 continuous actions: the log-sum-exp is estimated by importance sampling (Kumar et al., Appendix F) with actions drawn
     uniformly and around the policy's, within the box; the policy is a Gaussian that maximises q_tot and its entropy, as
     in SAC, on which CQL is built.
@@ -48,10 +49,9 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from baselines.common import check, train
+from baselines.common import check, frozen, train
 from comadice_mixer import LinearMixer, Q, make_policy
 from environments.checks import run_script
-from support.seeds import set_gradients
 
 KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
 BOX = 1.0  # the simulator clips continuous actions to [-1, 1], so recorded actions are clipped too
@@ -102,7 +102,7 @@ def temperature_loss(log_temperature: Tensor, log_prob: Tensor, action_dim: int)
     return -(log_temperature * (log_prob - action_dim)).mean()
 
 
-# ---------------------------------------------------------------- one update
+# ---------------------------------------------------------------- what one update minimises
 
 
 class Networks(nn.Module):
@@ -111,20 +111,31 @@ class Networks(nn.Module):
         n, O, S, A, discrete = (card[k] for k in ("n_agents", "obs_dim", "state_dim", "action_dim", "discrete"))
         self.q = Q(n, O, A, args.hidden, discrete, args.layer_norm)
         self.mixer = LinearMixer(n, S, args.mixer_hidden)
-        self.policy = make_policy(n, O, A, discrete, args.hidden)
-        if discrete:
-            self.policy.net = self.q.net
-        else:
+        if not discrete:
+            self.policy = make_policy(n, O, A, discrete, args.hidden)
             self.log_temperature = nn.Parameter(torch.zeros(()))
+
+    def act(self, obs: Tensor, mask: Tensor) -> Tensor:
+        """Discrete actions: the available action with the highest q_i [..., n]."""
+        return self.q.net(obs).masked_fill(~mask, -torch.inf).argmax(-1)
 
 
 def policy_of_run(card: dict, config: dict) -> nn.Module:
-    """The module for the "policy" of a checkpoint with this card and config. For discrete actions it is q's network."""
-    return Networks(card, Args(**config)).policy
+    """The module for the "policy" of a checkpoint with this card and config."""
+    networks = Networks(card, Args(**config))
+    return networks if card["discrete"] else networks.policy
 
 
-def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, args: Args) -> dict[str, Tensor]:
-    """One Adam step."""
+def noise(card: dict, args: Args, B: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """The random numbers of one update with continuous actions: standard normal ones, and "uniform" in the box."""
+    n, A, K = card["n_agents"], card["action_dim"], args.cql_samples
+    normal = lambda *shape: torch.randn(B, *shape, generator=generator, device=generator.device)
+    uniform = torch.empty(B, K, n, A, device=generator.device).uniform_(-BOX, BOX, generator=generator)
+    return {"next_action": normal(n, A), "new_action": normal(n, A), "near": normal(K, n, A), "uniform": uniform}
+
+
+def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) -> dict[str, Tensor]:
+    """The losses and their sum. No parameter is in two of them: the actor climbs a q that is frozen."""
     obs, action, next_obs = (
         batch["agents", "observation"],
         batch["agents", "action"],
@@ -132,48 +143,40 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
     )
     state, reward, terminated = batch["state"], batch["reward"][:, 0], batch["terminated"][:, 0]
     w, b = networks.mixer.at(state)
-    critic = [*networks.q.parameters(), *networks.mixer.parameters()]
     if networks.q.discrete:
         q_all = networks.q.net(obs)
         q = q_all.gather(-1, action.unsqueeze(-1))[..., 0]
         with torch.no_grad():
             q_next = target.q.net(next_obs).masked_fill(~batch["next", "agents", "action_mask"], -torch.inf).amax(-1)
         total = log_sum_exp(w, q_all, batch["agents", "action_mask"])
-        steps = []
     else:
         q = networks.q(obs, action.clamp(-BOX, BOX))
-        pi = networks.policy.distribution(obs)
+        pi, random = networks.policy.distribution(obs), batch["noise"]
         with torch.no_grad():
-            next_action = networks.policy.distribution(next_obs).rsample().clamp(-BOX, BOX)
-            q_next = target.q(next_obs, next_action)
+            next_pi = networks.policy.distribution(next_obs)
+            q_next = target.q(next_obs, (next_pi.loc + next_pi.scale * random["next_action"]).clamp(-BOX, BOX))
             # The policy's mean may be outside of the box, and many recorded actions are clipped to its edge. Samples
             # must reach that edge.
             near = Normal(pi.loc.clamp(-BOX, BOX), pi.scale, validate_args=False)
-            drawn = near.rsample((args.cql_samples,))  # not Normal.sample, whose check waits for the GPU
-            uniform = torch.empty_like(drawn).uniform_(-BOX, BOX)
+            uniform, drawn = random["uniform"].movedim(1, 0), near.loc + near.scale * random["near"].movedim(1, 0)
             inside = (drawn.abs() <= BOX).all(-1)
             log_density = torch.cat([torch.full_like(drawn[..., 0], -action.shape[-1] * math.log(2 * BOX)),
                                      near.log_prob(drawn).sum(-1).masked_fill(~inside, torch.inf)])
             samples = torch.cat([uniform, drawn])
         total = sampled_log_sum_exp(w, networks.q(obs.expand(len(samples), *obs.shape), samples), log_density)
-        new_action = pi.rsample()
+        new_action = pi.loc + pi.scale * random["new_action"]
         log_prob = pi.log_prob(new_action).sum(-1)
-        q_pi = networks.q(obs, new_action.clamp(-BOX, BOX))
+        q_pi = frozen(networks.q)(obs, new_action.clamp(-BOX, BOX))
         L_pi = actor_loss(w.detach(), q_pi, log_prob, networks.log_temperature.detach().exp(), new_action)
         L_t = temperature_loss(networks.log_temperature, log_prob.detach(), action.shape[-1])
-        steps = [(L_pi, list(networks.policy.parameters())), (L_t, [networks.log_temperature])]
     with torch.no_grad():
         q_tot_next = target.mixer(q_next, batch["next", "state"])
     L_td = td_loss(networks.mixer(q, state, (w, b)), reward, terminated, q_tot_next, args.gamma)
     L_cql = conservative_loss(total, w, q)
-    # each parameter gets the gradient of the one loss that trains it
-    for loss, parameters in [(L_td + args.cql_alpha * L_cql, critic), *steps]:
-        set_gradients(loss, parameters)
-    optimizer.step()
-    metrics = {"td_loss": L_td, "conservative_loss": L_cql, "mean_q": q.mean()}
-    if steps:
-        metrics |= {"policy_loss": L_pi, "entropy": -log_prob.mean()}
-    return {k: v.detach() for k, v in metrics.items()}
+    values = {"loss": L_td + args.cql_alpha * L_cql, "td_loss": L_td, "conservative_loss": L_cql, "mean_q": q.mean()}
+    if not networks.q.discrete:
+        values |= {"loss": values["loss"] + L_pi + L_t, "policy_loss": L_pi, "entropy": -log_prob.mean()}
+    return values
 
 
 # ---------------------------------------------------------------- the script
@@ -181,7 +184,7 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
 
 def main(args: Args):
     check(args, "cql_alpha", "cql_samples", "mixer_hidden")
-    train("cql", Networks, update, KEYS, args)
+    train("cql", Networks, losses, KEYS, args, noise=noise)
 
 
 if __name__ == "__main__":

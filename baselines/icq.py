@@ -52,7 +52,6 @@ from torch import Tensor, nn
 from baselines.common import check, train
 from comadice_mixer import LinearMixer, Q, make_policy
 from environments.checks import run_script
-from support.seeds import set_gradients
 
 KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
 KEYS += ["next_action", "has_next"]
@@ -116,7 +115,7 @@ def advantage(q_all: Tensor, q: Tensor, logits: Tensor) -> Tensor:
     return q - (logits.softmax(-1) * q_all).sum(-1)
 
 
-# ---------------------------------------------------------------- one update
+# ---------------------------------------------------------------- what one update minimises
 
 
 class Networks(nn.Module):
@@ -128,8 +127,8 @@ class Networks(nn.Module):
         self.policy = make_policy(n, O, A, discrete, args.hidden)
 
 
-def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, args: Args) -> dict[str, Tensor]:
-    """One Adam step on both losses. No parameter is in both, so each gets its own loss's gradient from their sum."""
+def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) -> dict[str, Tensor]:
+    """Both losses and their sum. No parameter is in both, so each gets its own loss's gradient from the sum."""
     obs, action, mask = (
         batch["agents", "observation"],
         batch["agents", "action"],
@@ -152,9 +151,7 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
     q_tot, has_next = networks.mixer(q, state, theta), batch["has_next"][:, 0]
     L_q = q_loss(q_tot, reward, terminated, has_next, q_tot_next, alpha_q, args.gamma)
     L_pi = policy_loss(theta[0], A, alpha, networks.policy.log_prob(obs, action, mask))
-    set_gradients(L_q + L_pi, list(networks.parameters()))
-    optimizer.step()
-    return {"q_loss": L_q.detach(), "policy_loss": L_pi.detach(), "mean_q": q_tot_next.mean()}
+    return {"loss": L_q + L_pi, "q_loss": L_q, "policy_loss": L_pi, "mean_q": q_tot_next.mean()}
 
 
 # ---------------------------------------------------------------- the script
@@ -162,7 +159,7 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
 
 def main(args: Args):
     check(args, "alpha", "alpha_q", "mixer_hidden")
-    train("icq", Networks, update, KEYS, args, with_next_action, defaults)
+    train("icq", Networks, losses, KEYS, args, with_next_action, defaults)
 
 
 if __name__ == "__main__":

@@ -57,10 +57,9 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from baselines.common import check, train
+from baselines.common import check, frozen, train
 from comadice_mixer import Q, make_policy
 from environments.checks import BadInput, run_script
-from support.seeds import set_gradients
 
 KEYS = [("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
 BOX = 1.0  # the simulator clips continuous actions to [-1, 1], so recorded actions are clipped too
@@ -109,11 +108,14 @@ def discrete_actor_loss(q_all: Tensor, logits: Tensor, a_hat: Tensor, rectificat
 
 
 @torch.no_grad()
-def search(q, obs: Tensor, action: Tensor, args: Args) -> Tensor:
-    """a_hat [B, n, A], the best of the last sampled actions and the policy's own [B, n, A]."""
-    mean, std = torch.zeros_like(action), torch.full_like(action, args.search_std)
-    for _ in range(args.search_steps):
-        samples = (mean + std * torch.randn_like(mean.expand(args.search_samples, *mean.shape))).clamp(-BOX, BOX)
+def search(q, obs: Tensor, action: Tensor, noise: Tensor, std: float) -> Tensor:
+    """a_hat [B, n, A], the best of the last sampled actions and the policy's own [B, n, A].
+
+    `noise` [steps, samples, B, n, A] are standard normal numbers. std is the standard deviation at the start.
+    """
+    mean, std = torch.zeros_like(action), torch.full_like(action, std)
+    for normal in noise:
+        samples = (mean + std * normal).clamp(-BOX, BOX)
         weight = q(obs.expand(len(samples), *obs.shape), samples).softmax(0).unsqueeze(-1)
         mean = (weight * samples).sum(0)  # Pan et al. 2022, Eq. 3, with beta = 1
         std = (samples - mean).square().mean(0).sqrt()
@@ -122,7 +124,7 @@ def search(q, obs: Tensor, action: Tensor, args: Args) -> Tensor:
     return candidates.gather(0, best.unsqueeze(-1).expand(1, *action.shape))[0]
 
 
-# ---------------------------------------------------------------- one update
+# ---------------------------------------------------------------- what one update minimises
 
 
 class Networks(nn.Module):
@@ -137,8 +139,16 @@ class Networks(nn.Module):
         return torch.stack([q(obs, action) for q in self.q])
 
 
-def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, args: Args) -> dict[str, Tensor]:
-    """One Adam step."""
+def noise(card: dict, args: Args, B: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """The random numbers of one update with continuous actions: standard normal ones, and "uniform" in the box."""
+    n, A, K = card["n_agents"], card["action_dim"], args.cql_samples
+    normal = lambda *shape: torch.randn(B, *shape, generator=generator, device=generator.device)
+    uniform = torch.empty(B, K, n, A, device=generator.device).uniform_(-BOX, BOX, generator=generator)
+    return {"near": normal(K, n, A), "uniform": uniform, "search": normal(args.search_steps, args.search_samples, n, A)}
+
+
+def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) -> dict[str, Tensor]:
+    """The losses and their sum. No parameter is in two of them: the actor climbs a q that is frozen."""
     obs, action, next_obs = (
         batch["agents", "observation"],
         batch["agents", "action"],
@@ -163,14 +173,14 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
         mean = networks.policy.act(obs)
         with torch.no_grad():
             q_next_j = target.q_j(next_obs, target.policy.act(next_obs).clamp(-BOX, BOX))
-            noise = args.cql_std * torch.randn_like(mean.expand(args.cql_samples, *mean.shape))
-            uniform, drawn = torch.empty_like(noise).uniform_(-BOX, BOX), mean.clamp(-BOX, BOX) + noise
-            density = -0.5 * (noise / args.cql_std).square() - math.log(args.cql_std * math.sqrt(2 * math.pi))
+            uniform, near = (batch["noise", name].movedim(1, 0) for name in ("uniform", "near"))
+            drawn = mean.clamp(-BOX, BOX) + args.cql_std * near
+            density = -0.5 * near.square() - math.log(args.cql_std * math.sqrt(2 * math.pi))
             # a sample outside of the box has density inf, since the integral is over the box
             inside = (drawn.abs() <= BOX).all(-1)
             log_density = torch.cat(
                 [
-                    torch.full_like(noise[..., 0], -mean.shape[-1] * math.log(2 * BOX)),
+                    torch.full_like(near[..., 0], -mean.shape[-1] * math.log(2 * BOX)),
                     density.sum(-1).masked_fill(~inside, torch.inf),
                 ]
             )
@@ -179,18 +189,12 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
         total = sampled_log_sum_exp(networks.q_j(obs.expand(len(samples), *obs.shape), samples), log_density)
         # clipped as in the simulator; a_hat pulls a mean outside of the box back
         clipped = mean.clamp(-BOX, BOX)
-        L_pi = actor_loss(
-            networks.q[0](obs, clipped), mean, search(networks.q[0], obs, clipped.detach(), args), args.rectification
-        )
+        q_pi, normal = frozen(networks.q[0])(obs, clipped), batch["noise", "search"].movedim(0, 2)
+        a_hat = search(networks.q[0], obs, clipped.detach(), normal, args.search_std)
+        L_pi = actor_loss(q_pi, mean, a_hat, args.rectification)
     L_td, L_cql = td_loss(q_j, reward, terminated, q_next_j, args.gamma), conservative_loss(total, q_j)
-    # each parameter gets only its own loss's gradient
-    for loss, module in ((L_td + args.cql_alpha * L_cql, networks.q), (L_pi, networks.policy)):
-        set_gradients(loss, list(module.parameters()))
-    optimizer.step()
-    return {
-        k: v.detach()
-        for k, v in {"td_loss": L_td, "conservative_loss": L_cql, "policy_loss": L_pi, "mean_q": q_j.mean()}.items()
-    }
+    values = {"loss": L_td + args.cql_alpha * L_cql + L_pi, "td_loss": L_td, "conservative_loss": L_cql}
+    return values | {"policy_loss": L_pi, "mean_q": q_j.mean()}
 
 
 # ---------------------------------------------------------------- the script
@@ -204,7 +208,7 @@ def main(args: Args):
     check(args, "search_steps", "search_samples", "search_std", "cql_alpha", "cql_samples", "cql_std")
     if args.rectification is not None and not 0 <= args.rectification <= 1:
         raise BadInput("--rectification must be in [0, 1]")
-    train("omar", Networks, update, KEYS, args, defaults=defaults)
+    train("omar", Networks, losses, KEYS, args, defaults=defaults, noise=noise)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,6 @@ from torch import Tensor, nn
 from baselines.common import check, train
 from comadice_mixer import LinearMixer, Nu, Q, make_policy
 from environments.checks import run_script
-from support.seeds import set_gradients
 
 KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
 Z_MAX = 10.0  # bound of the exponent, as in the authors' code
@@ -87,7 +86,7 @@ def policy_loss(w: Tensor, q: Tensor, v: Tensor, alpha: float, log_prob: Tensor)
     return -(exponent(w, q, v, alpha).clamp(max=Z_MAX).exp().detach() * log_prob).sum(-1).mean()
 
 
-# ---------------------------------------------------------------- one update
+# ---------------------------------------------------------------- what one update minimises
 
 
 class Networks(nn.Module):
@@ -100,8 +99,8 @@ class Networks(nn.Module):
         self.policy = make_policy(n, O, A, discrete, args.hidden)
 
 
-def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, args: Args) -> dict[str, Tensor]:
-    """One Adam step on the three losses. No parameter is in two of them, so their sum gives each its own gradient."""
+def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) -> dict[str, Tensor]:
+    """The three losses and their sum. No parameter is in two of them, so the sum gives each its own gradient."""
     obs, action, mask = (
         batch["agents", "observation"],
         batch["agents", "action"],
@@ -115,10 +114,8 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
     L_q = q_loss(networks.mixer(networks.q(obs, action), state), reward, terminated, v_tot_next, args.gamma)
     L_v = v_loss(w, q, v, alpha)
     L_pi = policy_loss(w, q, v, alpha, networks.policy.log_prob(obs, action, mask))
-    set_gradients(L_q + L_v + L_pi, list(networks.parameters()))
-    optimizer.step()
-    means = {"mean_q": q.mean(), "mean_v": v.detach().mean()}
-    return {"q_loss": L_q.detach(), "v_loss": L_v.detach(), "policy_loss": L_pi.detach()} | means
+    values = {"loss": L_q + L_v + L_pi, "q_loss": L_q, "v_loss": L_v, "policy_loss": L_pi}
+    return values | {"mean_q": q.mean(), "mean_v": v.mean()}
 
 
 # ---------------------------------------------------------------- the script
@@ -126,7 +123,7 @@ def update(networks: Networks, target: Networks, optimizer, batch: TensorDict, a
 
 def main(args: Args):
     check(args, "alpha", "mixer_hidden")
-    train("omiga", Networks, update, KEYS, args, defaults=defaults)
+    train("omiga", Networks, losses, KEYS, args, defaults=defaults)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ class RunArgs:
     out: str = "runs"
     """run directories go to OUT/ENV/TASK/QUALITY/ALGO/seedN"""
     seeds: list[int] = field(default_factory=lambda: [0])
-    """one run for each seed, one after another"""
+    """one run for each seed; they are trained together"""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
     data_device: Literal["auto", "cpu", "device"] = "auto"

@@ -427,16 +427,6 @@ def judged(evaluations: int) -> int:
     return min(10, (evaluations + 1) // 2)
 
 
-def random_state() -> dict:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-
-
-def set_random_state(state: dict):
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
 def finish_run(run: Run, args, card: dict, together: int):
     """Writes summary.json: the mean return of the last evaluations (null if rollouts were off), and the speed.
 

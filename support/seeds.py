@@ -54,8 +54,8 @@ class Call(nn.Module):
 def per_seed(function, modules: list[nn.Module], seeds: int, compiled: bool = False):
     """function(*modules, *batches) for each seed, as a function of the batches.
 
-    The modules are stacked, batches are [S, B], and the results, a tuple, are [S, ...]. For one seed the batches are
-    [B], and the function is called as it is.
+    The modules are stacked, batches are [S, B], and the results, a tuple or a dict, are [S, ...]. For one seed the
+    batches are [B], and the function is called as it is.
 
     A GPU computes all seeds in one vmapped call. A CPU computes one after another, since its batched products are
     slower than single ones (benchmarks/speed.py). With `compiled`, torch.compile makes one graph, or raises.
@@ -73,6 +73,8 @@ def per_seed(function, modules: list[nn.Module], seeds: int, compiled: bool = Fa
             functional_call(call, own, batch)
             for own, batch in zip(states, zip(*(batch.unbind(0) for batch in batches)))
         ]
+        if isinstance(results[0], dict):
+            return {name: torch.stack([own[name] for own in results]) for name in results[0]}
         return tuple(torch.stack(values) for values in zip(*results))
 
     if seeds == 1:

@@ -19,12 +19,14 @@ import baselines.common
 import comadice_bc
 import comadice_eval
 import comadice_train
+import support.runs
+import support.seeds
 from baselines import bcq, cql, icq, omar, omiga
 from environments.checks import BadInput
 from offline_data.dataset import open_dataset
 from offline_data.replay import as_transition
 from offline_data.writer import DatasetWriter
-from support.seeds import Graph, adam, target_update
+from support.seeds import Graph, adam
 
 METHODS = {"bcq": bcq, "cql": cql, "icq": icq, "omar": omar, "omiga": omiga}
 B, n, O, S, A = 7, 2, 3, 5, 4
@@ -51,6 +53,23 @@ def make_networks(module, discrete: bool, args, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     card = {"n_agents": n, "obs_dim": O, "state_dim": S, "action_dim": A, "discrete": discrete}
     return (module.make_networks if module is bcq else module.Networks)(card, args).double()
+
+
+def make_update(module, net, target, optimizer, args):
+    """The method's update as its script makes it, and the average of the policy that it moves."""
+    average = copy.deepcopy(getattr(net, "policy", net)).requires_grad_(False)
+    step = torch.tensor(0.1, device=next(net.parameters()).device)
+    return baselines.common.make_update(net, target, average, optimizer, step, module.losses, args), average
+
+
+def with_noise(module, discrete: bool, batch: TensorDict, args, seed: int = 0, agents: int = n) -> TensorDict:
+    """The batch with the random numbers that the script draws."""
+    if discrete or not hasattr(module, "noise"):
+        return batch
+    card = {"n_agents": agents, "action_dim": A}
+    batch = baselines.common.add_noise(batch, module.noise, card, args, [torch.Generator().manual_seed(seed)])
+    batch["noise"] = batch["noise"].to(batch["reward"].dtype)
+    return batch
 
 
 def make_batch(discrete: bool) -> TensorDict:
@@ -342,10 +361,8 @@ def updated(name: str, discrete: bool, batch: TensorDict, change=None, lr: float
                 m.register_forward_hook(
                     lambda m, x, out, key=prefix + part: calls.setdefault(key, []).append(x[-1].detach().numpy())
                 )
-    torch.manual_seed(0)
-    optimizer = torch.optim.SGD(net.parameters(), lr)
-    metrics = module.update(net, target, optimizer, batch, args)
-    target_update(target, net, args.tau)()
+    update, _ = make_update(module, net, target, torch.optim.SGD(net.parameters(), lr), args)
+    metrics = update(with_noise(module, discrete, batch, args))
     return {k: v.item() for k, v in metrics.items()}, before, (net, target), calls, args
 
 
@@ -406,16 +423,16 @@ def test_value_of_omiga_is_the_soft_maximum():
 
 def test_search_of_omar_finds_the_best_action():
     peak = torch.tensor([0.7, -0.4])
-    obs, args = torch.zeros(3, n, O), omar.Args(search_steps=3, search_samples=200)
+    obs = torch.zeros(3, n, O)
 
     def q(obs, action):
         return -10 * (action - peak).square().sum(-1)
 
-    torch.manual_seed(0)
-    found = omar.search(q, obs, torch.zeros(3, n, 2), args)
+    noise = torch.randn(3, 200, 3, n, 2, generator=torch.Generator().manual_seed(0))
+    found = omar.search(q, obs, torch.zeros(3, n, 2), noise, 2.0)
     assert (found - peak).abs().max() < 0.2
     best = peak.expand(3, n, 2)
-    assert torch.equal(omar.search(q, obs, best, args), best), (
+    assert torch.equal(omar.search(q, obs, best, noise, 2.0), best), (
         "nothing that is sampled beats the policy's action at the peak"
     )
 
@@ -449,7 +466,8 @@ def test_the_policy_s_loss_leaves_the_values_alone(name, flags, discrete):
         assert all(
             torch.equal(x, y) for x, y in zip(*(getattr(m, part, nn.Identity()).parameters() for m in (one, other)))
         )
-    same = all(torch.equal(x, y) for x, y in zip(one.policy.parameters(), other.policy.parameters()))
+    policies = (getattr(m, "policy", m.q).parameters() for m in (one, other))
+    same = all(torch.equal(x, y) for x, y in zip(*policies))
     assert same == (name == "cql" and discrete)  # which has no policy beside q
 
 
@@ -513,8 +531,9 @@ def test_update_waits_for_nothing(name, discrete):
             [B],
         )
         batch["next"] = batch.select("state", "agents").clone()
+        update, _ = make_update(module, net, copy.deepcopy(net), torch.optim.SGD(net.parameters(), 1e-3), args)
         with Recorder() as recorder:
-            module.update(net, copy.deepcopy(net), torch.optim.SGD(net.parameters(), 1e-3), batch, args)
+            update(with_noise(module, discrete, batch, args, agents=agents))
         names.append(recorder.names)
     assert not SYNCS & set(names[0]) and names[0] == names[1]
 
@@ -530,16 +549,15 @@ def train(
     args = resolved(module, discrete)
     net, target = (make_networks(module, discrete, args, seed).to(device) for seed in (1, 2))
     optimizer = adam(list(net.parameters()), 1e-3, torch.device(device))
-    update_target = target_update(target, net, args.tau)
-    graph = Graph(lambda batch: (module.update(net, target, optimizer, batch, args), update_target()), enabled)
-    batch, places = make_batch(discrete).to(device), []
-    torch.manual_seed(0)
+    update, average = make_update(module, net, target, optimizer, args)
+    graph, batch, places = Graph(update, enabled), make_batch(discrete).to(device), []
     for step in range(8):
         batch["reward"].fill_(step)
-        graph(batch)
+        graph(with_noise(module, discrete, batch, args, step))
         tensors = [
             *net.parameters(),
             *target.parameters(),
+            *average.parameters(),
             *(v for state in optimizer.state.values() for v in state.values()),
         ]
         places.append(tuple(t.data_ptr() for t in tensors))
@@ -873,7 +891,7 @@ def test_script(name, kind, data, tmp_path, monkeypatch, capsys):
     assert all(math.isfinite(v) for row in state["metrics"] for k, v in row.items() if k.endswith("_loss"))
     assert summary["return"] is None if kind == "discrete" else math.isfinite(summary["return"])
 
-    original, calls = baselines.common.save_checkpoint, []
+    original, calls = support.runs.save_checkpoint, []
 
     def stopping(*a):
         original(*a)
@@ -881,7 +899,7 @@ def test_script(name, kind, data, tmp_path, monkeypatch, capsys):
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(baselines.common, "save_checkpoint", stopping)
+        patch.setattr(support.runs, "save_checkpoint", stopping)
         with pytest.raises(Stop):
             module.main(dataclasses.replace(args, out=str(tmp_path / "cut")))
     module.main(dataclasses.replace(args, out=str(tmp_path / "cut"), resume=True))
@@ -890,6 +908,29 @@ def test_script(name, kind, data, tmp_path, monkeypatch, capsys):
     for part in {"policy", "networks", "target"} & state.keys():
         assert all(torch.equal(v, resumed[part][k]) for k, v in state[part].items()), part
     assert (cut / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+
+
+@pytest.mark.parametrize("how", ["one after another", "vmapped"])
+@each
+def test_seeds_trained_together_are_those_trained_alone(name, how, kind, data, tmp_path, monkeypatch):
+    """Two seeds in one script: on a CPU to the bit, and as a GPU computes them within rounding."""
+    module, checkpoints = METHODS[name], []
+    if how == "vmapped":
+        monkeypatch.setattr(support.seeds, "VMAPPED", ("cpu",))
+    for seeds in ([3, 5], [3], [5]):
+        out = tmp_path / "-".join(map(str, seeds))
+        module.main(module.Args(**TINY | {"steps": 8}, seeds=seeds, data=data, out=str(out)))
+        runs = [out / RUN[kind] / name / f"seed{seed}" / "checkpoint.pt" for seed in seeds]
+        checkpoints += [torch.load(run, weights_only=True) for run in runs]
+    tolerance = {"rtol": 0, "atol": 0} if how == "one after another" else {"rtol": 1e-3, "atol": 1e-4}
+    for together, alone in zip(checkpoints[:2], checkpoints[2:]):
+        for part in ("networks", "target", "policy"):
+            assert together[part].keys() == alone[part].keys()
+            for key, value in alone[part].items():
+                torch.testing.assert_close(together[part][key], value, **tolerance)
+        assert torch.equal(together["generator"], alone["generator"])
+    first, second = (checkpoint["policy"].values() for checkpoint in checkpoints[:2])
+    assert not all(torch.equal(x, y) for x, y in zip(first, second))
 
 
 @each

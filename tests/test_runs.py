@@ -610,7 +610,7 @@ def test_one_of_three_seeds_diverges(module, name, step, value, hopper_data, tmp
 
 
 def test_every_seed_diverges(hopper_data, tmp_path, monkeypatch, capsys):
-    for algo, wanted in (("bc", "policies"), ("icq", "step")):
+    for algo, wanted in (("bc", "policies"), ("icq", "training")):
         printed = ends(
             capsys, algo, hopper_data, tmp_path, 2, "^error: every seed diverged", lr=1e6, seeds=[0, 1], lr_decay=False
         )
