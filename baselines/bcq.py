@@ -54,12 +54,11 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
 
-from baselines.common import check, frozen, train
+from baselines.common import BOX, check, frozen, train
 from comadice_mixer import LinearMixer, LocalMLP, Q, make_policy
 from environments.checks import BadInput, run_script
 
 KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
-BOX = 1.0  # the simulator clips continuous actions to [-1, 1], so recorded actions are clipped too
 
 
 # ---------------------------------------------------------------- the losses; reward, terminated and *_tot are [B]

@@ -43,6 +43,8 @@ from support.seeds import (
 )
 from support.stages import Evaluations, Stage
 
+BOX = 1.0  # the simulator clips continuous actions to [-1, 1], so recorded actions are clipped too
+
 
 def check(args: RunArgs, *positive: str):
     """Raises BadInput for a flag out of its range. `positive` names the method's flags that must be positive.

@@ -42,19 +42,16 @@ if __name__ == "__main__":  # before the slow imports, so that --help and a mist
     ARGS = parse(Args)
 
 # isort: split
-import math
-
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
-from torch.distributions import Normal
 
-from baselines.common import check, frozen, train
+from baselines.common import BOX, check, frozen, train
+from baselines.conservative import box_samples, sample_noise, sampled_log_sum_exp
 from comadice_mixer import LinearMixer, Q, make_policy
 from environments.checks import run_script
 
 KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
-BOX = 1.0  # the simulator clips continuous actions to [-1, 1], so recorded actions are clipped too
 
 
 # ------------------------------------------- the losses; w, q and log_prob are [B, n], reward, terminated and *_tot [B]
@@ -75,15 +72,6 @@ def conservative_loss(log_sum_exp: Tensor, w: Tensor, q: Tensor) -> Tensor:
 def log_sum_exp(w: Tensor, q_all: Tensor, mask: Tensor) -> Tensor:
     """log sum_a exp(w_i q_i(o_i, a)) over available actions: q_all and mask [B, n, A] -> [B, n]."""
     return (w.unsqueeze(-1) * q_all).masked_fill(~mask, -torch.inf).logsumexp(-1)
-
-
-def sampled_log_sum_exp(w: Tensor, q: Tensor, log_density: Tensor) -> Tensor:
-    """log of the mean of exp(w_i q_i) / density over sampled actions: q and log_density [K, B, n] -> [B, n].
-
-    It estimates log of the integral of exp(w_i q_i) over the box of actions; a sample outside of the box has density
-    inf.
-    """
-    return (w * q - log_density).logsumexp(0) - math.log(len(q))  # Kumar et al. 2020, Appendix F
 
 
 def actor_loss(w: Tensor, q: Tensor, log_prob: Tensor, temperature: Tensor, action: Tensor) -> Tensor:
@@ -127,11 +115,10 @@ def policy_of_run(card: dict, config: dict) -> nn.Module:
 
 
 def noise(card: dict, args: Args, B: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """The random numbers of one update with continuous actions: standard normal ones, and "uniform" in the box."""
-    n, A, K = card["n_agents"], card["action_dim"], args.cql_samples
-    normal = lambda *shape: torch.randn(B, *shape, generator=generator, device=generator.device)
-    uniform = torch.empty(B, K, n, A, device=generator.device).uniform_(-BOX, BOX, generator=generator)
-    return {"next_action": normal(n, A), "new_action": normal(n, A), "near": normal(K, n, A), "uniform": uniform}
+    """The random numbers of one update with continuous actions, standard normal but for sample_noise's "uniform"."""
+    shape = B, card["n_agents"], card["action_dim"]
+    normal = lambda: torch.randn(shape, generator=generator, device=generator.device)
+    return {"next_action": normal(), "new_action": normal()} | sample_noise(card, B, args.cql_samples, generator)
 
 
 def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) -> dict[str, Tensor]:
@@ -155,15 +142,8 @@ def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) 
         with torch.no_grad():
             next_pi = networks.policy.distribution(next_obs)
             q_next = target.q(next_obs, (next_pi.loc + next_pi.scale * random["next_action"]).clamp(-BOX, BOX))
-            # The policy's mean may be outside of the box, and many recorded actions are clipped to its edge. Samples
-            # must reach that edge.
-            near = Normal(pi.loc.clamp(-BOX, BOX), pi.scale, validate_args=False)
-            uniform, drawn = random["uniform"].movedim(1, 0), near.loc + near.scale * random["near"].movedim(1, 0)
-            inside = (drawn.abs() <= BOX).all(-1)
-            log_density = torch.cat([torch.full_like(drawn[..., 0], -action.shape[-1] * math.log(2 * BOX)),
-                                     near.log_prob(drawn).sum(-1).masked_fill(~inside, torch.inf)])
-            samples = torch.cat([uniform, drawn])
-        total = sampled_log_sum_exp(w, networks.q(obs.expand(len(samples), *obs.shape), samples), log_density)
+        samples, log_density = box_samples(pi.loc, pi.scale, random)
+        total = sampled_log_sum_exp(w * networks.q(obs.expand(len(samples), *obs.shape), samples), log_density)
         new_action = pi.loc + pi.scale * random["new_action"]
         log_prob = pi.log_prob(new_action).sum(-1)
         q_pi = frozen(networks.q)(obs, new_action.clamp(-BOX, BOX))

@@ -51,19 +51,16 @@ if __name__ == "__main__":  # before the slow imports, so that --help and a mist
     ARGS = parse(Args)
 
 # isort: split
-import math
-
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from baselines.common import check, frozen, train
+from baselines.common import BOX, check, frozen, train
+from baselines.conservative import box_samples, sample_noise, sampled_log_sum_exp
 from comadice_mixer import Q, make_policy
 from environments.checks import BadInput, run_script
 
 KEYS = [("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
-BOX = 1.0  # the simulator clips continuous actions to [-1, 1], so recorded actions are clipped too
-
 
 # The weight c (Pan et al.'s tau) by quality of the data, as in the paper, and 0.5 for other qualities. Their code has
 # the opposite order on halfcheetah: 0.9 on medium-replay, 0.7 on medium, 0.5 on expert.
@@ -83,12 +80,6 @@ def td_loss(q_j: Tensor, reward: Tensor, terminated: Tensor, q_next_j: Tensor, g
 def conservative_loss(log_sum_exp: Tensor, q_j: Tensor) -> Tensor:
     """E_D[log sum_a exp q_j(o_i, a) - q_j(o_i, a_i)], summed over the twins."""
     return (log_sum_exp - q_j).sum(0).mean()  # Kumar et al. 2020, Eq. 4
-
-
-def sampled_log_sum_exp(q_j: Tensor, log_density: Tensor) -> Tensor:
-    """log of the mean of exp(q) / density over sampled actions: q_j [2, K, B, n] and log_density [K, B, n] -> [2, B,
-    n]."""
-    return (q_j - log_density).logsumexp(1) - math.log(len(log_density))  # Kumar et al. 2020, Appendix F
 
 
 def actor_loss(q: Tensor, action: Tensor, a_hat: Tensor, rectification: float) -> Tensor:
@@ -140,11 +131,10 @@ class Networks(nn.Module):
 
 
 def noise(card: dict, args: Args, B: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """The random numbers of one update with continuous actions: standard normal ones, and "uniform" in the box."""
-    n, A, K = card["n_agents"], card["action_dim"], args.cql_samples
-    normal = lambda *shape: torch.randn(B, *shape, generator=generator, device=generator.device)
-    uniform = torch.empty(B, K, n, A, device=generator.device).uniform_(-BOX, BOX, generator=generator)
-    return {"near": normal(K, n, A), "uniform": uniform, "search": normal(args.search_steps, args.search_samples, n, A)}
+    """The random numbers of one update with continuous actions, standard normal but for sample_noise's "uniform"."""
+    shape = B, args.search_steps, args.search_samples, card["n_agents"], card["action_dim"]
+    normal = torch.randn(shape, generator=generator, device=generator.device)
+    return {"search": normal} | sample_noise(card, B, args.cql_samples, generator)
 
 
 def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) -> dict[str, Tensor]:
@@ -173,18 +163,8 @@ def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) 
         mean = networks.policy.act(obs)
         with torch.no_grad():
             q_next_j = target.q_j(next_obs, target.policy.act(next_obs).clamp(-BOX, BOX))
-            uniform, near = (batch["noise", name].movedim(1, 0) for name in ("uniform", "near"))
-            drawn = mean.clamp(-BOX, BOX) + args.cql_std * near
-            density = -0.5 * near.square() - math.log(args.cql_std * math.sqrt(2 * math.pi))
-            # a sample outside of the box has density inf, since the integral is over the box
-            inside = (drawn.abs() <= BOX).all(-1)
-            log_density = torch.cat(
-                [
-                    torch.full_like(near[..., 0], -mean.shape[-1] * math.log(2 * BOX)),
-                    density.sum(-1).masked_fill(~inside, torch.inf),
-                ]
-            )
-            samples = torch.cat([uniform, drawn])
+        std = torch.full_like(mean, args.cql_std)
+        samples, log_density = box_samples(mean, std, batch["noise"])
         q_j = networks.q_j(obs, action.clamp(-BOX, BOX))
         total = sampled_log_sum_exp(networks.q_j(obs.expand(len(samples), *obs.shape), samples), log_density)
         # clipped as in the simulator; a_hat pulls a mean outside of the box back

@@ -1,0 +1,43 @@
+"""The sampled log-sum-exp of CQL(H) with continuous actions, which CQL and OMAR share (Kumar et al. 2020, Appendix F).
+
+log of the integral of exp(q(o, a)) over the box of actions is estimated by importance sampling. Half of the samples are
+uniform in the box, the others are drawn around the policy's action.
+"""
+
+import math
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from torch.distributions import Normal
+
+from baselines.common import BOX
+
+
+def sample_noise(card: dict, B: int, K: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """The random numbers of box_samples, [B, K, n, A]."""
+    shape, device = (B, K, card["n_agents"], card["action_dim"]), generator.device
+    uniform = torch.empty(shape, device=device).uniform_(-BOX, BOX, generator=generator)
+    return {"near": torch.randn(shape, generator=generator, device=device), "uniform": uniform}
+
+
+@torch.no_grad()
+def box_samples(mean: Tensor, std: Tensor, noise: TensorDict) -> tuple[Tensor, Tensor]:
+    """K uniform actions and K from Normal(mean, std) [B, n, A], and the logarithm of their densities.
+
+    The integral is over the box, so a sample outside of it has density inf. The mean is clipped to the box: it may be
+    outside, and many recorded actions are clipped to its edge, which samples must reach.
+    -> (samples [2K, B, n, A], log densities [2K, B, n]).
+    """
+    near = Normal(mean.clamp(-BOX, BOX), std, validate_args=False)
+    uniform, drawn = noise["uniform"].movedim(1, 0), near.loc + near.scale * noise["near"].movedim(1, 0)
+    inside = (drawn.abs() <= BOX).all(-1)
+    log_near = near.log_prob(drawn).sum(-1).masked_fill(~inside, torch.inf)
+    log_uniform = torch.full_like(log_near, -mean.shape[-1] * math.log(2 * BOX))
+    return torch.cat([uniform, drawn]), torch.cat([log_uniform, log_near])
+
+
+def sampled_log_sum_exp(q: Tensor, log_density: Tensor) -> Tensor:
+    """log of the mean of exp(q) / density over the samples: q [..., 2K, B, n] and log_density [2K, B, n] -> [..., B,
+    n]."""
+    return (q - log_density).logsumexp(-3) - math.log(len(log_density))
