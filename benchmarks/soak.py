@@ -76,7 +76,7 @@ import time
 import warnings
 import zipfile
 
-import matplotlib.pyplot  # noqa: F401 -- what the commands import, once for all
+import matplotlib.figure  # noqa: F401 -- what the commands import, once for all
 import torch
 
 import baselines.icq  # noqa: F401

@@ -58,7 +58,7 @@ from offline_data import sealed
 from offline_data.card import check_free, read_json, short
 from offline_data.collect_args import Args
 from offline_data.dataset import dataset_path, episode_returns, episodes, open_dataset, table_row
-from offline_data.durable import write_bytes, write_text
+from offline_data.durable import write_figure, write_text
 from offline_data.lock import locked
 from offline_data.writer import DatasetWriter
 
@@ -354,14 +354,12 @@ def train_in(env, args: Args, root: Path) -> list[dict]:
 
 def plot_curve(curve: list[dict], path: Path, title: str):
     """The behaviour policy's learning curve: the return, and the winrate of battles."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
     quantities = [key for key in ("return", "winrate") if curve[0][key] is not None]
-    figure, axes = plt.subplots(1, len(quantities), figsize=(5 * len(quantities), 3.5), squeeze=False)
+    figure = Figure(figsize=(5 * len(quantities), 3.5))
+    axes = figure.subplots(1, len(quantities), squeeze=False)
     for axis, key in zip(axes[0], quantities):
         label, scale = ("winrate (%", 100) if key == "winrate" else ("return (mean", 1)
         axis.plot([point["step"] for point in curve], [scale * point[key] for point in curve])
@@ -370,10 +368,7 @@ def plot_curve(curve: list[dict], path: Path, title: str):
             axis.set_ylim(0, 100)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.tight_layout()
-    image = io.BytesIO()
-    figure.savefig(image, dpi=120, format="png")
-    plt.close(figure)
-    write_bytes(path, image.getbuffer())
+    write_figure(path, figure, 120)
 
 
 def update(loss: MAPPOLoss, optimizer, batch: TensorDict, args: Args):

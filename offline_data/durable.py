@@ -2,6 +2,7 @@
 
     write_text(path, text)          # a new file, or an existing one replaced as a whole
     write_bytes(path, data)         # for example what torch.save wrote into an io.BytesIO
+    write_figure(path, figure, dpi) # of matplotlib
     replace(partial, path)          # a file or folder that is ready takes its final name
     with disk_errors(path): ...     # an OSError in here becomes BadInput with one line
 
@@ -11,6 +12,7 @@ read-only folder), BadInput is raised with one line that says what to do. Import
 """
 
 import errno
+import io
 import os
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -116,3 +118,16 @@ def write_bytes(path: str | Path, data: bytes | memoryview, again: str = AGAIN):
 def write_text(path: str | Path, text: str, again: str = AGAIN):
     """Writes a text file as a whole, in UTF-8."""
     write_bytes(path, text.encode(), again)
+
+
+def write_figure(path: str | Path, figure, dpi: int, again: str = AGAIN):
+    """Writes a matplotlib figure as a whole, in the format of the path's suffix, by default PNG.
+
+    Raises BadInput for a format that matplotlib does not know.
+    """
+    image = io.BytesIO()
+    try:
+        figure.savefig(image, dpi=dpi, format=Path(path).suffix.lstrip(".") or "png")
+    except ValueError as error:
+        raise BadInput(f"can't write {path}: {error}") from None
+    write_bytes(path, image.getbuffer(), again)

@@ -4,16 +4,14 @@
     python -m offline_data plot data/mamujoco/hopper/medium-replay      # histogram of episode returns
 """
 
-import io
 import json
 from pathlib import Path
 
 import tyro
 
-from environments.checks import BadInput
 from offline_data.card import check_card, read_json, table_row
 from offline_data.card import verify as compare_sums
-from offline_data.durable import write_bytes
+from offline_data.durable import write_figure
 
 # The paper's Table 3, beside the statistics on OG-MARL's dataset cards (docs/dataset_cards: omiga.md, og_marl.md).
 # A row is: env, task, quality | agents, state, obs, action | Table 3's thousands of trajectories and of samples, mean
@@ -167,25 +165,17 @@ def plot(path: tyro.conf.Positional[str], out: str | None = None):
         path: dataset directory
         out: the image to write (default returns.png beside the data, in that directory)
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     from offline_data.dataset import episode_returns, open_dataset
 
     rows, card = open_dataset(path)
     out = Path(path, "returns.png") if out is None else Path(out)
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     axes.hist(episode_returns(rows).numpy(), bins=50)
     returns = f"{card['return_mean']:.1f} ± {card['return_std']:.1f}"
     title = f"{card['task']} {card['quality']}: {card['trajectories']} episodes, {returns}"
     axes.set(title=title, xlabel="return of the episode", ylabel="episodes")
-    image = io.BytesIO()
-    try:
-        figure.savefig(image, dpi=150, format=Path(out).suffix.lstrip(".") or "png")
-    except ValueError as error:  # a format that matplotlib does not know
-        raise BadInput(f"can't write {out}: {error}") from None
-    plt.close(figure)
-    write_bytes(out, image.getbuffer())
+    write_figure(out, figure, 150)
     print(f"wrote {out}")

@@ -6,7 +6,6 @@ A transition's weight in Eq. 11 is a product of two factors. Its own w* multipli
 episode says how often it is drawn. Each is divided by its mean here: 1 is plain BC.
 """
 
-import io
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from torch import Tensor
 from comadice_losses import DIVERGENCES, effective_sample_size, episode_ratio
 from environments.checks import BadInput
 from offline_data.dataset import DATA_ROOT, dataset_path, episode_returns, open_dataset
-from offline_data.durable import write_bytes
+from offline_data.durable import write_figure
 from offline_data.replay import transition_rows
 from support.ratio_args import Args
 from support.runs import check_checkpoint, load_checkpoint
@@ -165,12 +164,7 @@ def draw(state: dict, rows: TensorDict, metrics: list[dict], out: Path):
     said = verdict(weights)
     figure.suptitle(f"{state['card']['task']} {state['card']['quality']}: {said}".replace("; ", "\n"), fontsize=10)
     figure.subplots_adjust(0.1, 0.08, 0.92, 0.87, 0.24, 0.36)
-    image = io.BytesIO()
-    try:
-        figure.savefig(image, dpi=100, format=out.suffix.lstrip(".") or "png")
-    except ValueError as error:  # a format that matplotlib does not know
-        raise BadInput(f"can't write {out}: {error}") from None
-    write_bytes(out, image.getbuffer(), "give another --out")
+    write_figure(out, figure, 100, "give another --out")
     print(f"{out}: {said}")
 
 

@@ -9,7 +9,6 @@ leaves out, and why.
 """
 
 import csv
-import io
 import json
 import math
 import os
@@ -25,7 +24,7 @@ import torch
 from environments.checks import BadInput
 from offline_data.card import DEEPEST, sound
 from offline_data.dataset import read_json
-from offline_data.durable import write_bytes
+from offline_data.durable import write_figure
 from offline_data.published import published
 from support import loggers, scores
 from support.report_args import Args
@@ -503,12 +502,10 @@ def write_report(cells: list[Cell], left_out: list[tuple[Path, str]], last: floa
 
 def plot_curves(curves: dict[str, list[list[dict]]], dataset_return: float, title: str, path: Path):
     """Learning curves: for each method the mean return over seeds, with its standard error as a band."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6.4, 4))
+    figure = Figure(figsize=(6.4, 4))
+    axis = figure.subplots()
     for name, seeds in curves.items():
         seeds = [[row for row in metrics if row.get("return") is not None] for metrics in seeds]
         steps = [row["step"] for row in seeds[0]]
@@ -524,10 +521,7 @@ def plot_curves(curves: dict[str, list[list[dict]]], dataset_return: float, titl
     axis.set(xlabel="gradient steps of the policy", ylabel=said, title=title)
     axis.legend()
     figure.tight_layout()
-    image = io.BytesIO()
-    figure.savefig(image, dpi=150, format="png")
-    plt.close(figure)
-    write_bytes(path, image.getbuffer())
+    write_figure(path, figure, 150)
 
 
 def report(curves: dict[str, list[list[dict]]], card: dict, args, picture: str):
