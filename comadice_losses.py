@@ -106,9 +106,10 @@ def td_advantage(reward: Tensor, terminated: Tensor, nu_tot: Tensor, nu_tot_next
 
 
 def q_loss(A_tot: Tensor, td: Tensor, rho: Tensor | None = None) -> Tensor:
-    """The MSE that fits q: A_tot = M[q - nu] to td = r + gamma nu_tot(s') - nu_tot(s) (td_advantage), held fixed.
+    """The MSE between A_tot = M[q - nu] and td = r + gamma nu_tot(s') - nu_tot(s) of td_advantage, which is held fixed.
 
-    It trains psi_q only. The paper prints no brackets around td, but the residual is A_tot - td.
+    It trains psi_q alone, if the caller holds nu and theta fixed in A_tot. The paper prints no brackets around td, but
+    the residual is A_tot - td.
     """
     return expectation((A_tot - td.detach()) ** 2, rho)  # Eq. 9
 
@@ -132,8 +133,8 @@ def dual_loss(
     Objective `printed`: A_tot is M[q - nu] with q fixed, as Eq. 10 is printed. The gradient can only push nu up at
     states that are not initial, and nothing balances the mixer's bias. So this loss has no minimum.
 
-    mass is the total weight of rho^mu, (1 - gamma) E[sum_t gamma^t] over episodes. It is 1 in the paper's endless MDP.
-    If episodes terminate, it is below 1. With mass 1 the policy would then not approach the behaviour as alpha grows.
+    mass is what rho^mu sums to, (1 - gamma) E[sum_t gamma^t] over episodes: 1 in the paper's endless MDP, less if
+    episodes terminate. With mass 1 the policy would then not approach the behaviour as alpha grows.
     lam is the multiplier of mass E_D[w] = 1 (Table 4's lambda, as in OptiDICE). L is minimised over it too.
     """
     data_term = mass * expectation(alpha * f.f_star((A_tot - lam) / alpha), rho)
@@ -145,11 +146,11 @@ def semi_loss(nu_tot: Tensor, A_tot: Tensor, alpha: float | Tensor, f: Divergenc
 
     Its minimum has E[w | s] = 1: among the actions recorded in a state, some get more weight and others less.
 
-    For stationary data (1 - gamma) E_p0[nu_tot] = E_D[nu_tot(s) - gamma nu_tot(s')]. Without a gradient at s', only
-    nu_tot(s) remains. Mao et al. (2024) study semi-gradients of DICE losses; the unit weight on nu_tot(s) is this
-    project's choice. E[w | s] = 1 holds with or without termination, if nu_tot(s) can take any value in every state. So
-    no normaliser is needed. The policy is kept close to the behaviour in each state, while Eq. 2-3 keep its occupancy
-    close to the data's.
+    For stationary data (1 - gamma) E_p0[nu_tot] = E_D[nu_tot(s) - gamma nu_tot(s')]. The right side takes the place of
+    the initial states. Without a gradient at s' it is E_D[nu_tot(s)]. Mao et al. (2024) study semi-gradients of DICE
+    losses; the unit weight on nu_tot(s) is this project's choice. E[w | s] = 1 holds with or without termination, if
+    nu_tot(s) can take any value in every state. So no normaliser is needed. The policy is kept close to the behaviour
+    in each state, while Eq. 2-3 keep its occupancy close to the data's.
     """
     return expectation(nu_tot + alpha * f.f_star(A_tot / alpha), rho)
 
@@ -159,9 +160,9 @@ def released_nu_loss(
 ) -> Tensor:
     """Objective `released_nu`: how the authors' released code moves nu, for a given multiplier lam.
 
-    nu_init [B, n] are local values nu_i(s0). A [B, n] are local advantages A_i = W_i (q_i - nu_i). f(w) and the factor
-    A_i beside w are constants here. So the data term's gradient in nu_i is -W_i r'(y) y with y = (A_i - lam) / alpha
-    and r = w*, an asymmetric regression of nu_i onto q_i. The initial states are not mixed. docs/PAPER.md lists what
+    nu_init [B, n] are local values nu_i(s0). A [B, n] are local advantages A_i = W_i (q_i - nu_i). Only w is
+    differentiated, not f(w) and not the A_i beside w. With y = (A_i - lam) / alpha, the data term's gradient in nu_i is
+    -W_i w*'(y) y, an asymmetric regression of nu_i onto q_i. The initial states are not mixed. docs/PAPER.md lists what
     else the released code does.
     """
     A = A - (lam.detach() if isinstance(lam, Tensor) else lam)
@@ -172,9 +173,9 @@ def released_nu_loss(
 
 
 def occupancy_ratio(A_tot: Tensor, alpha: float | Tensor, f: Divergence, lam: float | Tensor = 0.0) -> Tensor:
-    """w_tot*(s, a) = max(0, (f')^-1((A_tot - lam) / alpha)), the ratio rho^pi / rho^mu. The default has lam = 0.
+    """w_tot*(s, a) = max(0, (f')^-1((A_tot - lam) / alpha)), the ratio rho^pi / rho^mu.
 
-    (Section 5 prints its argument negated.)
+    lam is 0 unless comadice_train.py is given --lambda-scale. (Section 5 prints the argument negated.)
     """
     return f.w_star((A_tot - lam) / alpha)  # Prop. 4.1 and Section 4.3
 

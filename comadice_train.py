@@ -3,14 +3,15 @@
     python comadice_train.py                        # the demonstration: a small hopper dataset, minutes on a CPU
     python comadice_train.py --env mamujoco --task hopper --quality medium-replay --seeds 0 1 2 3 4
 
-Read `algorithm_1` first. Lines 3 to 8 train nu and the mixer in this file, and q if w* is to come from it. Then w* is
-computed once for every transition of the dataset. Lines 9 to 12 train the local policies by weighted behavioural
-cloning, in comadice_bc.py. The equations are in comadice_losses.py, the networks in comadice_mixer.py.
+Read `algorithm_1` first, near the end of this file. Lines 3 to 8 train nu and the mixer in this file, and q if w* is to
+come from it. Then w* is computed once for every transition of the dataset. Lines 9 to 12 train the local policies by
+weighted behavioural cloning, in comadice_bc.py. The equations are in comadice_losses.py, the networks in
+comadice_mixer.py.
 
 By default (objective `semi`, w* from the TD form) there is no q: line 5 has nothing to do, and lines 6 and 7 minimise
-semi_loss in the place of Eq. 10. Transitions are drawn in proportion to a ratio between episodes (--episode-alpha),
-which is not in the paper. `--preset paper` runs the algorithm as printed. docs/PAPER.md says why. Flags whose default
-is None are filled in by `resolve` in support/presets.py.
+semi_loss in the place of Eq. 10. Not in the paper: transitions of episodes with a higher return are drawn more often
+(--episode-alpha). `--preset paper` runs the algorithm as printed. docs/PAPER.md says why. Flags whose default is None
+are filled in by `resolve` in support/presets.py.
 """
 
 import environments.threads  # noqa: F401 -- before torch
@@ -53,14 +54,15 @@ class Args:
     alpha: float | None = None
     """weight of the divergence from the data, in units of the reward (default with semi: 5 mean absolute rewards)"""
     episode_alpha: float | None = None
-    """alpha of the ratio between episodes, in units of the return; 0: off (default with semi: 0.25 times the mean
-    absolute deviation of the episodes' returns)"""
+    """transitions of better episodes are drawn more often; a larger value prefers them less, 0 not at all. It is the
+    alpha of a ratio between episodes, in units of the return (default with semi: 0.25 times the mean absolute deviation
+    of the episodes' returns)"""
     f: Literal["soft_chi2", "chi2", "kl"] = "soft_chi2"
     """f-divergence (Section B.5)"""
     gamma: float = 0.99
     """discount (Table 4)"""
     bound: bool | None = None
-    """clip nu_tot(s') to the range of the data's discounted returns, against divergence (default with semi)"""
+    """clip nu_tot(s') to the range of the data's discounted returns, so that nu can't blow up (default with semi)"""
     mixer_layers: Literal[1, 2] = 1
     """layers of the mixer (Section B.6)"""
     lambda_scale: float | None = None
@@ -168,7 +170,7 @@ from support.stages import Stage
 # The entries of a transition, and of an initial state, that Eq. 9 and Eq. 10 need.
 CRITIC_KEYS = ["state", ("agents", "observation"), ("agents", "action"), "reward", "terminated"]
 INIT_KEYS = ["state", ("agents", "observation")]
-STARTS = 1024  # metrics.csv has the mean of nu_tot over so many initial states, always the same ones
+STARTS = 1024  # nu_init in metrics.csv is the mean of nu_tot over the dataset's first 1024 initial states
 
 # ---------------------------------------------------------------- A_tot and the losses on one batch of transitions [B]
 
@@ -181,100 +183,85 @@ def nu_tot(critics: Critics, states: TensorDict) -> Tensor:
 def td_form(critics_next: Critics, batch: TensorDict, nu_s: Tensor, args: Args, facts: DataFacts) -> Tensor:
     """A_tot(s, a) = r + gamma nu_tot(s') - nu_tot(s) -> [B]. `critics_next` give nu_tot(s'), and nu_s is nu_tot(s).
 
-    With --bound, nu_tot(s') is clipped to the discounted returns that follow the recorded states. Without it, facts.low
-    and facts.high are infinite.
+    With --bound, nu_tot(s') is clipped to the lowest and the highest discounted return after any recorded state.
+    Without it, facts.low and facts.high are infinite.
     """
     nu_next = nu_tot(critics_next, batch["next"]).clamp(facts.low, facts.high)
     reward, terminated = args.reward_scale * batch["reward"][:, 0], batch["terminated"][:, 0]
     return losses.td_advantage(reward, terminated, nu_s, nu_next, args.gamma)  # Eq. 5
 
 
-def q_form(critics: Critics, batch: TensorDict, args: Args, trained: Literal["nu", "q"]) -> Tensor:
-    """A_tot(s, a) from M_theta^s[q - nu] -> [B]. With `released_nu`: the local A_i = W_i (q_i - nu_i) -> [B, n].
-
-    Only `printed` keeps the mixer's bias in A_tot. The gradient flows to psi_q if q is `trained`. Otherwise it flows to
-    psi_nu and theta, and with `released_nu` to psi_nu alone.
-    """
+def q_form(critics: Critics, batch: TensorDict, args: Args, gradient: Literal["q", "nu and theta"]) -> Tensor:
+    """A_tot(s, a) = M_theta^s[q - nu] -> [B]. The `gradient` flows to psi_q alone, or to psi_nu and theta alone."""
     obs, state = batch["agents", "observation"], batch["state"]
     nu, q = critics.nu(obs), critics.q(obs, batch["agents", "action"])
-    nu, q = (nu, q.detach()) if trained == "nu" else (nu.detach(), q)
     at = critics.mixer.at(state)  # W_theta^s and b_theta^s
-    if trained == "q" or args.objective == "released_nu":
-        at = tuple(weights.detach() for weights in at)
-    if args.objective == "released_nu":
-        return at[0] * (q - nu)
-    if args.objective == "printed":
-        return critics.mixer(q - nu, state, at)  # Section 5, with the mixer's bias
-    return critics.mixer.advantage(q - nu, state, at)  # without the bias, so that Eq. 5 can hold
-
-
-# What lines 6 and 7 minimise, one function per --objective. `printed` is Eq. 10, with a multiplier if --lambda-scale is
-# given. The default `semi` takes its place; docs/PAPER.md compares the four. `target` are slowly moving copies of the
-# networks, `init` are initial states (semi needs none), and alpha is in scaled rewards.
-
-
-def semi(critics, target, batch, init, alpha, args, facts):
-    """The target networks give nu_tot(s'), so no gradient flows at s'. -> (L(nu, theta), A_tot, nu_tot(s))."""
-    nu_s = nu_tot(critics, batch)
-    A_tot = td_form(target, batch, nu_s, args, facts)
-    return losses.semi_loss(nu_s, A_tot, alpha, losses.DIVERGENCES[args.f]), A_tot, nu_s
-
-
-def exact(critics, target, batch, init, alpha, args, facts):
-    """Prop. 4.1, with the gradient at s, s' and s0. -> (L(nu, theta), A_tot, nu_tot(s))."""
-    nu_s = nu_tot(critics, batch)
-    A_tot = td_form(critics, batch, nu_s, args, facts)
-    f, lam = losses.DIVERGENCES[args.f], critics.lam
-    return losses.dual_loss(nu_tot(critics, init), A_tot, alpha, f, args.gamma, lam, facts.mass), A_tot, nu_s
-
-
-def printed(critics, target, batch, init, alpha, args, facts):
-    """Eq. 10 as it is printed, with q fixed. -> (L(nu, theta), A_tot, nu_tot(s))."""
-    A_tot = q_form(critics, batch, args, trained="nu")
-    f, lam = losses.DIVERGENCES[args.f], critics.lam
-    loss = losses.dual_loss(nu_tot(critics, init), A_tot, alpha, f, args.gamma, lam)  # Eq. 10
-    return loss, A_tot, nu_tot(critics, batch)
-
-
-def released_nu(critics, target, batch, init, alpha, args, facts):
-    """The released code's rule for nu, theta fixed. -> (L(nu), A_i [B, n], nu_tot(s))."""
-    A_i = q_form(critics, batch, args, trained="nu")
-    nu_init = critics.nu(init["agents", "observation"])
-    f, lam = losses.DIVERGENCES[args.f], critics.lam
-    return losses.released_nu_loss(nu_init, A_i, alpha, f, args.gamma, lam), A_i, nu_tot(critics, batch)
-
-
-OBJECTIVE_LOSSES = {"semi": semi, "exact": exact, "printed": printed, "released_nu": released_nu}
-
-
-def q_loss(critics: Critics, target: Critics, batch: TensorDict, args: Args, facts: DataFacts) -> Tensor:
-    """L_q(psi_q), with nu and theta fixed and nu_tot(s') from the target networks.
-
-    `released_nu` differs: there M[q] is fitted to r + gamma nu_tot(s'), and theta is trained, too.
-    """
-    nu_s = nu_tot(critics, batch).detach()
-    if args.objective == "released_nu":
-        q = critics.q(batch["agents", "observation"], batch["agents", "action"])
-        A_tot = critics.mixer(q, batch["state"]) - nu_s
+    if gradient == "q":
+        nu, at = nu.detach(), tuple(weights.detach() for weights in at)
     else:
-        A_tot = q_form(critics, batch, args, trained="q")
-    return losses.q_loss(A_tot, td_form(target, batch, nu_s, args, facts))  # Eq. 9
+        q = q.detach()
+    # Section 5 has the mixer's bias in A_tot. Elsewhere it is left out, so that Eq. 5 can hold.
+    mix = critics.mixer if args.objective == "printed" else critics.mixer.advantage
+    return mix(q - nu, state, at)
 
 
-def ratio(A_tot: Tensor, alpha: float | Tensor, lam: Tensor, args: Args) -> Tensor:
-    """w_tot*(s, a) -> [B] from A_tot [B], or with `released_nu` from the local A_i [B, n]."""
-    from_A = losses.released_nu_ratio if args.objective == "released_nu" else losses.occupancy_ratio
-    return from_A(A_tot, alpha, losses.DIVERGENCES[args.f], lam)  # Section 4.3
+def local_form(critics: Critics, batch: TensorDict) -> Tensor:
+    """The local A_i = W_i (q_i - nu_i) of `released_nu` -> [B, n]. The gradient flows to psi_nu alone."""
+    obs = batch["agents", "observation"]
+    q = critics.q(obs, batch["agents", "action"]).detach()
+    return critics.mixer.weights(batch["state"]).detach() * (q - critics.nu(obs))
+
+
+# What lines 6 and 7 minimise, and w*: one function per --objective, -> (L(nu, theta), w [B]). `target` are slowly
+# moving copies of the networks, `init` initial states (semi needs none), nu_s is nu_tot(s), alpha is in scaled rewards.
+
+
+def semi(critics, target, batch, init, nu_s, alpha, args, facts):
+    """The default, in the place of Eq. 10. The target networks give nu_tot(s'), so no gradient flows at s'."""
+    f, A_tot = losses.DIVERGENCES[args.f], td_form(target, batch, nu_s, args, facts)
+    return losses.semi_loss(nu_s, A_tot, alpha, f), losses.occupancy_ratio(A_tot, alpha, f)
+
+
+def exact(critics, target, batch, init, nu_s, alpha, args, facts):
+    """Prop. 4.1, with the gradient at s, s' and s0."""
+    f, A_tot = losses.DIVERGENCES[args.f], td_form(critics, batch, nu_s, args, facts)
+    loss = losses.dual_loss(nu_tot(critics, init), A_tot, alpha, f, args.gamma, critics.lam, facts.mass)
+    return loss, losses.occupancy_ratio(A_tot, alpha, f, critics.lam)
+
+
+def printed(critics, target, batch, init, nu_s, alpha, args, facts):
+    """Eq. 10 as it is printed, with q fixed, and with a multiplier of E[w] = 1 if --lambda-scale is given."""
+    f, A_tot = losses.DIVERGENCES[args.f], q_form(critics, batch, args, gradient="nu and theta")
+    loss = losses.dual_loss(nu_tot(critics, init), A_tot, alpha, f, args.gamma, critics.lam)  # Eq. 10
+    return loss, losses.occupancy_ratio(A_tot, alpha, f, critics.lam)
+
+
+def released_nu(critics, target, batch, init, nu_s, alpha, args, facts):
+    """The released code's rule for nu. Here q's loss trains theta."""
+    f, A_i, nu_init = losses.DIVERGENCES[args.f], local_form(critics, batch), critics.nu(init["agents", "observation"])
+    loss = losses.released_nu_loss(nu_init, A_i, alpha, f, args.gamma, critics.lam)
+    return loss, losses.released_nu_ratio(A_i, alpha, f, critics.lam)
+
+
+OBJECTIVES = {"semi": semi, "exact": exact, "printed": printed, "released_nu": released_nu}
 
 
 def critic_losses(critics, target, batch, init, alpha, args, facts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The losses of lines 5 to 7: (L_q, L(nu, theta), w [B], nu_tot(s) [B]). The last two are for metrics.csv.
 
-    L_q is 0 if w* does not come from q. No parameter is in both losses.
+    L_q is 0 if w* does not come from q. No parameter gets a gradient from both losses.
     """
-    L_nu, A_tot, nu_s = OBJECTIVE_LOSSES[args.objective](critics, target, batch, init, alpha, args, facts)  # lines 6, 7
-    L_q = q_loss(critics, target, batch, args, facts) if args.advantage == "q" else torch.zeros_like(L_nu)  # line 5
-    return L_q, L_nu, ratio(A_tot, alpha, critics.lam, args).detach(), nu_s.detach()
+    nu_s = nu_tot(critics, batch)
+    L_nu, w = OBJECTIVES[args.objective](critics, target, batch, init, nu_s, alpha, args, facts)  # lines 6 and 7
+    L_q = torch.zeros_like(L_nu)
+    if args.advantage == "q":
+        if args.objective == "released_nu":  # M[q] is fitted to r + gamma nu_tot(s'), and theta is trained with q
+            q = critics.q(batch["agents", "observation"], batch["agents", "action"])
+            A_q = critics.mixer(q, batch["state"]) - nu_s.detach()
+        else:
+            A_q = q_form(critics, batch, args, gradient="q")
+        L_q = losses.q_loss(A_q, td_form(target, batch, nu_s, args, facts))  # line 5, Eq. 9
+    return L_q, L_nu, w.detach(), nu_s.detach()
 
 
 def critic_metrics(L_q: Tensor, L_nu: Tensor, w: Tensor, nu_s: Tensor, args: Args) -> dict[str, float]:
@@ -326,9 +313,9 @@ def make_critic_update(critics, target, optimizer, args: Args, facts: DataFacts,
 def train_critics(rows: TensorDict, card: dict, args: Args, runs: list[Run], facts: DataFacts, weights: Tensor | None):
     """Lines 3 to 8 for runs at the same step, from their checkpoints on. args.evals checkpoints are saved on the way.
 
-    A transition is a row of `rows` and the next row. Not in the paper: in both stages transitions are drawn in
-    proportion to `weights`, the ratio of their episode (comadice_losses.episode_ratio). Initial states are drawn
-    uniformly.
+    A transition is a row of `rows` and the next row. Not in the paper: in both stages a transition is drawn with a
+    probability proportional to `weights`, the ratio of its episode (comadice_losses.episode_ratio). Initial states are
+    drawn uniformly.
     """
     device, seeds = pick_device(args.device), [run.seed for run in runs]
     critics, target = make_stacked(lambda: make_critics(card, args).to(device), seeds)  # line 1: theta, psi_q, psi_nu
@@ -346,8 +333,8 @@ def train_critics(rows: TensorDict, card: dict, args: Args, runs: list[Run], fac
     update = Graph(make_critic_update(critics, target, optimizer, args, facts), args.graph)
     sources = (transitions, args.batch_size), (initial_states, args.init_batch_size)
     # line 3: training the occupancy ratio
-    for step, batch, init in stage.steps(*sources):  # line 4
-        results = update(batch, init)  # lines 5 to 7
+    for step, batch, init in stage.steps(*sources):  # line 4: to step args.steps
+        results = update(batch, init)  # lines 5 to 7: `update` of make_critic_update
         if step in stage.at:  # --evals times
             metrics = [critic_metrics(*result, args) for result in split_seeds(results, seeds)]
             with torch.no_grad():
@@ -357,18 +344,22 @@ def train_critics(rows: TensorDict, card: dict, args: Args, runs: list[Run], fac
 
 
 @torch.no_grad()
-def dataset_ratio(critics: Critics, rows: TensorDict, args: Args, facts: DataFacts) -> Tensor:
-    """w_tot*(s, a) of every transition of the dataset, [T] (Section 4.3). `critics` are the trained target networks."""
-    t, alpha, device = transition_rows(rows), args.alpha * args.reward_scale, critics.lam.device
+def dataset_ratio(target: Critics, rows: TensorDict, args: Args, facts: DataFacts) -> Tensor:
+    """w_tot*(s, a) of every transition of the dataset, [T]. `target` are the trained target networks."""
+    t, alpha, device = transition_rows(rows), args.alpha * args.reward_scale, target.lam.device
+    f = losses.DIVERGENCES[args.f]
     w = torch.empty(len(t), dtype=rows["state"].dtype, device=t.device)  # filled in place, to save memory
     for index, out in zip(t.split(CHUNK // 8), w.split(CHUNK // 8)):
         stops.leave()
         batch = as_transition(rows[torch.stack([index, index + 1], -1)].to(device))
+        if args.objective == "released_nu":
+            out.copy_(losses.released_nu_ratio(local_form(target, batch), alpha, f, target.lam))
+            continue
         if args.advantage == "td":
-            A_tot = td_form(critics, batch, nu_tot(critics, batch), args, facts)
+            A_tot = td_form(target, batch, nu_tot(target, batch), args, facts)
         else:
-            A_tot = q_form(critics, batch, args, trained="q")
-        out.copy_(ratio(A_tot, alpha, critics.lam, args))
+            A_tot = q_form(target, batch, args, gradient="q")
+        out.copy_(losses.occupancy_ratio(A_tot, alpha, f, target.lam))  # w* of Section 4.3
     return w
 
 
@@ -378,17 +369,21 @@ def dataset_ratio(critics: Critics, rows: TensorDict, args: Args, facts: DataFac
 def algorithm_1(
     rows: TensorDict, card: dict, args: Args, runs: list[Run], env, facts: DataFacts, weights: Tensor | None
 ):
-    """Algorithm 1 for runs at the same step, to its end. `env` is the simulator for the evaluations, or None."""
+    """Algorithm 1 for runs at the same step, to its end. `rows` is the dataset D of line 1, described by `card`.
+
+    `env` is the simulator for the evaluations, or None.
+    """
     if runs[0].state["critic_step"] < args.steps:
         train_critics(rows, card, args, runs, facts, weights)  # lines 3 to 8
-    critics = make_critics(card, args).to(pick_device(args.device))
+    target = make_critics(card, args).to(pick_device(args.device))
     for run in runs:
-        critics.load_state_dict(run.state["target"])
-        run.state["w"] = dataset_ratio(critics, rows, args, facts)  # w* for line 11, from the slowly moving copies
-    comadice_bc.train_policies(rows, card, args, runs, env, "policy", weights=weights)  # lines 9 to 12, with Eq. 11
+        target.load_state_dict(run.state["target"])
+        run.state["w"] = dataset_ratio(target, rows, args, facts)  # w* for line 11, from the slowly moving copies
+    # lines 9 to 12, and line 1 for eta: Eq. 11 with run.state["w"]
+    comadice_bc.train_policies(rows, card, args, runs, env, "policy", weights=weights)
     for run in runs:
         ratio_picture.draw(run.state, rows, run.metrics, run.path / "ratio.png")
-        finish_run(run, args, card, len(runs))  # lines 2 and 13: the policies pi_i are in the run's checkpoint
+        finish_run(run, args, card, len(runs))  # lines 2 and 13: the policies pi_i are in run.state, which is saved
 
 
 def train_seeds(args: Args, rows: TensorDict, card: dict, env) -> list[list[dict]]:
