@@ -54,7 +54,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
 
-from baselines.common import BOX, check, frozen, train
+from baselines.common import BOX, Method, check, frozen, train
 from comadice_mixer import LinearMixer, LocalMLP, Q, make_policy
 from environments.checks import BadInput, run_script
 
@@ -215,7 +215,7 @@ def main(args: Args):
     check(args, "phi", "candidates", "target_candidates", "kl_weight", "mixer_hidden")
     if not 0 <= args.clip_lambda <= 1 or not 0 <= args.threshold < 1:
         raise BadInput("--clip-lambda must be in [0, 1] and --threshold in [0, 1)")
-    train("bcq", make_networks, losses, KEYS, args, noise=noise)
+    train(Method("bcq", make_networks, losses, KEYS, noise=noise), args)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from tensordict import TensorDict
@@ -46,6 +47,25 @@ from support.stages import Evaluations, Stage
 BOX = 1.0  # the simulator clips continuous actions to [-1, 1], so recorded actions are clipped too
 
 
+class Method(NamedTuple):
+    """What differs from one method to the next. Its flags for temperatures are in units of the recorded reward."""
+
+    name: str
+    make_networks: Callable
+    """(card, args) -> a module of all that is learned"""
+    losses: Callable
+    """(networks, target, batch, args) -> {name: value}. "loss" is minimised, the sum of the method's losses.
+    No parameter is in two of them, so each gets the gradient of its own loss. The other values are for metrics.csv"""
+    keys: list
+    """the entries of a row that the losses need"""
+    prepare: Callable = lambda rows: rows
+    """the dataset, its rewards already scaled -> the dataset, perhaps with more entries"""
+    defaults: Callable = lambda card, unit: {}
+    """(card, mean absolute reward) -> the values of flags that depend on the data"""
+    noise: Callable | None = None
+    """(card, args, B, generator) -> {name: [B, ...]}, the random numbers of an update with continuous actions"""
+
+
 def check(args: RunArgs, *positive: str):
     """Raises BadInput for a flag out of its range. `positive` names the method's flags that must be positive.
 
@@ -76,29 +96,35 @@ def frozen(module: nn.Module) -> Callable:
     return lambda *inputs: functional_call(module, constants, inputs)
 
 
-def add_noise(batch: TensorDict, noise: Callable, card: dict, args: RunArgs, generators: list[torch.Generator]):
+def add_noise(batch: TensorDict, method: Method, card: dict, args: RunArgs, generators: list[torch.Generator]):
     """The batch [B] or [S, B] with the random numbers of one update under "noise", drawn by each seed's generator.
 
     So a seed draws the same numbers alone and with others, and a CUDA graph gets new ones at every replay.
     """
+    if method.noise is None or card["discrete"]:
+        return batch
     size = batch.batch_size[-1]
-    drawn = [TensorDict(noise(card, args, size, generator), [size]) for generator in generators]
+    drawn = [TensorDict(method.noise(card, args, size, generator), [size]) for generator in generators]
     batch = batch.copy()
     batch["noise"] = (torch.stack(drawn) if len(drawn) > 1 else drawn[0]).to(batch["reward"].device)
     return batch
 
 
-def make_update(networks: nn.Module, target: nn.Module, average: nn.Module, optimizer, average_step: Tensor,
-                losses: Callable, args: RunArgs, seeds: int = 1):  # fmt: skip
-    """One step as a function of a batch [B], or [S, B] for stacked networks of S seeds. It returns
-    what `losses` does, but for "loss".
+def played(networks: nn.Module) -> nn.Module:
+    """What is played: the policy, or all networks if the method's policy is implicit in q."""
+    return getattr(networks, "policy", networks)
 
-    After Adam's step the target networks and the average of the policy move towards the networks.
+
+def make_update(networks, target, average, optimizer, average_step: Tensor, losses: Callable, args, seeds: int = 1):
+    """One update as a function of a batch [B], or [S, B] for stacked networks of S seeds.
+
+    It returns the values for metrics.csv. After Adam's step the target networks move towards the networks, and
+    `average` towards the policy.
     """
     parameters = list(networks.parameters())
     losses_of = per_seed(lambda *inputs: losses(*inputs, args), [networks, target], seeds)
     update_target = target_update(target, networks, args.tau)
-    update_average = target_update(average, getattr(networks, "policy", networks), average_step)
+    update_average = target_update(average, played(networks), average_step)
 
     def update(batch: TensorDict) -> dict[str, Tensor]:
         values = losses_of(batch)
@@ -111,34 +137,28 @@ def make_update(networks: nn.Module, target: nn.Module, average: nn.Module, opti
     return update
 
 
-def train_runs(
-    algo: str, make_networks: Callable, losses: Callable, noise: Callable | None, rows: TensorDict, keys: list,
-    args: RunArgs, runs: list[Run], card: dict, env: EnvBase | None,
-):  # fmt: skip
-    """Trains runs at the same step from their last checkpoints to their end. `train` explains the arguments."""
+def train_runs(method: Method, rows: TensorDict, args: RunArgs, runs: list[Run], card: dict, env: EnvBase | None):
+    """Trains runs at the same step from their last checkpoints to their end."""
     device, seeds = pick_device(args.device), [run.seed for run in runs]
-    policy_of = lambda networks: getattr(networks, "policy", networks)  # without one, it plays its q
-    networks, target = make_stacked(lambda: make_networks(card, args).to(device), seeds)
-    average = copy.deepcopy(policy_of(networks)).requires_grad_(False)
+    networks, target = make_stacked(lambda: method.make_networks(card, args).to(device), seeds)
+    average = copy.deepcopy(played(networks)).requires_grad_(False)
     optimizer, average_step = adam(list(networks.parameters()), args.lr, device), torch.ones((), device=device)
     generators = make_generators(seeds, 1, rows)
     parts = {"networks": networks, "target": target, "policy": average, "optimizer": optimizer}  # "policy" is played
-    stage = Stage("training", algo, args, runs, parts, generators)
-    replay = make_replay(rows, keys, generators=generators, device=device)
-    update = make_update(networks, target, average, optimizer, average_step, losses, args, len(seeds))
+    stage = Stage("training", method.name, args, runs, parts, generators)
+    replay = make_replay(rows, method.keys, generators=generators, device=device)
+    update = make_update(networks, target, average, optimizer, average_step, method.losses, args, len(seeds))
     update = Graph(update, args.graph)
 
     def play(seed: int, parameters: dict, row: dict) -> dict:
-        player = policy_of(make_networks(card, args))
+        player = played(method.make_networks(card, args))
         player.load_state_dict(parameters)
         return row | evaluation(player, env, args.eval_episodes, seed, row["step"])
 
     with Evaluations(stage, play) as evaluations:  # they run beside the updates
         for step, batch in stage.steps((replay, args.batch_size)):
             set_schedule(optimizer, average_step, step, args)
-            if noise is not None and not card["discrete"]:
-                batch = add_noise(batch, noise, card, args, generators)
-            values = update(batch)
+            values = update(add_noise(batch, method, card, args, generators))
             if step in stage.at:  # --evals times
                 each = split_seeds(tuple(values.values()), seeds)
                 named = [dict(zip(values, [value.item() for value in own])) for own in each]
@@ -148,38 +168,20 @@ def train_runs(
         finish_run(run, args, card, len(runs))
 
 
-def train(
-    algo: str,
-    make_networks: Callable,
-    losses: Callable,
-    keys: list,
-    args: RunArgs,
-    prepare: Callable = lambda rows: rows,
-    defaults: Callable = lambda card, unit: {},
-    noise: Callable | None = None,
-):
-    """Trains a method for args.seeds, together where they are at the same step, and reports.
-
-    make_networks(card, args) makes all that is learned. losses(networks, target, batch, args) gives the values of one
-    update on a batch of the rows' `keys`, for metrics.csv. Its "loss" is minimised: the sum of the method's losses, no
-    parameter in two of them, so that each parameter gets the gradient of the one loss that trains it.
-    prepare(rows) may add keys to the dataset's rows, whose rewards are scaled before. defaults(card, unit) gives the
-    values of flags that depend on the data; `unit` is their mean absolute reward. Flags for temperatures are in units
-    of the recorded reward, as ComaDICE's alpha is. noise(card, args, B, generator) draws the random numbers of an
-    update for continuous actions, {name: [B, ...]}.
-    """
+def train(method: Method, args: RunArgs):
+    """Trains a method for args.seeds, together where they are at the same step, and reports."""
     device = pick_device(args.device, args.tf32)
-    rows, card = load_dataset(args, device, algo)
+    rows, card = load_dataset(args, device, method.name)
     unit = mean_abs_reward(rows)
-    own = defaults(card, unit)
+    own = method.defaults(card, unit)
     args = resolve(args, unit, own)
-    print(f"{algo}: {', '.join(f'{name} {getattr(args, name):g}' for name in ('tau', 'reward_scale', *own))}")
+    print(f"{method.name}: {', '.join(f'{name} {getattr(args, name):g}' for name in ('tau', 'reward_scale', *own))}")
     env = try_eval_env(card, args.eval_episodes, args.workers)
-    rows = prepare(scaled(rows, args.reward_scale))
-    runs = start_runs(args, algo, card, rows, {})
+    rows = method.prepare(scaled(rows, args.reward_scale))
+    runs = start_runs(args, method.name, card, rows, {})
     while group := next_group(runs):
         try:
-            train_runs(algo, make_networks, losses, noise, rows, keys, args, group, card, env)
+            train_runs(method, rows, args, group, card, env)
         except Diverged as error:
             give_up(runs, error)
-    report({algo.upper(): end_runs(runs)}, card, args, f"learning_curve_{algo}.png")
+    report({method.name.upper(): end_runs(runs)}, card, args, f"learning_curve_{method.name}.png")

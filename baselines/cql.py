@@ -46,7 +46,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from baselines.common import BOX, check, frozen, train
+from baselines.common import BOX, Method, check, frozen, train
 from baselines.conservative import box_samples, sample_noise, sampled_log_sum_exp
 from comadice_mixer import LinearMixer, Q, make_policy
 from environments.checks import run_script
@@ -164,7 +164,7 @@ def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) 
 
 def main(args: Args):
     check(args, "cql_alpha", "cql_samples", "mixer_hidden")
-    train("cql", Networks, losses, KEYS, args, noise=noise)
+    train(Method("cql", Networks, losses, KEYS, noise=noise), args)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from baselines.common import check, train
+from baselines.common import Method, check, train
 from comadice_mixer import LinearMixer, Q, make_policy
 from environments.checks import run_script
 
@@ -159,7 +159,7 @@ def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) 
 
 def main(args: Args):
     check(args, "alpha", "alpha_q", "mixer_hidden")
-    train("icq", Networks, losses, KEYS, args, with_next_action, defaults)
+    train(Method("icq", Networks, losses, KEYS, with_next_action, defaults), args)
 
 
 if __name__ == "__main__":

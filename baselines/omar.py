@@ -55,7 +55,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from baselines.common import BOX, check, frozen, train
+from baselines.common import BOX, Method, check, frozen, train
 from baselines.conservative import box_samples, sample_noise, sampled_log_sum_exp
 from comadice_mixer import Q, make_policy
 from environments.checks import BadInput, run_script
@@ -188,7 +188,7 @@ def main(args: Args):
     check(args, "search_steps", "search_samples", "search_std", "cql_alpha", "cql_samples", "cql_std")
     if args.rectification is not None and not 0 <= args.rectification <= 1:
         raise BadInput("--rectification must be in [0, 1]")
-    train("omar", Networks, losses, KEYS, args, defaults=defaults, noise=noise)
+    train(Method("omar", Networks, losses, KEYS, defaults=defaults, noise=noise), args)
 
 
 if __name__ == "__main__":

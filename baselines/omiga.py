@@ -38,7 +38,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from baselines.common import check, train
+from baselines.common import Method, check, train
 from comadice_mixer import LinearMixer, Nu, Q, make_policy
 from environments.checks import run_script
 
@@ -123,7 +123,7 @@ def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) 
 
 def main(args: Args):
     check(args, "alpha", "mixer_hidden")
-    train("omiga", Networks, losses, KEYS, args, defaults=defaults)
+    train(Method("omiga", Networks, losses, KEYS, defaults=defaults), args)
 
 
 if __name__ == "__main__":

@@ -65,11 +65,11 @@ def make_update(module, net, target, optimizer, args):
 
 def with_noise(module, discrete: bool, batch: TensorDict, args, seed: int = 0, agents: int = n) -> TensorDict:
     """The batch with the random numbers that the script draws."""
-    if discrete or not hasattr(module, "noise"):
-        return batch
-    card = {"n_agents": agents, "action_dim": A}
-    batch = baselines.common.add_noise(batch, module.noise, card, args, [torch.Generator().manual_seed(seed)])
-    batch["noise"] = batch["noise"].to(batch["reward"].dtype)
+    method = baselines.common.Method("", None, None, [], noise=getattr(module, "noise", None))
+    card = {"n_agents": agents, "action_dim": A, "discrete": discrete}
+    batch = baselines.common.add_noise(batch, method, card, args, [torch.Generator().manual_seed(seed)])
+    if "noise" in batch.keys():
+        batch["noise"] = batch["noise"].to(batch["reward"].dtype)
     return batch
 
 
