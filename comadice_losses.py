@@ -125,7 +125,7 @@ def dual_loss(
     p0: Tensor | None = None,
     rho: Tensor | None = None,
 ) -> Tensor:
-    """L(nu, theta) = (1 - gamma) E_p0[nu_tot(s0)] + mass E_D[alpha f*(A_tot / alpha)] (Eq. 7), to be minimised.
+    """L(nu, theta) = (1 - gamma) E_p0[nu_tot(s0)] + mass E_D[alpha f*(A_tot / alpha)], which Eq. 7 minimises.
 
     This is the minimax problem of Eq. 6 with its inner maximum over w in closed form (Prop. 4.1).
 
@@ -134,7 +134,7 @@ def dual_loss(
     states that are not initial, and nothing balances the mixer's bias. So this loss has no minimum.
 
     mass is what rho^mu sums to, (1 - gamma) E[sum_t gamma^t] over episodes: 1 in the paper's endless MDP, less if
-    episodes terminate. With mass 1 the policy would then not approach the behaviour as alpha grows.
+    episodes terminate. With mass 1 the policy would then not tend to the behaviour policy as alpha grows.
     lam is the multiplier of mass E_D[w] = 1 (Table 4's lambda, as in OptiDICE). L is minimised over it too.
     """
     data_term = mass * expectation(alpha * f.f_star((A_tot - lam) / alpha), rho)
@@ -146,11 +146,11 @@ def semi_loss(nu_tot: Tensor, A_tot: Tensor, alpha: float | Tensor, f: Divergenc
 
     Its minimum has E[w | s] = 1: among the actions recorded in a state, some get more weight and others less.
 
-    For stationary data (1 - gamma) E_p0[nu_tot] = E_D[nu_tot(s) - gamma nu_tot(s')]. The right side takes the place of
-    the initial states. Without a gradient at s' it is E_D[nu_tot(s)]. Mao et al. (2024) study semi-gradients of DICE
-    losses; the unit weight on nu_tot(s) is this project's choice. E[w | s] = 1 holds with or without termination, if
-    nu_tot(s) can take any value in every state. So no normaliser is needed. The policy is kept close to the behaviour
-    in each state, while Eq. 2-3 keep its occupancy close to the data's.
+    For stationary data (1 - gamma) E_p0[nu_tot] = E_D[nu_tot(s) - gamma nu_tot(s')]. So the term of initial
+    states can be replaced by the right side. With nu_tot(s') held fixed, only E_D[nu_tot(s)] has a gradient. Mao et al.
+    (2024) study semi-gradients of DICE losses; the unit weight on nu_tot(s) is this project's choice. E[w | s] = 1
+    holds with or without termination, if nu_tot(s) can take any value in every state. So no normaliser is needed. The
+    policy is kept close to the behaviour in each state, while Eq. 2-3 keep its occupancy close to the data's.
     """
     return expectation(nu_tot + alpha * f.f_star(A_tot / alpha), rho)
 

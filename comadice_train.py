@@ -3,10 +3,10 @@
     python comadice_train.py                        # the demonstration: a small hopper dataset, minutes on a CPU
     python comadice_train.py --env mamujoco --task hopper --quality medium-replay --seeds 0 1 2 3 4
 
-Read `algorithm_1` first, near the end of this file. Lines 3 to 8 train nu and the mixer in this file, and q if w* is to
-come from it. Then w* is computed once for every transition of the dataset. Lines 9 to 12 train the local policies by
-weighted behavioural cloning, in comadice_bc.py. The equations are in comadice_losses.py, the networks in
-comadice_mixer.py.
+Read `algorithm_1` first, near the end of this file. Lines 3 to 8 of Algorithm 1 are in this file: they train nu and the
+mixer, and q if w* is to come from it (--advantage q). Then w* is computed once for every transition of the dataset.
+Lines 9 to 12 train the local policies by weighted behavioural cloning, in comadice_bc.py. The equations are in
+comadice_losses.py, the networks in comadice_mixer.py.
 
 By default (objective `semi`, w* from the TD form) there is no q: line 5 has nothing to do, and lines 6 and 7 minimise
 semi_loss in the place of Eq. 10. Not in the paper: transitions of episodes with a higher return are drawn more often
@@ -200,7 +200,7 @@ def q_form(critics: Critics, batch: TensorDict, args: Args, gradient: Literal["q
         nu, at = nu.detach(), tuple(weights.detach() for weights in at)
     else:
         q = q.detach()
-    # Section 5 has the mixer's bias in A_tot. Elsewhere it is left out, so that Eq. 5 can hold.
+    # `printed` keeps the mixer's bias b in A_tot, as Section 5 does. In q_tot - nu_tot, Eq. 5, b cancels.
     mix = critics.mixer if args.objective == "printed" else critics.mixer.advantage
     return mix(q - nu, state, at)
 
@@ -212,8 +212,9 @@ def local_form(critics: Critics, batch: TensorDict) -> Tensor:
     return critics.mixer.weights(batch["state"]).detach() * (q - critics.nu(obs))
 
 
-# What lines 6 and 7 minimise, and w*: one function per --objective, -> (L(nu, theta), w [B]). `target` are slowly
-# moving copies of the networks, `init` initial states (semi needs none), nu_s is nu_tot(s), alpha is in scaled rewards.
+# What lines 6 and 7 minimise, one function per --objective: -> (L(nu, theta), w [B]). This w is for metrics.csv alone.
+# `target` are slowly moving copies of the networks, `init` are initial states (semi needs none), nu_s is nu_tot(s), and
+# alpha is in scaled rewards.
 
 
 def semi(critics, target, batch, init, nu_s, alpha, args, facts):
@@ -230,7 +231,7 @@ def exact(critics, target, batch, init, nu_s, alpha, args, facts):
 
 
 def printed(critics, target, batch, init, nu_s, alpha, args, facts):
-    """Eq. 10 as it is printed, with q fixed, and with a multiplier of E[w] = 1 if --lambda-scale is given."""
+    """Eq. 10 as it is printed, with q fixed (so it needs --advantage q), and a multiplier of E[w] = 1 if asked for."""
     f, A_tot = losses.DIVERGENCES[args.f], q_form(critics, batch, args, gradient="nu and theta")
     loss = losses.dual_loss(nu_tot(critics, init), A_tot, alpha, f, args.gamma, critics.lam)  # Eq. 10
     return loss, losses.occupancy_ratio(A_tot, alpha, f, critics.lam)
@@ -249,7 +250,8 @@ OBJECTIVES = {"semi": semi, "exact": exact, "printed": printed, "released_nu": r
 def critic_losses(critics, target, batch, init, alpha, args, facts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The losses of lines 5 to 7: (L_q, L(nu, theta), w [B], nu_tot(s) [B]). The last two are for metrics.csv.
 
-    L_q is 0 if w* does not come from q. No parameter gets a gradient from both losses.
+    L_q is 0 if w* does not come from q. In Eq. 9 the target networks give nu_tot(s'). No parameter gets a gradient from
+    both losses.
     """
     nu_s = nu_tot(critics, batch)
     L_nu, w = OBJECTIVES[args.objective](critics, target, batch, init, nu_s, alpha, args, facts)  # lines 6 and 7
@@ -290,8 +292,8 @@ def make_optimizer(critics: Critics, args: Args) -> torch.optim.Adam:
 def make_critic_update(critics, target, optimizer, args: Args, facts: DataFacts, alpha: Tensor | None = None):
     """Lines 5 to 7 as a function of (batch, init): one Adam step for all at once, then a step of the target networks.
 
-    It returns what critic_losses does. Stacked critics of S seeds take batches [S, B] and give [S] and [S, B]. alpha
-    [S] is in scaled rewards, one for each seed. By default it is args.alpha times args.reward_scale.
+    It returns what critic_losses does. With stacked critics of S seeds, batches are [S, B], losses [S], w and nu_s
+    [S, B]. alpha [S] is in scaled rewards, one for each seed. By default it is args.alpha times args.reward_scale.
     """
     alpha = torch.full_like(critics.lam, args.alpha * args.reward_scale) if alpha is None else alpha
     trained = [parameter for name, parameter in critics.named_parameters() if name != "lam" or args.lambda_scale]
@@ -313,9 +315,9 @@ def make_critic_update(critics, target, optimizer, args: Args, facts: DataFacts,
 def train_critics(rows: TensorDict, card: dict, args: Args, runs: list[Run], facts: DataFacts, weights: Tensor | None):
     """Lines 3 to 8 for runs at the same step, from their checkpoints on. args.evals checkpoints are saved on the way.
 
-    A transition is a row of `rows` and the next row. Not in the paper: in both stages a transition is drawn with a
-    probability proportional to `weights`, the ratio of its episode (comadice_losses.episode_ratio). Initial states are
-    drawn uniformly.
+    A transition is a row of `rows` and the next row. Not in the paper: for critics and policies, a transition is drawn
+    with a probability proportional to `weights`, the ratio of its episode (comadice_losses.episode_ratio). Initial
+    states are drawn uniformly.
     """
     device, seeds = pick_device(args.device), [run.seed for run in runs]
     critics, target = make_stacked(lambda: make_critics(card, args).to(device), seeds)  # line 1: theta, psi_q, psi_nu
