@@ -23,10 +23,6 @@ import benchmarks.ray_env  # noqa: F401 -- before Ray
 # isort: split
 import tyro
 
-from benchmarks import paper
-from environments import stops
-from environments.checks import BadInput, run_script
-
 
 @dataclass
 class Args:
@@ -38,6 +34,15 @@ class Args:
     """seconds that a task sleeps"""
     run: float = 0.33
     """hours of the shortest run, as benchmarks.paper --plan says (BC on hopper, 200,000 steps, one core)"""
+
+
+if __name__ == "__main__":  # before the slow imports, so that --help and a mistyped flag answer at once
+    ARGS = tyro.cli(Args)
+
+# isort: split
+from benchmarks import paper
+from environments import stops
+from environments.checks import BadInput, run_script
 
 
 @dataclass
@@ -85,4 +90,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    run_script(main, tyro.cli(Args), go_on=shlex.join(sys.orig_argv))
+    run_script(main, ARGS, go_on=shlex.join(sys.orig_argv))

@@ -24,12 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
 import tyro
-
-from benchmarks.ray_env import TOKEN
-from environments.checks import BadInput, run_script
-from support.runs import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 DATA = [str(ROOT / "data/mamujoco/hopper" / name) for name in ("demo", "few-good")]
@@ -51,6 +46,17 @@ class Args:
     """steps of each stage"""
     folder: str | None = None
     """where the grids are kept (default: they are deleted)"""
+
+
+if __name__ == "__main__":  # before the slow imports, so that --help and a mistyped flag answer at once
+    ARGS = tyro.cli(Args)
+
+# isort: split
+import torch
+
+from benchmarks.ray_env import TOKEN
+from environments.checks import BadInput, run_script
+from support.runs import load_checkpoint
 
 
 def command(args: Args, out: Path, **more) -> subprocess.Popen:
@@ -195,4 +201,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    run_script(main, tyro.cli(Args))
+    run_script(main, ARGS)
