@@ -244,7 +244,7 @@ def released_nu(critics, target, batch, init, nu_s, alpha, args, facts):
     return loss, losses.released_nu_ratio(A_i, alpha, f, critics.lam)
 
 
-OBJECTIVES = {"semi": semi, "exact": exact, "printed": printed, "released_nu": released_nu}
+OBJECTIVE_LOSSES = {"semi": semi, "exact": exact, "printed": printed, "released_nu": released_nu}
 
 
 def critic_losses(critics, target, batch, init, alpha, args, facts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -254,7 +254,7 @@ def critic_losses(critics, target, batch, init, alpha, args, facts) -> tuple[Ten
     both losses.
     """
     nu_s = nu_tot(critics, batch)
-    L_nu, w = OBJECTIVES[args.objective](critics, target, batch, init, nu_s, alpha, args, facts)  # lines 6 and 7
+    L_nu, w = OBJECTIVE_LOSSES[args.objective](critics, target, batch, init, nu_s, alpha, args, facts)  # lines 6 and 7
     L_q = torch.zeros_like(L_nu)
     if args.advantage == "q":
         if args.objective == "released_nu":  # M[q] is fitted to r + gamma nu_tot(s'), and theta is trained with q
