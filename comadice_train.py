@@ -191,12 +191,12 @@ def td_form(critics_next: Critics, batch: TensorDict, nu_s: Tensor, args: Args, 
     return losses.td_advantage(reward, terminated, nu_s, nu_next, args.gamma)  # Eq. 5
 
 
-def q_form(critics: Critics, batch: TensorDict, args: Args, gradient: Literal["q", "nu and theta"]) -> Tensor:
-    """A_tot(s, a) = M_theta^s[q - nu] -> [B]. The `gradient` flows to psi_q alone, or to psi_nu and theta alone."""
+def q_form(critics: Critics, batch: TensorDict, args: Args, trains_q: bool) -> Tensor:
+    """A_tot(s, a) = M_theta^s[q - nu] -> [B]. The gradient flows to psi_q if it trains q, else to psi_nu and theta."""
     obs, state = batch["agents", "observation"], batch["state"]
     nu, q = critics.nu(obs), critics.q(obs, batch["agents", "action"])
     at = critics.mixer.at(state)  # W_theta^s and b_theta^s
-    if gradient == "q":
+    if trains_q:
         nu, at = nu.detach(), tuple(weights.detach() for weights in at)
     else:
         q = q.detach()
@@ -214,7 +214,7 @@ def local_form(critics: Critics, batch: TensorDict) -> Tensor:
 
 # What lines 6 and 7 minimise, one function per --objective: -> (L(nu, theta), w [B]). This w is for metrics.csv alone.
 # `target` are slowly moving copies of the networks, `init` are initial states (semi needs none), nu_s is nu_tot(s), and
-# alpha is in scaled rewards.
+# alpha is in scaled rewards. critics.lam is the multiplier of E[w] = 1. It is 0 without --lambda-scale.
 
 
 def semi(critics, target, batch, init, nu_s, alpha, args, facts):
@@ -231,14 +231,14 @@ def exact(critics, target, batch, init, nu_s, alpha, args, facts):
 
 
 def printed(critics, target, batch, init, nu_s, alpha, args, facts):
-    """Eq. 10 as it is printed, with q fixed (so it needs --advantage q), and a multiplier of E[w] = 1 if asked for."""
-    f, A_tot = losses.DIVERGENCES[args.f], q_form(critics, batch, args, gradient="nu and theta")
+    """Eq. 10 as it is printed, with q fixed. It needs --advantage q."""
+    f, A_tot = losses.DIVERGENCES[args.f], q_form(critics, batch, args, trains_q=False)
     loss = losses.dual_loss(nu_tot(critics, init), A_tot, alpha, f, args.gamma, critics.lam)  # Eq. 10
     return loss, losses.occupancy_ratio(A_tot, alpha, f, critics.lam)
 
 
 def released_nu(critics, target, batch, init, nu_s, alpha, args, facts):
-    """The released code's rule for nu. Here q's loss trains theta."""
+    """The released code's rule for nu. It leaves theta as it is: q's loss trains theta, see critic_losses."""
     f, A_i, nu_init = losses.DIVERGENCES[args.f], local_form(critics, batch), critics.nu(init["agents", "observation"])
     loss = losses.released_nu_loss(nu_init, A_i, alpha, f, args.gamma, critics.lam)
     return loss, losses.released_nu_ratio(A_i, alpha, f, critics.lam)
@@ -261,7 +261,7 @@ def critic_losses(critics, target, batch, init, alpha, args, facts) -> tuple[Ten
             q = critics.q(batch["agents", "observation"], batch["agents", "action"])
             A_q = critics.mixer(q, batch["state"]) - nu_s.detach()
         else:
-            A_q = q_form(critics, batch, args, gradient="q")
+            A_q = q_form(critics, batch, args, trains_q=True)
         L_q = losses.q_loss(A_q, td_form(target, batch, nu_s, args, facts))  # line 5, Eq. 9
     return L_q, L_nu, w.detach(), nu_s.detach()
 
@@ -304,7 +304,7 @@ def make_critic_update(critics, target, optimizer, args: Args, facts: DataFacts,
 
     def update(batch: TensorDict, init: TensorDict):
         L_q, L_nu, w, nu_s = losses_of(batch, init, alpha)
-        set_gradients((L_q + L_nu).sum(), trained)  # no parameter is in both, so each gets its own loss's gradient
+        set_gradients((L_q + L_nu).sum(), trained)  # no parameter gets a gradient from both
         optimizer.step()  # lines 5, 6 and 7: psi_q, theta and psi_nu
         update_target()
         return L_q.detach(), L_nu.detach(), w, nu_s
@@ -355,13 +355,14 @@ def dataset_ratio(target: Critics, rows: TensorDict, args: Args, facts: DataFact
         stops.leave()
         batch = as_transition(rows[torch.stack([index, index + 1], -1)].to(device))
         if args.objective == "released_nu":
-            out.copy_(losses.released_nu_ratio(local_form(target, batch), alpha, f, target.lam))
-            continue
-        if args.advantage == "td":
-            A_tot = td_form(target, batch, nu_tot(target, batch), args, facts)
+            w_batch = losses.released_nu_ratio(local_form(target, batch), alpha, f, target.lam)
         else:
-            A_tot = q_form(target, batch, args, gradient="q")
-        out.copy_(losses.occupancy_ratio(A_tot, alpha, f, target.lam))  # w* of Section 4.3
+            if args.advantage == "td":
+                A_tot = td_form(target, batch, nu_tot(target, batch), args, facts)
+            else:
+                A_tot = q_form(target, batch, args, trains_q=False)  # no gradient is taken here
+            w_batch = losses.occupancy_ratio(A_tot, alpha, f, target.lam)  # w* of Section 4.3
+        out.copy_(w_batch)
     return w
 
 

@@ -100,7 +100,7 @@ def candidate_mask(log_pi: Tensor, threshold: float) -> Tensor:
 
 # ---------------------------------------------------------------- networks, and what one update minimises
 
-LATENT_BOX = 0.5  # latents of candidates are clipped to it, as in the authors' code
+LATENT_BOX = 0.5  # latents of candidates are clipped to [-LATENT_BOX, LATENT_BOX], as in the authors' code
 
 
 class ContinuousBCQ(nn.Module):
@@ -134,7 +134,7 @@ class ContinuousBCQ(nn.Module):
         return actions.gather(0, best.unsqueeze(-1).expand(1, *actions.shape[1:]))[0]  # Fujimoto et al. 2019a, Eq. 11
 
     def losses(self, target, batch: TensorDict, args: Args) -> dict[str, Tensor]:
-        """The losses and their sum. No parameter is in two of them: the perturbation climbs a q that is frozen."""
+        """The losses and their sum. frozen() keeps L_xi, which trains the perturbation, from training q."""
         obs, action, next_obs = (
             batch["agents", "observation"],
             batch["agents", "action"].clamp(-BOX, BOX),
@@ -172,7 +172,7 @@ class DiscreteBCQ(nn.Module):
         return self.q.net(obs).masked_fill(~candidates, -torch.inf).argmax(-1)
 
     def losses(self, target, batch: TensorDict, args: Args) -> dict[str, Tensor]:
-        """Both losses and their sum. No parameter is in both."""
+        """Both losses and their sum. They share no parameter."""
         obs, action, next_obs = (
             batch["agents", "observation"],
             batch["agents", "action"],

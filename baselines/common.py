@@ -39,7 +39,6 @@ from support.seeds import (
     make_stacked,
     per_seed,
     set_gradients,
-    split_seeds,
     target_update,
 )
 from support.stages import Evaluations, Stage
@@ -48,14 +47,17 @@ BOX = 1.0  # the simulator clips continuous actions to [-1, 1], so recorded acti
 
 
 class Method(NamedTuple):
-    """What differs from one method to the next. Its flags for temperatures are in units of the recorded reward."""
+    """What differs from one method to the next.
+
+    A flag that is a temperature is given in units of the recorded reward. The losses multiply it by args.reward_scale.
+    """
 
     name: str
     make_networks: Callable
     """(card, args) -> a module of all that is learned"""
     losses: Callable
-    """(networks, target, batch, args) -> {name: value}. "loss" is minimised, the sum of the method's losses.
-    No parameter is in two of them, so each gets the gradient of its own loss. The other values are for metrics.csv"""
+    """(networks, target, batch, args) -> {name: value}. "loss" is minimised, the others are for metrics.csv. It is a
+    sum: every parameter gets a gradient from only one of its terms, as if each term had its own optimiser"""
     keys: list
     """the entries of a row that the losses need"""
     prepare: Callable = lambda rows: rows
@@ -63,7 +65,8 @@ class Method(NamedTuple):
     defaults: Callable = lambda card, unit: {}
     """(card, mean absolute reward) -> the values of flags that depend on the data"""
     noise: Callable | None = None
-    """(card, args, B, generator) -> {name: [B, ...]}, the random numbers of an update with continuous actions"""
+    """(card, args, B, generator) -> {name: [B, ...]}, the random numbers of an update with continuous actions. B comes
+    first, as in all entries of a batch; the losses move the samples in front of it"""
 
 
 def check(args: RunArgs, *positive: str):
@@ -99,7 +102,8 @@ def frozen(module: nn.Module) -> Callable:
 def add_noise(batch: TensorDict, method: Method, card: dict, args: RunArgs, generators: list[torch.Generator]):
     """The batch [B] or [S, B] with the random numbers of one update under "noise", drawn by each seed's generator.
 
-    So a seed draws the same numbers alone and with others, and a CUDA graph gets new ones at every replay.
+    They are drawn before the update and not inside. So each seed uses its own generator, under vmap too, and a CUDA
+    graph reads new numbers at every replay.
     """
     if method.noise is None or card["discrete"]:
         return batch
@@ -160,9 +164,8 @@ def train_runs(method: Method, rows: TensorDict, args: RunArgs, runs: list[Run],
             set_schedule(optimizer, average_step, step, args)
             values = update(add_noise(batch, method, card, args, generators))
             if step in stage.at:  # --evals times
-                each = split_seeds(tuple(values.values()), seeds)
-                named = [dict(zip(values, [value.item() for value in own])) for own in each]
-                evaluations.add([{"stage": "policy", "step": step} | row for row in named])
+                each = zip(*(value.reshape(-1).tolist() for value in values.values()))  # one tuple per seed
+                evaluations.add([{"stage": "policy", "step": step} | dict(zip(values, own)) for own in each])
         evaluations.end()
     for run in runs:
         finish_run(run, args, card, len(runs))

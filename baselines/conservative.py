@@ -25,8 +25,8 @@ def sample_noise(card: dict, B: int, K: int, generator: torch.Generator) -> dict
 def box_samples(mean: Tensor, std: Tensor, noise: TensorDict) -> tuple[Tensor, Tensor]:
     """K uniform actions and K from Normal(mean, std) [B, n, A], and the logarithm of their densities.
 
-    The integral is over the box, so a sample outside of it has density inf. The mean is clipped to the box: it may be
-    outside, and many recorded actions are clipped to its edge, which samples must reach.
+    A sample outside of the box gets log density inf, so it adds nothing to the integral. The mean is clipped to the
+    box. Otherwise a mean far outside would give no sample near the edge, where many recorded actions are.
     -> (samples [2K, B, n, A], log densities [2K, B, n]).
     """
     near = Normal(mean.clamp(-BOX, BOX), std, validate_args=False)
@@ -38,6 +38,8 @@ def box_samples(mean: Tensor, std: Tensor, noise: TensorDict) -> tuple[Tensor, T
 
 
 def sampled_log_sum_exp(q: Tensor, log_density: Tensor) -> Tensor:
-    """log of the mean of exp(q) / density over the samples: q [..., 2K, B, n] and log_density [2K, B, n] -> [..., B,
-    n]."""
+    """log of the mean of exp(q) / density over the samples: q [..., 2K, B, n], log_density [2K, B, n] -> [..., B, n].
+
+    CQL's q are w_i q_i, OMAR's those of its twins, [2, 2K, B, n].
+    """
     return (q - log_density).logsumexp(-3) - math.log(len(log_density))

@@ -122,7 +122,11 @@ def noise(card: dict, args: Args, B: int, generator: torch.Generator) -> dict[st
 
 
 def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) -> dict[str, Tensor]:
-    """The losses and their sum. No parameter is in two of them: the actor climbs a q that is frozen."""
+    """The losses. "loss" is the sum of all: td_loss + cql_alpha conservative_loss trains the values, the rest
+    trains the policy and the temperature.
+
+    frozen() keeps the policy's loss from training q.
+    """
     obs, action, next_obs = (
         batch["agents", "observation"],
         batch["agents", "action"],
@@ -138,13 +142,13 @@ def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) 
         total = log_sum_exp(w, q_all, batch["agents", "action_mask"])
     else:
         q = networks.q(obs, action.clamp(-BOX, BOX))
-        pi, random = networks.policy.distribution(obs), batch["noise"]
+        pi, normal = networks.policy.distribution(obs), batch["noise"]
         with torch.no_grad():
             next_pi = networks.policy.distribution(next_obs)
-            q_next = target.q(next_obs, (next_pi.loc + next_pi.scale * random["next_action"]).clamp(-BOX, BOX))
-        samples, log_density = box_samples(pi.loc, pi.scale, random)
+            q_next = target.q(next_obs, (next_pi.loc + next_pi.scale * normal["next_action"]).clamp(-BOX, BOX))
+        samples, log_density = box_samples(pi.loc, pi.scale, normal)
         total = sampled_log_sum_exp(w * networks.q(obs.expand(len(samples), *obs.shape), samples), log_density)
-        new_action = pi.loc + pi.scale * random["new_action"]
+        new_action = pi.loc + pi.scale * normal["new_action"]
         log_prob = pi.log_prob(new_action).sum(-1)
         q_pi = frozen(networks.q)(obs, new_action.clamp(-BOX, BOX))
         L_pi = actor_loss(w.detach(), q_pi, log_prob, networks.log_temperature.detach().exp(), new_action)

@@ -128,7 +128,7 @@ class Networks(nn.Module):
 
 
 def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) -> dict[str, Tensor]:
-    """Both losses and their sum. No parameter is in both, so each gets its own loss's gradient from the sum."""
+    """Both losses and their sum. No parameter gets a gradient from both."""
     obs, action, mask = (
         batch["agents", "observation"],
         batch["agents", "action"],

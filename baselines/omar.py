@@ -138,7 +138,11 @@ def noise(card: dict, args: Args, B: int, generator: torch.Generator) -> dict[st
 
 
 def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) -> dict[str, Tensor]:
-    """The losses and their sum. No parameter is in two of them: the actor climbs a q that is frozen."""
+    """The losses. "loss" is the sum of all: td_loss + cql_alpha conservative_loss trains the values, the rest
+    trains the policy.
+
+    frozen() keeps the policy's loss from training q.
+    """
     obs, action, next_obs = (
         batch["agents", "observation"],
         batch["agents", "action"],

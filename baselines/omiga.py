@@ -100,7 +100,7 @@ class Networks(nn.Module):
 
 
 def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) -> dict[str, Tensor]:
-    """The three losses and their sum. No parameter is in two of them, so the sum gives each its own gradient."""
+    """The three losses and their sum. No parameter gets a gradient from two of them."""
     obs, action, mask = (
         batch["agents", "observation"],
         batch["agents", "action"],

@@ -266,6 +266,11 @@ def begin(args, algo: str, card: dict, where: str, seed: int, path: Path, first:
         run.metrics = state.pop("metrics")
         run.state, run.begun = state | {"config": state["config"] | {key: config[key] for key in GROWS}}, True
         run.finished = run.state["step"] == args.steps and has_summary(path)
+        if not run.finished and "generator" not in state:
+            raise BadInput(
+                f"{path} was begun by an older version of this code, which kept its random state in another way: go on "
+                "with that version (its config.json names the commit), or begin again with --overwrite"
+            )
     return run
 
 

@@ -197,7 +197,8 @@ class Graph:
             return results
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            # "thread_local": the thread of the evaluations may use the GPU meanwhile.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.results = self.function(*self.inputs)
         self.graph.replay()
         return self.results

@@ -472,6 +472,37 @@ def test_the_policy_s_loss_leaves_the_values_alone(name, flags, discrete):
     assert same == (name == "cql" and discrete)  # which has no policy beside q
 
 
+# Which loss trains which parts of the networks.
+TRAINS = {
+    ("bcq", False): {"q_loss": {"q", "mixer"}, "policy_loss": {"perturbation"}, "vae_loss": {"encoder", "decoder"}},
+    ("bcq", True): {"q_loss": {"q", "mixer"}, "policy_loss": {"behaviour"}},
+    ("cql", False): {"td_loss": {"q", "mixer"}, "conservative_loss": {"q", "mixer"}, "policy_loss": {"policy"}},
+    ("cql", True): {"td_loss": {"q", "mixer"}, "conservative_loss": {"q", "mixer"}},
+    ("icq", False): {"q_loss": {"q", "mixer"}, "policy_loss": {"policy"}},
+    ("icq", True): {"q_loss": {"q", "mixer"}, "policy_loss": {"policy"}},
+    ("omar", False): {"td_loss": {"q"}, "conservative_loss": {"q"}, "policy_loss": {"policy"}},
+    ("omar", True): {"td_loss": {"q"}, "conservative_loss": {"q"}, "policy_loss": {"policy"}},
+    ("omiga", False): {"q_loss": {"q", "mixer"}, "v_loss": {"v"}, "policy_loss": {"policy"}},
+    ("omiga", True): {"q_loss": {"q", "mixer"}, "v_loss": {"v"}, "policy_loss": {"policy"}},
+}
+
+
+@both
+@each
+def test_each_loss_trains_its_own_parts(name, discrete):
+    """A gradient of any other part would be added to that of the part's own loss, since their sum is minimised."""
+    module = METHODS[name]
+    args = resolved(module, discrete)
+    net, target = (make_networks(module, discrete, args, seed) for seed in (1, 2))
+    values = module.losses(net, target, with_noise(module, discrete, make_batch(discrete), args), args)
+    names, parameters = zip(*net.named_parameters())
+    trained = {}
+    for key in [key for key in values if key.endswith("_loss")]:
+        gradients = torch.autograd.grad(values[key], parameters, retain_graph=True, allow_unused=True)
+        trained[key] = {part.split(".")[0] for part, grad in zip(names, gradients) if grad is not None and grad.any()}
+    assert trained == TRAINS[name, discrete]
+
+
 @both
 @each
 def test_only_termination_cuts_the_bootstrap(name, discrete):

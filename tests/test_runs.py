@@ -25,7 +25,7 @@ import comadice_train
 import environments.checks
 import support.runs
 import support.seeds
-from baselines import icq
+from baselines import cql, icq
 from environments import stops
 from environments.checks import BadInput
 from offline_data import lock, replay, sealed
@@ -36,6 +36,7 @@ from support.runs import load_checkpoint
 
 TINY = {"device": "cpu", "steps": 40, "evals": 2, "eval_episodes": 2, "hidden": 16, "batch_size": 32, "quiet": True}
 SCRIPTS = {"comadice": comadice_train, "bc": comadice_bc, "icq": icq}
+MODULES = SCRIPTS | {"cql": cql}  # it draws random numbers for its updates
 
 
 def args(module, data, out, /, **kwargs):
@@ -47,7 +48,7 @@ def folder(out: Path, algo: str, seed: int = 0) -> Path:
 
 
 def train(algo: str, data, out: Path, **kwargs) -> Path:
-    SCRIPTS[algo].main(args(SCRIPTS[algo], data, out, **kwargs))
+    MODULES[algo].main(args(MODULES[algo], data, out, **kwargs))
     return folder(out, algo)
 
 
@@ -55,7 +56,7 @@ def ends(capsys, algo: str, data, out: Path, code: int, match: str, **kwargs) ->
     """The script ends with this code and one last line that says this; what it printed."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as error:
-        environments.checks.run_script(SCRIPTS[algo].main, args(SCRIPTS[algo], data, out, **kwargs))
+        environments.checks.run_script(MODULES[algo].main, args(MODULES[algo], data, out, **kwargs))
     printed = capsys.readouterr()
     assert error.value.code == code and "Traceback" not in printed.err
     assert re.search(match, printed.err.strip().splitlines()[-1]), printed.err
@@ -149,13 +150,14 @@ STOPS = [
     ("comadice", support.runs, "save_checkpoint", 3),
     ("bc", comadice_bc, "policy_losses", 33), ("bc", comadice_bc, "evaluation", 1),
     ("icq", icq, "policy_loss", 7), ("icq", icq, "policy_loss", 40), ("icq", support.runs, "table", 1),
+    ("cql", cql, "td_loss", 7),
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def wholes(hopper_data, run, tmp_path_factory) -> dict[str, Path]:
     out = tmp_path_factory.mktemp("wholes")
-    return {"comadice": run} | {algo: train(algo, hopper_data, out) for algo in ("bc", "icq")}
+    return {"comadice": run} | {algo: train(algo, hopper_data, out) for algo in ("bc", "icq", "cql")}
 
 
 @pytest.mark.parametrize("algo, module, name, call", STOPS)
@@ -176,7 +178,7 @@ def test_stop_saves_and_goes_on_to_the_same_bits(
         )
     stopped = load_checkpoint(folder(tmp_path, algo)) if (folder(tmp_path, algo) / "checkpoint.pt").exists() else None
     # the state at the end of the group of batches is kept
-    if name in ("critic_losses", "policy_losses", "policy_loss"):
+    if name in ("critic_losses", "policy_losses", "policy_loss", "td_loss"):
         step = stopped["critic_step"] if name == "critic_losses" else stopped["step"]
         assert step == {3: 16, 7: 16, 20: 20, 24: 36, 33: 36, 40: 40}[call]
     torch.manual_seed(1234)  # a new process has another random state
@@ -629,6 +631,17 @@ def test_parameters_of_stacked_seeds():
     layer.bias.data[0] = -1e5
     with pytest.raises(support.runs.Diverged, match="seed 5: "):
         support.runs.check_parameters(layer, [5], "")
+
+
+def test_a_run_of_an_older_version_is_left_alone(hopper_data, tmp_path, capsys):
+    """A checkpoint without the state of a generator, as older versions wrote it: one line, and nothing is changed."""
+    path = train("icq", hopper_data, tmp_path, steps=20, evals=1)
+    state = load_checkpoint(path)
+    del state["generator"]
+    sealed.save(path / "checkpoint.pt", state, "")
+    before = {file: file.read_bytes() for file in path.iterdir()}
+    ends(capsys, "icq", hopper_data, tmp_path, 2, "was begun by an older version of this code", resume=True, steps=40)
+    assert {file: file.read_bytes() for file in path.iterdir()} == before
 
 
 # ---------------------------------------------------------------- going on

@@ -1252,9 +1252,9 @@ def test_preset_paper_trains(hopper_data, tmp_path, capsys):
         for parameter in module.parameters():
             parameter.data.zero_()
     b = critics.mixer.b(rows["state"])[:, 0]
-    torch.testing.assert_close(comadice_train.q_form(critics, rows, arguments, gradient="q"), b)
+    torch.testing.assert_close(comadice_train.q_form(critics, rows, arguments, trains_q=True), b)
     exact = dataclasses.replace(arguments, objective="exact")
-    assert not comadice_train.q_form(critics, rows, exact, gradient="q").any()
+    assert not comadice_train.q_form(critics, rows, exact, trains_q=True).any()
 
 
 # ---------------------------------------------------------------- what the losses know of the data
