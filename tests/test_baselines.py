@@ -56,18 +56,19 @@ def make_networks(module, discrete: bool, args, seed: int) -> nn.Module:
     return (module.make_networks if module is bcq else module.Networks)(card, args).double()
 
 
-def make_update(module, net, target, optimizer, args):
+def make_update(module, net, target, optimizer, args, seeds: int = 1):
     """The method's update as its script makes it, and the average of the policy that it moves."""
     average = copy.deepcopy(getattr(net, "policy", net)).requires_grad_(False)
     step = torch.tensor(0.1, device=next(net.parameters()).device)
-    return baselines.common.make_update(net, target, average, optimizer, step, module.losses, args), average
+    return baselines.common.make_update(net, target, average, optimizer, step, module.losses, args, seeds), average
 
 
 def with_noise(module, discrete: bool, batch: TensorDict, args, seed: int = 0, agents: int = n) -> TensorDict:
-    """The batch with the random numbers that the script draws."""
+    """The batch, or stacked batches, with the random numbers that the script draws."""
+    generators = [torch.Generator().manual_seed(seed + s) for s in range(batch.batch_size[:-1].numel())]
     method = baselines.common.Method("", None, None, [], noise=getattr(module, "noise", None))
     card = {"n_agents": agents, "action_dim": A, "discrete": discrete}
-    batch = baselines.common.add_noise(batch, method, card, args, [torch.Generator().manual_seed(seed)])
+    batch = baselines.common.add_noise(batch, method, card, args, generators)
     if "noise" in batch.keys():
         batch["noise"] = batch["noise"].to(batch["reward"].dtype)
     return batch
@@ -570,19 +571,25 @@ def test_update_waits_for_nothing(name, discrete):
     assert not SYNCS & set(names[0]) and names[0] == names[1]
 
 
+def make_batches(discrete: bool, seeds: int) -> TensorDict:
+    """make_batch for one seed, or stacked for several."""
+    return torch.stack([make_batch(discrete)] * seeds) if seeds > 1 else make_batch(discrete)
+
+
 def train(
-    name: str, discrete: bool, device: str, enabled: bool
+    name: str, discrete: bool, device: str, enabled: bool, seeds: int
 ) -> tuple[list[torch.Tensor], Graph, list[tuple[int, ...]], TensorDict]:
-    """Eight updates through a Graph.
+    """Eight updates through a Graph, of stacked seeds if there are several.
 
     Returns (the tensors that were trained, the graph, their addresses after each step, the graph's last batch).
     """
     module = METHODS[name]
     args = resolved(module, discrete)
-    net, target = (make_networks(module, discrete, args, seed).to(device) for seed in (1, 2))
+    each = lambda first: [make_networks(module, discrete, args, first + s).to(device) for s in range(seeds)]
+    net, target = support.seeds.stack(each(1)), support.seeds.stack(each(11))
     optimizer = adam(list(net.parameters()), 1e-3, torch.device(device))
-    update, average = make_update(module, net, target, optimizer, args)
-    graph, batch, places = Graph(update, enabled), make_batch(discrete).to(device), []
+    update, average = make_update(module, net, target, optimizer, args, seeds)
+    graph, batch, places = Graph(update, enabled), make_batches(discrete, seeds).to(device), []
     for step in range(8):
         batch["reward"].fill_(step)
         graph(with_noise(module, discrete, batch, args, step))
@@ -596,25 +603,28 @@ def train(
     return [t.detach().cpu() for t in tensors], graph, places, batch
 
 
+@pytest.mark.parametrize("seeds", [1, 2])
 @both
 @each
-def test_update_works_in_place(name, discrete):
+def test_update_works_in_place(name, discrete, seeds, monkeypatch):
     """As a CUDA graph asks for: the same tensors at every step, and inputs that are read and not changed."""
-    tensors, graph, places, batch = train(name, discrete, "cpu", True)
+    monkeypatch.setattr(support.seeds, "VMAPPED", ("cpu",))
+    tensors, graph, places, batch = train(name, discrete, "cpu", True, seeds)
     assert graph.graph is None and len(set(places)) == 1 and len(places[0]) == len(tensors)
-    untouched = make_batch(discrete)
+    untouched = make_batches(discrete, seeds)
     untouched["reward"].fill_(7)
     assert set(batch.keys(True, True)) == set(untouched.keys(True, True)) and (batch == untouched).all()
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("seeds", [1, 2])
 @both
 @each
-def test_graph_trains_as_eager_does(name, discrete):
+def test_graph_trains_as_eager_does(name, discrete, seeds):
     """With the same random numbers; the first steps are eager, the later ones replays."""
     (eager, _, _, _), (replayed, graph, _, _) = (
-        train(name, discrete, "cuda", False),
-        train(name, discrete, "cuda", True),
+        train(name, discrete, "cuda", False, seeds),
+        train(name, discrete, "cuda", True, seeds),
     )
     assert graph.graph is not None
     for ours, theirs in zip(replayed, eager):
