@@ -863,7 +863,9 @@ def test_skewed_xor_game(name, flags, chosen, tmp_path):
 def test_continuous_game(name, tmp_path):
     """The reward is 10 (1 - (a - 0.4)^2 - (b + 0.3)^2), the data's actions are uniform.
 
-    All methods but BC come near (0.4, -0.3). BC stays at the data's mean, 0.
+    All methods but BC come near (0.4, -0.3). BC stays at the data's mean, 0. OMAR at its default cql_alpha, 1, comes
+    within 0.3 with half of the seeds only, also after 600 steps: its q is too flat at rewards of 0.2. At 0.1 the
+    largest error of 8 seeds is 0.17.
     """
     writer, g = DatasetWriter(tmp_path / "data"), torch.Generator().manual_seed(0)
     end = torch.tensor([[True], [False]])
@@ -882,7 +884,8 @@ def test_continuous_game(name, tmp_path):
         MODULES[name],
         FLAGS[name]
         | {"hidden": 32, "batch_size": 64, "steps": 250}
-        | ({"alpha": 1.0} if name in ("icq", "comadice") else {}),
+        | ({"alpha": 1.0} if name in ("icq", "comadice") else {})
+        | ({"cql_alpha": 0.1} if name == "omar" else {}),
     )
     module.main(module.Args(**QUICK | flags, data=str(data), out=str(tmp_path), seeds=[0, 1]))
     for seed in (0, 1):
