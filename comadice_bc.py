@@ -230,8 +230,10 @@ def train_policies(
     stage = Stage("policies", label, args, runs, parts, generators)
     ratios = {run.seed: run.state["w"] for run in runs}
     stats = {seed: {} if w is None else ratio_stats(w) for seed, w in ratios.items()}
-    own_rows, how = with_ratios(rows, ratios), {"generators": generators, "device": device, "weights": weights}
-    replay = make_replay(own_rows, POLICY_KEYS, pairs=False, drawn_from=drawn_from, **how)
+    replay = make_replay(
+        with_ratios(rows, ratios), POLICY_KEYS, pairs=False, generators=generators, device=device,
+        drawn_from=drawn_from, weights=weights,
+    )  # fmt: skip
     update = Graph(make_policy_update(policy, average, optimizer, average_step, len(seeds), args.compile), args.graph)
 
     def play(seed: int, parameters: dict, row: dict) -> dict:

@@ -46,7 +46,7 @@ class Args:
 
     # Method
     preset: Literal["comadice", "paper"] = "comadice"
-    """comadice: best in RESULTS.md; paper: Table 4 and Eq. 10 as printed. Other flags override it"""
+    """comadice: what RESULTS.md measures; paper: Table 4 and Eq. 10 as printed. Other flags override it"""
     objective: Objective | None = None
     """how nu and theta are trained (docs/PAPER.md). It has its own defaults of --advantage, --alpha and --tau"""
     advantage: Literal["td", "q"] | None = None
@@ -325,11 +325,11 @@ def train_critics(rows: TensorDict, card: dict, args: Args, runs: list[Run], fac
     generators = make_generators(seeds, 1, rows)
     parts = {"critics": critics, "target": target, "critic_optimizer": optimizer}
     stage = Stage("critics", "critics", args, runs, parts, generators, "critic_")
-    how = {"generators": generators, "device": device}
+    how, first_rows = {"generators": generators, "device": device}, initial_rows(rows)
     transitions = make_replay(rows, CRITIC_KEYS, pairs=True, weights=weights, **how)
-    initial_states = make_replay(rows, INIT_KEYS, pairs=False, drawn_from=initial_rows(rows), **how)
+    initial_states = make_replay(rows, INIT_KEYS, pairs=False, drawn_from=first_rows, **how)
     # nu_tot(s0) of always the same initial states, for metrics.csv alone
-    starts = rows[initial_rows(rows)[:STARTS]].select(*INIT_KEYS).to(device)
+    starts = rows[first_rows[:STARTS]].select(*INIT_KEYS).to(device)
     starts = starts.expand(len(seeds), *starts.shape) if len(seeds) > 1 else starts
     nu_at_starts = per_seed(lambda critics, states: (nu_tot(critics, states).mean(),), [target], len(seeds))
     update = Graph(make_critic_update(critics, target, optimizer, args, facts), args.graph)

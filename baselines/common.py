@@ -32,15 +32,7 @@ from support.runs import (
     next_group,
     start_runs,
 )
-from support.seeds import (
-    Graph,
-    adam,
-    make_generators,
-    make_stacked,
-    per_seed,
-    set_gradients,
-    target_update,
-)
+from support.seeds import Graph, adam, make_generators, make_stacked, per_seed, set_gradients, target_update
 from support.stages import Evaluations, Stage
 
 BOX = 1.0  # the simulator clips continuous actions to [-1, 1], so recorded actions are clipped too

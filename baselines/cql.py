@@ -142,13 +142,14 @@ def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) 
         total = log_sum_exp(w, q_all, batch["agents", "action_mask"])
     else:
         q = networks.q(obs, action.clamp(-BOX, BOX))
-        pi, normal = networks.policy.distribution(obs), batch["noise"]
+        pi = networks.policy.distribution(obs)
         with torch.no_grad():
             next_pi = networks.policy.distribution(next_obs)
-            q_next = target.q(next_obs, (next_pi.loc + next_pi.scale * normal["next_action"]).clamp(-BOX, BOX))
-        samples, log_density = box_samples(pi.loc, pi.scale, normal)
+            next_action = next_pi.loc + next_pi.scale * batch["noise", "next_action"]
+            q_next = target.q(next_obs, next_action.clamp(-BOX, BOX))
+        samples, log_density = box_samples(pi.loc, pi.scale, batch["noise"])
         total = sampled_log_sum_exp(w * networks.q(obs.expand(len(samples), *obs.shape), samples), log_density)
-        new_action = pi.loc + pi.scale * normal["new_action"]
+        new_action = pi.loc + pi.scale * batch["noise", "new_action"]
         log_prob = pi.log_prob(new_action).sum(-1)
         q_pi = frozen(networks.q)(obs, new_action.clamp(-BOX, BOX))
         L_pi = actor_loss(w.detach(), q_pi, log_prob, networks.log_temperature.detach().exp(), new_action)
