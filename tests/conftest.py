@@ -10,6 +10,7 @@ from pathlib import Path
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the subprocesses that tests start; sums differ between thread counts
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # battles here are short: JAX takes longer to compile than to run
 
 import pytest
 import torch

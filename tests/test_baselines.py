@@ -791,17 +791,17 @@ BEST = (1, 1)
 def test_matrix_game(name, tmp_path):
     """The data hold all nine joint actions equally often.
 
-    Every method that looks at rewards must find the best one with all of 10 seeds. Measured: all 20 of 20 for each.
+    Every method that looks at rewards must find the best one with all of 6 seeds. Measured: all 20 of 20 for each.
     BC's policy is uniform, as the data are. So two agents that draw from it differ with probability 2/3, and its most
     likely actions end anywhere.
     """
     data = game(tmp_path / "data", [(i, j) for i in range(3) for j in range(3)], lambda i, j: REWARDS[i][j], 3)
-    actions, differ = solve(name, data, tmp_path, 20 if name == "bc" else 10)
+    actions, differ = solve(name, data, tmp_path, 20 if name == "bc" else 6)
     if name == "bc":
         assert differ == pytest.approx([2 / 3] * 20, abs=0.01)
         assert actions.count(BEST) <= 12 and len(set(actions)) > 2
     else:
-        assert actions == [BEST] * 10
+        assert actions == [BEST] * 6
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -957,7 +957,10 @@ def test_script(name, kind, data, tmp_path, monkeypatch, capsys):
 
 @each
 def test_seeds_trained_together_are_those_trained_alone(name, kind, data, tmp_path, monkeypatch):
-    """Two seeds in one script: on a CPU to the bit, and as a GPU computes them within rounding."""
+    """Two seeds in one script: one after another as on a CPU, and vmapped as on a GPU. They are equal within rounding.
+
+    On some CPUs the one-after-another weights are equal to the bit, on one Intel Xeon with AVX-512 the last bit differs.
+    """
     module = METHODS[name]
 
     def train(out: str, seeds: list[int]) -> list[dict]:
@@ -966,7 +969,7 @@ def test_seeds_trained_together_are_those_trained_alone(name, kind, data, tmp_pa
         return [torch.load(run, weights_only=True) for run in runs]
 
     alone = train("alone", [3]) + train("alone", [5])
-    for how, tolerance in (("cpu", {"rtol": 0, "atol": 0}), ("vmapped", {"rtol": 1e-3, "atol": 1e-4})):
+    for how, tolerance in (("cpu", {"rtol": 1e-5, "atol": 1e-6}), ("vmapped", {"rtol": 1e-3, "atol": 1e-4})):
         if how == "vmapped":
             monkeypatch.setattr(support.seeds, "VMAPPED", ("cpu",))
         for ours, theirs in zip(train(how, [3, 5]), alone):

@@ -525,10 +525,8 @@ def session(pid: int) -> list[str]:
 @pytest.mark.parametrize(
     "workers, number, everybody, code",
     [
-        (1, signal.SIGINT, False, 130),
         (1, signal.SIGTERM, False, 143),
         (2, signal.SIGINT, True, 130),
-        (2, signal.SIGTERM, False, 143),
     ],
 )
 def test_signals_end_collect_in_one_line(workers, number, everybody, code, tmp_path):
