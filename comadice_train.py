@@ -55,8 +55,8 @@ class Args:
     """weight of the divergence from the data, in units of the reward (default with semi: 5 mean absolute rewards)"""
     episode_alpha: float | None = None
     """transitions of better episodes are drawn more often; a larger value prefers them less, 0 not at all. It is the
-    alpha of a ratio between episodes, in units of the return (default with semi: 0.25 times the mean absolute deviation
-    of the episodes' returns)"""
+    alpha of a ratio between episodes, in units of the return (default with semi: the mean absolute deviation of the
+    episodes' returns)"""
     f: Literal["soft_chi2", "chi2", "kl"] = "soft_chi2"
     """f-divergence (Section B.5)"""
     gamma: float = 0.99

@@ -20,7 +20,7 @@ PRESETS = {
 # episodes' returns. So both mean the same on robots and in battles. (Not the standard deviation: a few good episodes
 # raise it far more. With such a large episode_alpha the ratio would hardly prefer these episodes.)
 OBJECTIVES = {
-    "semi": {"advantage": "td", "alpha": 5.0, "episode_alpha": 0.25, "tau": 0.05, "bound": True},
+    "semi": {"advantage": "td", "alpha": 5.0, "episode_alpha": 1.0, "tau": 0.05, "bound": True},
     "exact": {"advantage": "td", "alpha": 0.5, "tau": 0.005, "bound": False},
     "printed": {"advantage": "q", "alpha": 5.0, "tau": 0.005, "bound": False},
     "released_nu": {"advantage": "q", "alpha": 5.0, "tau": 0.005, "bound": False},
