@@ -125,9 +125,11 @@ class Args:
     """replace runs that are already there"""
 
 
+# Only 2% of these episodes are good. So --episode-alpha is a quarter of its default here: with the default some seeds
+# fail (RESULTS.md).
 DEMO = Args(
-    data=str(Path(__file__).parent / "data" / "mamujoco" / "hopper" / "few-good"), seeds=[0, 1, 2], steps=3000,
-    evals=6, eval_episodes=10, resume=True,
+    data=str(Path(__file__).parent / "data" / "mamujoco" / "hopper" / "few-good"), episode_alpha=43.29,
+    seeds=[0, 1, 2], steps=3000, evals=6, eval_episodes=10, resume=True,
 )  # fmt: skip
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a mistyped flag answer at once
