@@ -1193,9 +1193,9 @@ def test_an_objective_brings_its_own_values(objective):
     episode_alpha = lambda **flags: (
         comadice_train.resolve(comadice_train.Args(objective=objective, **flags), size, 30.0).episode_alpha
     )
-    assert objective != "semi" or episode_alpha(alpha=1.0) == 7.5
+    assert objective != "semi" or episode_alpha(alpha=1.0) == 30
     assert (episode_alpha(), episode_alpha(alpha=100.0), episode_alpha(episode_alpha=7.0)) == (
-        (7.5, 750.0, 7.0) if objective == "semi" else (0.0, 0.0, 7.0)
+        (30, 3000, 7.0) if objective == "semi" else (0.0, 0.0, 7.0)
     )
     given = comadice_train.resolve(
         comadice_train.Args(objective=objective, advantage="q", reward_scale=3.0, alpha=7.0, tau=0.5), size
