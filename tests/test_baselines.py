@@ -959,7 +959,7 @@ def test_script(name, kind, data, tmp_path, monkeypatch, capsys):
 def test_seeds_trained_together_are_those_trained_alone(name, kind, data, tmp_path, monkeypatch):
     """Two seeds in one script: one after another as on a CPU, and vmapped as on a GPU. They are equal within rounding.
 
-    On some CPUs the one-after-another weights are equal to the bit, on one Intel Xeon with AVX-512 the last bit differs.
+    On some CPUs the one-after-another weights are equal to the bit. On one Intel Xeon the last bit differs.
     """
     module = METHODS[name]
 
