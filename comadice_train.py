@@ -125,8 +125,8 @@ class Args:
     """replace runs that are already there"""
 
 
-# Only 2% of these episodes are good. So --episode-alpha is a quarter of its default here: with the default some seeds
-# fail (RESULTS.md).
+# Only 2% of these episodes are good. So --episode-alpha is a quarter of its default here. With the default, one of nine
+# seeds returned less than BC (RESULTS.md).
 DEMO = Args(
     data=str(Path(__file__).parent / "data" / "mamujoco" / "hopper" / "few-good"), episode_alpha=43.29,
     seeds=[0, 1, 2], steps=3000, evals=6, eval_episodes=10, resume=True,

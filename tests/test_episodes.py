@@ -91,6 +91,10 @@ def test_the_default_prefers_the_good_episodes_and_tends_to_all_of_them():
     good = episode_returns(rows).topk(3).indices
     assert w[good].sum() > 0.3 * w.sum(), "3 of 153 episodes have 30% of the weight"
     assert effective_sample_size(w) < 0.2
+    demonstrated = comadice_train.DEMO.episode_alpha
+    assert demonstrated == pytest.approx(0.25 * deviation, rel=1e-3)
+    w = episode_ratio(episode_returns(rows), demonstrated, DIVERGENCES[args.f])
+    assert w[good].sum() > 0.99 * w.sum() and effective_sample_size(w) < 0.05
     imitation = comadice_train.resolve(comadice_train.Args(alpha=1000 * args.alpha), 2.0, deviation)
     w = episode_ratio(episode_returns(rows), imitation.episode_alpha, DIVERGENCES[args.f])
     assert (w - 1).abs().max() < 1e-4
