@@ -9,7 +9,7 @@ The policy that is played is an average of the trained policy's weights over the
 to 0. Neither is in the paper. Without them the return changes by hundreds from one evaluation to the next (RESULTS.md).
 """
 
-import environments.threads  # noqa: F401 -- before torch
+import environments.cpu  # noqa: F401 -- before torch
 
 # isort: split
 from dataclasses import dataclass, field

@@ -14,7 +14,7 @@ semi_loss in the place of Eq. 10. Not in the paper: transitions of episodes with
 are filled in by `resolve` in support/presets.py.
 """
 
-import environments.threads  # noqa: F401 -- before torch
+import environments.cpu  # noqa: F401 -- before torch
 
 # isort: split
 from dataclasses import dataclass, field, replace

@@ -18,7 +18,7 @@ The policy is implicit: make_policy has no network for it. ContinuousBCQ and Dis
 
 from dataclasses import dataclass
 
-import environments.threads  # noqa: F401 -- before torch
+import environments.cpu  # noqa: F401 -- before torch
 
 # isort: split
 from baselines.run_args import RunArgs

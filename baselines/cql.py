@@ -18,7 +18,7 @@ continuous actions: the log-sum-exp is estimated by importance sampling (Kumar e
 
 from dataclasses import dataclass
 
-import environments.threads  # noqa: F401 -- before torch
+import environments.cpu  # noqa: F401 -- before torch
 
 # isort: split
 from baselines.run_args import RunArgs

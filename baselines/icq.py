@@ -21,7 +21,7 @@ The paper's TD(lambda) needs trajectories. With single transitions, as here, lam
 
 from dataclasses import dataclass
 
-import environments.threads  # noqa: F401 -- before torch
+import environments.cpu  # noqa: F401 -- before torch
 
 # isort: split
 from baselines.run_args import RunArgs

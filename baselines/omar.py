@@ -19,7 +19,7 @@ discrete actions (OMAR is published for continuous ones only): the search tries 
 
 from dataclasses import dataclass
 
-import environments.threads  # noqa: F401 -- before torch
+import environments.cpu  # noqa: F401 -- before torch
 
 # isort: split
 from baselines.run_args import RunArgs

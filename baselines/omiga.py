@@ -13,7 +13,7 @@ It is the same for continuous and discrete actions, except for the heads of q_i 
 
 from dataclasses import dataclass
 
-import environments.threads  # noqa: F401 -- before torch
+import environments.cpu  # noqa: F401 -- before torch
 
 # isort: split
 from baselines.run_args import RunArgs

@@ -7,7 +7,7 @@ A cell is all seeds of one method on one instance with one setting. Its runs are
     OUT/grid/                                        the plan, reasons of failures, logs
 """
 
-import environments.threads  # noqa: F401 -- before torch
+import environments.cpu  # noqa: F401 -- before torch
 
 # isort: split
 import contextlib

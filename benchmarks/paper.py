@@ -15,7 +15,7 @@ To continue, give the same command again: finished runs stay, others continue fr
 kill, after the loss of a machine, and with more seeds or methods. docs/slurm/ has templates for clusters.
 """
 
-import environments.threads  # noqa: F401 -- before torch
+import environments.cpu  # noqa: F401 -- before torch
 
 # isort: split
 import benchmarks.ray_env  # noqa: F401 -- before Ray

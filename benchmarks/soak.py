@@ -18,7 +18,7 @@ what the command line does. Linux only.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import environments.threads  # noqa: F401 -- before torch
+import environments.cpu  # noqa: F401 -- before torch
 
 # isort: split
 import tyro

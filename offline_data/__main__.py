@@ -11,7 +11,7 @@
 import shlex
 import sys
 
-import environments.threads  # noqa: F401 -- before torch
+import environments.cpu  # noqa: F401 -- before torch
 from environments.checks import BadInput, run_script
 
 HELP = """usage: python -m offline_data COMMAND ...

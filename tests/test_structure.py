@@ -89,7 +89,7 @@ def test_a_circle_is_found():
 
 def test_the_graph_is_that_of_the_files():
     assert len(MODULES) > 40 and LAZY[1] <= GRAPH[LAZY[0]]
-    assert {"comadice_bc", "comadice_losses", "environments.threads", "support.runs"} <= GRAPH["comadice_train"]
+    assert {"comadice_bc", "comadice_losses", "environments.cpu", "support.runs"} <= GRAPH["comadice_train"]
     assert "offline_data.collect" in GRAPH["offline_data.__main__"], "imports within functions count"
 
 
@@ -138,7 +138,7 @@ def test_files_that_need_torch_alone(name, tmp_path):
     "module",
     [
         "environments",
-        "environments.threads",
+        "environments.cpu",
         "environments.checks",
         "offline_data",
         "support",
@@ -151,13 +151,13 @@ def test_light_modules_load_no_torch(module):
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0
 
 
-def test_threads_are_set_before_torch():
-    """Where a script imports environments.threads, nothing that it imports before loads torch."""
+def test_cpu_settings_come_before_torch():
+    """Where a script imports environments.cpu, nothing that it imports before loads torch."""
     for file in tracked():
         nodes = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
         names = [node.names[0].name if isinstance(node, ast.Import) else node.module for node in nodes]
-        if "environments.threads" in names:
-            before = names[: names.index("environments.threads")]
+        if "environments.cpu" in names:
+            before = names[: names.index("environments.cpu")]
             assert {name.split(".")[0] for name in before} <= sys.stdlib_module_names, file
 
 
