@@ -38,6 +38,12 @@ def mean_abs_reward(rows: TensorDict) -> float:
 
 
 def return_deviation(rows: TensorDict) -> float:
-    """The mean absolute deviation of the episodes' returns from their mean, the unit of --episode-alpha's default."""
-    returns = episode_returns(rows).double()
+    """The mean absolute deviation of the episodes' returns from their mean, the unit of --episode-alpha's default.
+
+    Returns are first clipped to their 10th and 90th percentile. A few episodes far from all others, such as ant's very
+    poor ones, would otherwise decide it.
+    """
+    returns = episode_returns(rows)
+    low, high = returns.quantile(returns.new_tensor([0.1, 0.9]))
+    returns = returns.clamp(low, high)
     return (returns - returns.mean()).abs().mean().item()
