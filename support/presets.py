@@ -16,8 +16,8 @@ PRESETS = {
         "lr_decay": False, "ema": 0.0, "layer_norm": False, "reward_scale": 1.0,
     },
 }  # fmt: skip
-# alpha is in units of the data's mean absolute reward, and episode_alpha in units of the episodes' return_deviation, see
-# offline_data/facts.py. So both mean the same on robots and in battles.
+# alpha is in units of the data's mean_abs_reward, and episode_alpha in units of its return_deviation, both in
+# offline_data/facts.py. So they mean the same on robots and in battles.
 OBJECTIVES = {
     "semi": {"advantage": "td", "alpha": 5.0, "episode_alpha": 1.0, "tau": 0.05, "bound": True},
     "exact": {"advantage": "td", "alpha": 0.5, "tau": 0.005, "bound": False},

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from tensordict import TensorDict
 from conftest import ROOT
 from scipy.optimize import minimize
+from tensordict import TensorDict
 
 import comadice_bc
 import comadice_train
