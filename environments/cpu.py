@@ -5,7 +5,7 @@ the machine, that slows the updates down. OpenMP reads the setting when it is lo
 kept.
 
 Freed memory is kept. Every update allocates and frees tensors of the same sizes. By default glibc may return their
-memory to the operating system each time, which then has to clear it again.
+memory to the operating system each time. Getting it back is slow, since the system clears it first.
 """
 
 import ctypes
@@ -14,6 +14,7 @@ import os
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # numbers of glibc's malloc.h
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-if os.name == "posix" and hasattr(ctypes.CDLL(None), "mallopt"):  # only glibc has it
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # allocations of up to 32 MiB are reused
-    ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 512 * 2**20)  # up to 512 MiB of free memory are kept
+libc = ctypes.CDLL(None) if os.name == "posix" else None
+if hasattr(libc, "mallopt"):  # only glibc has it
+    libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # allocations of up to 32 MiB are reused
+    libc.mallopt(M_TRIM_THRESHOLD, 512 * 2**20)  # up to 512 MiB of free memory are kept
