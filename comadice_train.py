@@ -215,31 +215,32 @@ def local_form(critics: Critics, batch: TensorDict) -> Tensor:
 
 
 # What lines 6 and 7 minimise, one function per --objective: -> (L(nu, theta), w [B]). This w is for metrics.csv alone.
-# `target` are slowly moving copies of the networks, `init` are initial states (semi needs none), nu_s is nu_tot(s), and
-# alpha is in scaled rewards. critics.lam is the multiplier of E[w] = 1. It is 0 without --lambda-scale.
+# nu_s is nu_tot(s), and td is the TD form with nu_tot(s') from the target networks, slowly moving copies of the
+# networks. `init` are initial states (semi needs none), and alpha is in scaled rewards. critics.lam is the multiplier of
+# E[w] = 1. It is 0 without --lambda-scale.
 
 
-def semi(critics, target, batch, init, nu_s, alpha, args, facts):
+def semi(critics, batch, init, nu_s, td, alpha, args, facts):
     """The default, in the place of Eq. 10. The target networks give nu_tot(s'), so no gradient flows at s'."""
-    f, A_tot = losses.DIVERGENCES[args.f], td_form(target, batch, nu_s, args, facts)
-    return losses.semi_loss(nu_s, A_tot, alpha, f), losses.occupancy_ratio(A_tot, alpha, f)
+    f = losses.DIVERGENCES[args.f]
+    return losses.semi_loss(nu_s, td, alpha, f), losses.occupancy_ratio(td, alpha, f)
 
 
-def exact(critics, target, batch, init, nu_s, alpha, args, facts):
+def exact(critics, batch, init, nu_s, td, alpha, args, facts):
     """Prop. 4.1, with the gradient at s, s' and s0."""
     f, A_tot = losses.DIVERGENCES[args.f], td_form(critics, batch, nu_s, args, facts)
     loss = losses.dual_loss(nu_tot(critics, init), A_tot, alpha, f, args.gamma, critics.lam, facts.mass)
     return loss, losses.occupancy_ratio(A_tot, alpha, f, critics.lam)
 
 
-def printed(critics, target, batch, init, nu_s, alpha, args, facts):
+def printed(critics, batch, init, nu_s, td, alpha, args, facts):
     """Eq. 10 as it is printed, with q fixed. It needs --advantage q."""
     f, A_tot = losses.DIVERGENCES[args.f], q_form(critics, batch, args, trains_q=False)
     loss = losses.dual_loss(nu_tot(critics, init), A_tot, alpha, f, args.gamma, critics.lam)  # Eq. 10
     return loss, losses.occupancy_ratio(A_tot, alpha, f, critics.lam)
 
 
-def released_nu(critics, target, batch, init, nu_s, alpha, args, facts):
+def released_nu(critics, batch, init, nu_s, td, alpha, args, facts):
     """The released code's rule for nu. It leaves theta as it is: q's loss trains theta, see critic_losses."""
     f, A_i, nu_init = losses.DIVERGENCES[args.f], local_form(critics, batch), critics.nu(init["agents", "observation"])
     loss = losses.released_nu_loss(nu_init, A_i, alpha, f, args.gamma, critics.lam)
@@ -255,16 +256,17 @@ def critic_losses(critics, target, batch, init, alpha, args, facts) -> tuple[Ten
     L_q is 0 if w* does not come from q. In Eq. 9 the target networks give nu_tot(s'). No parameter gets a gradient from
     both losses.
     """
-    nu_s = nu_tot(critics, batch)
-    L_nu, w = OBJECTIVE_LOSSES[args.objective](critics, target, batch, init, nu_s, alpha, args, facts)  # lines 6 and 7
+    nu_s, with_q = nu_tot(critics, batch), args.advantage == "q"
+    td = td_form(target, batch, nu_s, args, facts) if with_q or args.objective == "semi" else None
+    L_nu, w = OBJECTIVE_LOSSES[args.objective](critics, batch, init, nu_s, td, alpha, args, facts)  # lines 6 and 7
     L_q = torch.zeros_like(L_nu)
-    if args.advantage == "q":
+    if with_q:
         if args.objective == "released_nu":  # M[q] is fitted to r + gamma nu_tot(s'), and theta is trained with q
             q = critics.q(batch["agents", "observation"], batch["agents", "action"])
             A_q = critics.mixer(q, batch["state"]) - nu_s.detach()
         else:
             A_q = q_form(critics, batch, args, trains_q=True)
-        L_q = losses.q_loss(A_q, td_form(target, batch, nu_s, args, facts))  # line 5, Eq. 9
+        L_q = losses.q_loss(A_q, td)  # line 5, Eq. 9
     return L_q, L_nu, w.detach(), nu_s.detach()
 
 
