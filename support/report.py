@@ -33,9 +33,11 @@ from support.runs import FREE, eval_steps, judged, last_evaluations
 METHODS = ["bc", "bc-best10", "bcq", "cql", "icq", "omar", "omiga", "comadice"]  # the paper's order, with bc-best10
 ABLATIONS = {"alpha": "alpha", "f": "f-divergence", "mixer_layers": "layers of the mixer"}  # Sections B.4, B.5, B.6
 AXIS = {"return": "return", "winrate": "winrate (%)"}
-COLOURED = 4  # curves in colour, if a figure has at least two more
+COLOURED = 4  # so many curves are in colour in a figure of six or more
 DASHES = ["--", "-.", ":", (0, (9, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (2, 4))]  # of the grey curves
 RUN_FILES = {"config.json", "metrics.csv", "summary.json", "checkpoint.pt"}
+# The files that a report consists of.
+REPORT_FILE = re.compile(r"(report|seeds|marl_eval\w*|intervals|profiles|(curves|ablation)_\w+)\.(md|csv|json|png)")
 PAPER = Path(__file__).parent / "paper_tables.csv"
 
 
@@ -144,7 +146,7 @@ def read_run(path: Path) -> Run:
 
 def find_runs(root: Path, skip: list[Path]) -> tuple[list[Run], list[tuple[Path, str]]]:
     """(finished runs below root, the folders that are left out, with the reason). Folders in `skip` are ignored."""
-    left_out, holds = [], {}
+    left_out, holds, skip = [], {}, {path.resolve() for path in skip}
     for folder, folders, files in os.walk(
         root, onerror=lambda error: left_out.append((Path(error.filename), f"can't be read: {error.strerror}"))
     ):
@@ -155,7 +157,7 @@ def find_runs(root: Path, skip: list[Path]) -> tuple[list[Run], list[tuple[Path,
             holds[Path(folder)] = set(files)
         # Folders that a logger made within a run hold no runs.
         logged = set(loggers.FOLDERS) if RUN_FILES & set(files) else set()
-        folders[:] = sorted(name for name in folders if Path(folder, name) not in skip and name not in logged)
+        folders[:] = sorted(name for name in folders if Path(folder, name).resolve() not in skip and name not in logged)
     above = {parent for folder in holds if holds[folder] & RUN_FILES for parent in folder.parents}
     runs, seen = [], {}
     for folder in holds:
@@ -437,10 +439,15 @@ def main(args: Args):
     publish(make_cells(runs), left_out, args.last, out)
 
 
+def is_report(folder: Path) -> bool:
+    """Whether a folder holds a report and nothing else, so that a new report may replace it."""
+    return (folder / "report.md").is_file() and all(REPORT_FILE.fullmatch(path.name) for path in folder.iterdir())
+
+
 def publish(cells: list[Cell], left_out: list[tuple[Path, str]], last: float | None, out: Path):
     """Writes and prints a report. It replaces an older report in `out` as a whole. If writing fails, that one stays."""
-    if out.exists() and not (out / "report.md").is_file():
-        raise BadInput(f"{out} exists and is not a report: give another --out")
+    if out.exists() and not is_report(out):
+        raise BadInput(f"{out} exists and is not a report, or holds other files too: give another --out")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # from a report that was killed
     try:
@@ -501,15 +508,18 @@ def write_report(cells: list[Cell], left_out: list[tuple[Path, str]], last: floa
 
 
 def plot_curves(curves: dict[str, list[list[dict]]], dataset_return: float, title: str, path: Path):
-    """Learning curves: for each method the mean return over seeds, with its standard error as a band."""
+    """Learning curves: for each method the mean return over seeds, with its standard error as a band.
+
+    Each curve shows the steps at which all of its seeds were evaluated.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4))
     axis = figure.subplots()
     for name, seeds in curves.items():
-        seeds = [[row for row in metrics if row.get("return") is not None] for metrics in seeds]
-        steps = [row["step"] for row in seeds[0]]
-        returns = torch.tensor([[row["return"] for row in metrics] for metrics in seeds])
+        seeds = [{row["step"]: row["return"] for row in metrics if row.get("return") is not None} for metrics in seeds]
+        steps = sorted(set.intersection(*map(set, seeds)))
+        returns = torch.tensor([[at_step[step] for step in steps] for at_step in seeds])
         mean = returns.mean(0)
         axis.plot(steps, mean, label=name)
         if len(seeds) > 1:
@@ -530,12 +540,12 @@ def report(curves: dict[str, list[list[dict]]], card: dict, args, picture: str):
     A seed's return is the mean over its last evaluations (support.runs.last_evaluations).
     """
     evaluated = {name: [last_evaluations(metrics) for metrics in seeds] for name, seeds in curves.items()}
-    count = len(next(iter(evaluated.values()))[0])
+    counts = {len(rows) for seeds in evaluated.values() for rows in seeds}
     print(f"\n{args.env} {args.task} {args.quality}, {args.steps:,} steps, seeds {args.seeds}, {card.get('engine')}")
-    print(f"{'':<24}{'return':>12}   mean of the last {count} evaluations, ± standard deviation over seeds")
+    print(f"{'':<24}{'return':>12}   mean of the last {max(counts)} evaluations, ± standard deviation over seeds")
     print(f"{'behaviour data':<24}{card['return_mean']:>12.2f} ± {card['return_std']:.2f} (over episodes)")
-    if not count:
-        print("trained policies were not rolled out")
+    if 0 in counts:
+        print("not all trained policies were rolled out, so no results are shown")
         return
     for name, seeds in evaluated.items():
         mean = lambda rows, key: sum(row[key] for row in rows) / len(rows)

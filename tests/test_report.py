@@ -5,6 +5,7 @@ import json
 import math
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -291,10 +292,16 @@ def test_the_report_replaces_only_a_report(tmp_path):
     old = tmp_path / "notes"
     old.mkdir()
     (old / "mine.txt").write_text("x")
-    for out, match in ((old, "is not a report"), (tmp_path, "holds the runs"), (tmp_path / "runs", "holds the runs")):
+    mixed = tmp_path / "docs"
+    mixed.mkdir()
+    (mixed / "report.md").write_text("x")
+    (mixed / "thesis.tex").write_text("x")
+    runs = tmp_path / "runs"
+    refused = (old, "is not a report"), (mixed, "holds other files too"), (tmp_path, "holds the runs")
+    for out, match in (*refused, (runs, "holds the runs")):
         with pytest.raises(BadInput, match=match):
-            support.report.main(support.report.Args(runs=str(tmp_path / "runs"), out=str(out)))
-    assert [p.name for p in old.iterdir()] == ["mine.txt"]
+            support.report.main(support.report.Args(runs=str(runs), out=str(out)))
+    assert [p.name for p in old.iterdir()] == ["mine.txt"] and (mixed / "thesis.tex").read_text() == "x"
     report(tmp_path / "runs")
     stale = tmp_path / "runs/report/ablation_alpha_mamujoco_return.png"
     stale.write_bytes(b"")
@@ -406,6 +413,21 @@ def test_of_many_methods_the_best_few_are_in_colour(methods, coloured, tmp_path,
     assert len({(line.get_color(), str(line._dash_pattern)) for line in lines.values()}) == len(methods), (
         "no two look alike"
     )
+
+
+def test_training_ends_with_what_all_seeds_have(tmp_path, capsys):
+    """A simulator that was installed halfway: seed 1 was evaluated less often, seed 2 never."""
+    args = SimpleNamespace(env="mamujoco", task="hopper", quality="demo", steps=4, seeds=[0, 1], out=str(tmp_path))
+    row = lambda step, value: {"stage": "policy", "step": step, "return": value, "winrate": None}
+    seeds = [[row(2, 1.0), row(4, 3.0)], [{"stage": "policy", "step": 2}, row(4, 5.0)]]
+    (tmp_path / "mamujoco/hopper/demo").mkdir(parents=True)
+    card = {"engine": "x", "return_mean": 0.0, "return_std": 1.0}
+    support.report.report({"BC": seeds}, card, args, "curve.png")
+    assert f"{'BC':<24}{'4.00':>12} ± 1.41" in capsys.readouterr().out
+    assert (tmp_path / "mamujoco/hopper/demo/curve.png").exists()
+    support.report.report({"BC": [*seeds, [{"stage": "policy", "step": 2}]]}, card, args, "other.png")
+    assert "not all trained policies were rolled out" in capsys.readouterr().out
+    assert not (tmp_path / "mamujoco/hopper/demo/other.png").exists()
 
 
 def test_what_loggers_left_in_a_run_is_no_run(tmp_path):
