@@ -46,13 +46,16 @@ CHUNK, CHUNK_BYTES = 65536, 2**26  # rows, and bytes of rows, that are read toge
 CHECKED_AT_OPENING = 2**26  # bytes; the checksums of a smaller dataset are compared whenever it is opened
 
 
-def open_dataset(path: str | Path, env: str | None = None, task: str | None = None) -> tuple[TensorDict, dict]:
+def open_dataset(
+    path: str | Path, env: str | None = None, task: str | None = None, quality: str | None = None
+) -> tuple[TensorDict, dict]:
     """Validates a dataset and maps it read-only: (rows [N], card).
 
     Sizes are checked before anything is mapped, since TensorDict's own loader fills a truncated file up with zeros. The
     files are not changed, and nothing is unpickled. Raises BadInput with one line that says what is wrong: a missing or
     truncated file, another dtype or shape, a value that is not finite, an episode without its end, an action out of the
-    card's bounds or forbidden by its mask, statistics that differ from the card's, a dataset of another task.
+    card's bounds or forbidden by its mask, statistics that differ from the card's, a dataset of another task or
+    quality.
     """
     path = Path(path)
     if not path.is_dir():
@@ -60,7 +63,7 @@ def open_dataset(path: str | Path, env: str | None = None, task: str | None = No
         raise BadInput(f"no dataset at {path}: {how}")
     card = read_json(path / "card.json")
     check_card(path, card)
-    for name, value in (("env", env), ("task", task)):
+    for name, value in (("env", env), ("task", task), ("quality", quality)):
         if value is not None and card.get(name) != value:
             raise BadInput(
                 f"{path} is a dataset of {name} '{card.get(name)}', not '{value}': give the matching --{name} or --data"

@@ -39,6 +39,7 @@ from offline_data.lock import lock, unlock
 from offline_data.published import downloadable
 from support import loggers
 from support.flags import ABOUT, commit, versions
+from support.seeds import name_seeds
 
 # Flags of a run that its summary.json repeats.
 METHOD_FLAGS = ("preset", "objective", "advantage", "alpha", "episode_alpha", "tau", "lr")
@@ -107,8 +108,8 @@ def load_dataset(args, device: torch.device, algo: str) -> tuple[TensorDict, dic
     path = dataset_path(args.data, args.env, args.task, args.quality, DATA_ROOT)
     if args.data is None and not path.is_dir():
         raise no_dataset(args, path)
-    rows, card = open_dataset(path, args.env, args.task)
-    args.env, args.task, args.quality = card["env"], card["task"], args.quality or card["quality"]
+    rows, card = open_dataset(path, args.env, args.task, args.quality)
+    args.env, args.task, args.quality = card["env"], card["task"], card["quality"]
     for name in ("batch_size", "init_batch_size"):
         # Rows are drawn with replacement. A batch much larger than the dataset would repeat them, and may not fit.
         if getattr(args, name, 0) > max(card["samples"], SMALL_BATCH):
@@ -204,7 +205,7 @@ class Diverged(BadInput):
     """The parameters of these seeds diverged. Other seeds that are trained with them did not."""
 
     def __init__(self, seeds: list[int], what: str):
-        super().__init__(f"seed{'s' * (len(seeds) > 1)} {' '.join(map(str, seeds))}: {what}")
+        super().__init__(f"{name_seeds(seeds)}: {what}")
         self.seeds, self.what = seeds, what
 
 
@@ -266,6 +267,8 @@ def begin(args, algo: str, card: dict, where: str, seed: int, path: Path, first:
         run.metrics = state.pop("metrics")
         run.state, run.begun = state | {"config": state["config"] | {key: config[key] for key in GROWS}}, True
         run.finished = run.state["step"] == args.steps and has_summary(path)
+        if not {row["step"] for row in run.metrics if row["stage"] == "policy"} <= eval_steps(args):
+            raise BadInput(f"{path} was evaluated at other steps: raise --evals by the same factor as --steps")
         if not run.finished and "generator" not in state:
             raise BadInput(
                 f"{path} was begun by an older version of this code, which kept its random state in another way: go on "
@@ -301,7 +304,7 @@ def start_runs(args, algo: str, card: dict, rows: TensorDict, first: dict) -> di
         for seed, run in runs.items():
             if not run.begun:
                 with disk_errors(run.path, AGAIN):
-                    for name in ("summary.json", "checkpoint.pt", "metrics.csv"):
+                    for name in ("summary.json", "checkpoint.pt", "metrics.csv", "ratio.png"):
                         (run.path / name).unlink(missing_ok=True)
                     for folder in (run.path / name for name in loggers.FOLDERS):
                         if folder.is_dir():

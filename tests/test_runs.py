@@ -663,6 +663,7 @@ def test_a_finished_run_is_extended(algo, hopper_data, tmp_path, capsys):
     assert [row["step"] for row in state["metrics"] if row["stage"] == "policy"] == [20, 40, 60]
     assert state["metrics"][: len(old["metrics"])] == old["metrics"]
     ends(capsys, algo, hopper_data, tmp_path, 2, "steps 60, not 20", resume=True, steps=20, evals=3)
+    ends(capsys, algo, hopper_data, tmp_path, 2, "raise --evals by the same factor", resume=True, steps=120, evals=3)
     ends(capsys, algo, hopper_data, tmp_path, 2, r"\(lr 0.001, not 0.5\)", resume=True, steps=80, lr=0.5)
 
 
@@ -697,7 +698,7 @@ def test_config_says_what_a_result_depends_on(hopper_data, copy, tmp_path, capsy
     capsys.readouterr()
     train("comadice", hopper_data, tmp_path, resume=True)  # it is finished, so nothing goes on
     assert "was begun with" not in capsys.readouterr().out
-    train("comadice", hopper_data, tmp_path, resume=True, steps=config["steps"] + 1)
+    train("comadice", hopper_data, tmp_path, resume=True, steps=2 * config["steps"], evals=2 * config["evals"])
     warned = [line for line in capsys.readouterr().out.splitlines() if "was begun with" in line]
     assert len(warned) == 1 and "numpy 0.1, now " in warned[0] and "commit abc, now " in warned[0]
 
