@@ -289,8 +289,8 @@ def load_ratio(run: str, rows: TensorDict, card: dict) -> tuple[Tensor, Tensor |
     source = load_checkpoint(run)
     check_checkpoint(source, card, run)
     w, config = source.get("w"), source["config"]
-    if w is None:
-        raise BadInput(f"{run} holds no ratio: it is a run of BC, or was stopped before its ratio was computed")
+    if source["algo"] != "comadice" or w is None:
+        raise BadInput(f"{run} holds no ratio: give a run of comadice_train.py whose critics are trained")
     return w.to(rows["state"].device), episode_weights(rows, config["episode_alpha"], config["f"])
 
 
