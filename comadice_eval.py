@@ -20,6 +20,8 @@ from environments import stops
 
 @dataclass
 class Args:
+    """Play saved policies in the simulator. Two more commands, each with its own --help: report RUNS, and ratio RUN."""
+
     run: list[str] = field(default_factory=list)
     """run directories, one or several"""
     episodes: int = 32
@@ -65,7 +67,7 @@ from comadice_mixer import make_policy
 from environments.checks import BadInput, NoSimulator, pick_device, run_script
 from environments.simulators import check_sizes, make_env
 from offline_data.dataset import open_dataset
-from offline_data.durable import write_text
+from offline_data.durable import check_new, write_text
 from support import video
 from support.runs import FREE, load_checkpoint
 
@@ -194,13 +196,14 @@ def check(args: Args):
         raise BadInput("give the run directories with --run")
     if args.seed < 0:
         raise BadInput(f"--seed is {args.seed}: give 0 or a positive number")
-    if args.out and (Path(args.out).is_dir() or not Path(args.out).absolute().parent.is_dir()):
-        raise BadInput(f"can't write --out {args.out}: give a file in a folder that exists")
-
+    if args.out:
+        check_new(args.out)
     if args.video:
         video.check_file(args.video)
         if args.out or args.workers > 1:
             raise BadInput("--video films in one process and writes no results: leave out --out and --workers")
+        if args.episodes > MAX_WIDTH:
+            raise BadInput(f"--video plays at most {MAX_WIDTH} episodes of a run: give fewer --episodes")
 
 
 def film(args: Args):

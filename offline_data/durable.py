@@ -115,6 +115,14 @@ def write_bytes(path: str | Path, data: bytes | memoryview, again: str = AGAIN):
         raise
 
 
+def check_new(path: str | Path):
+    """Raises BadInput if a flag --out names a file that is already there, or a folder that is missing."""
+    if os.path.lexists(path):
+        raise BadInput(f"--out {path} is already there: give another name")
+    if not Path(path).absolute().parent.is_dir():
+        raise BadInput(f"can't write --out {path}: its folder does not exist")
+
+
 def write_text(path: str | Path, text: str, again: str = AGAIN):
     """Writes a text file as a whole, in UTF-8."""
     write_bytes(path, text.encode(), again)

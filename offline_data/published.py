@@ -11,7 +11,7 @@ import tyro
 
 from offline_data.card import check_card, read_json, table_row
 from offline_data.card import verify as compare_sums
-from offline_data.durable import write_figure
+from offline_data.durable import check_new, write_figure
 
 # The paper's Table 3, beside the statistics on OG-MARL's dataset cards (docs/dataset_cards: omiga.md, og_marl.md).
 # A row is: env, task, quality | agents, state, obs, action | Table 3's thousands of trajectories and of samples, mean
@@ -169,6 +169,8 @@ def plot(path: tyro.conf.Positional[str], out: str | None = None):
 
     from offline_data.dataset import episode_returns, open_dataset
 
+    if out is not None:
+        check_new(out)
     rows, card = open_dataset(path)
     out = Path(path, "returns.png") if out is None else Path(out)
     figure = Figure(figsize=(6, 4), layout="constrained")

@@ -17,7 +17,7 @@ from torch import Tensor
 from comadice_losses import DIVERGENCES, effective_sample_size, episode_ratio
 from environments.checks import BadInput
 from offline_data.dataset import DATA_ROOT, dataset_path, episode_returns, open_dataset
-from offline_data.durable import write_figure
+from offline_data.durable import check_new, write_figure
 from offline_data.replay import transition_rows
 from support.ratio_args import Args
 from support.runs import check_checkpoint, load_checkpoint
@@ -164,7 +164,7 @@ def draw(state: dict, rows: TensorDict, metrics: list[dict], out: Path):
     said = verdict(weights)
     figure.suptitle(f"{state['card']['task']} {state['card']['quality']}: {said}".replace("; ", "\n"), fontsize=10)
     figure.subplots_adjust(0.1, 0.08, 0.92, 0.87, 0.24, 0.36)
-    write_figure(out, figure, 100, "give another --out")
+    write_figure(out, figure, 100)
     print(f"{out}: {said}")
 
 
@@ -172,11 +172,12 @@ def main(args: Args):
     state = load_checkpoint(args.run)
     if state["algo"] != "comadice" or state.get("w") is None:
         raise BadInput(f"{args.run} holds no ratio: give a run of comadice_train.py whose critics are trained")
+    if args.out:
+        check_new(args.out)
     config, card = state["config"], state["card"]
     path = dataset_path(args.data or config["data"], card["env"], card["task"], config["quality"], DATA_ROOT)
-    if not path.is_dir():
+    if args.data is None and not path.is_dir():
         raise BadInput(f"the run's dataset is not at {path} any more: name its directory with --data")
     rows, card = open_dataset(path)
     check_checkpoint(state, card, args.run)
-    out = Path(args.out) if args.out else Path(args.run, "ratio.png")
-    draw(state, rows, state["metrics"], out)
+    draw(state, rows, state["metrics"], Path(args.out or Path(args.run, "ratio.png")))

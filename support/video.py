@@ -268,7 +268,7 @@ def write(file: str, pictures: list[np.ndarray], seconds: float):
         images = [Image.fromarray(x).quantize(palette=palette, dither=Image.Dither.NONE) for x in pictures]
         data = io.BytesIO()
         images[0].save(data, "GIF", save_all=True, append_images=images[1:], duration=1000 * seconds, loop=0)
-        write_bytes(file, data.getvalue(), "give another --video")
+        write_bytes(file, data.getvalue())
         return
     import imageio_ffmpeg
 
@@ -280,7 +280,7 @@ def write(file: str, pictures: list[np.ndarray], seconds: float):
         for picture in pictures:
             writer.send(np.ascontiguousarray(picture))
         writer.close()
-        write_bytes(file, made.read_bytes(), "give another --video")
+        write_bytes(file, made.read_bytes())
 
 
 def film(file: str, shown: list[tuple], make: Callable, play: Callable):

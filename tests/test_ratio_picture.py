@@ -137,7 +137,11 @@ def test_what_has_no_ratio(run, hopper_data, tmp_path):
     )
     with pytest.raises(BadInput, match="holds no ratio"):
         ratio_picture.main(ratio_picture.Args(str(tmp_path / "mamujoco/hopper/random/bc/seed0")))
-    with pytest.raises(BadInput, match="name its directory with --data"):
+    with pytest.raises(BadInput, match="no dataset at"):
         ratio_picture.main(ratio_picture.Args(str(run), data=str(tmp_path / "gone")))
+    (tmp_path / "mine.png").write_text("mine")
+    with pytest.raises(BadInput, match="is already there"):
+        ratio_picture.main(ratio_picture.Args(str(run), out=str(tmp_path / "mine.png")))
+    assert (tmp_path / "mine.png").read_text() == "mine"
     with pytest.raises(BadInput, match="can't write"):
         ratio_picture.main(ratio_picture.Args(str(run), out=str(tmp_path / "no" / "a.png")))
