@@ -31,6 +31,7 @@ from offline_data.published import REPLAYS, downloadable, published
 
 BASE_URL = "https://huggingface.co/datasets/InstaDeepAI/og-marl/resolve/main"
 TRIES, WAIT = 5, 2  # attempts at one download, seconds between them
+BUSY = (429, 500, 502, 503, 504)  # answers of a server that may have time again soon
 # OG-MARL's names of the benchmark's MuJoCo tasks.
 VAULTS = {"hopper": "3hopper", "ant": "2ant", "halfcheetah": "6halfcheetah"}
 
@@ -109,12 +110,14 @@ def fetch(url: str, path: Path):
                         file.write(data)
                         bar.update(len(data))
         except urllib.error.HTTPError as error:
-            if error.code != 416:
+            if error.code in BUSY:
+                why, total = f" (the server answered {error.code})", -1
+            elif error.code != 416:
                 raise BadInput(f"{url}: the server answered {error.code} {error.reason}") from None
-            # The server has nothing left to send: PATH.partial is complete, or belongs to another file.
-            total = have if error.headers.get("Content-Range") == f"bytes */{have}" else -1
-            if total < 0:
-                partial.unlink()
+            else:  # the server has nothing left to send: PATH.partial is complete, or belongs to another file
+                total = have if error.headers.get("Content-Range") == f"bytes */{have}" else -1
+                if total < 0:
+                    partial.unlink()
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
             why, total = f" ({getattr(error, 'reason', error)})", total or -1
         except OSError as error:
@@ -238,8 +241,11 @@ def download(
     with locked(path, beside=True):
         shutil.rmtree(unpacked, ignore_errors=True)
         try:
-            with disk_errors(unpacked):
-                vault = extract(archive, uid(quality), unpacked)
+            try:
+                with disk_errors(unpacked):
+                    vault = extract(archive, uid(quality), unpacked)
+            except (zipfile.BadZipFile, EOFError, RuntimeError) as error:
+                raise BadInput(f"{archive} is damaged ({error}): delete it and run the command again") from error
             last_row = "observation" if env == "mamujoco" else "transition"  # see formats.py
             last_row = "auto" if replay else last_row
             return convert(
@@ -254,7 +260,5 @@ def download(
                 return_to_go=return_to_go,
                 overwrite=overwrite,
             )
-        except (zipfile.BadZipFile, EOFError, RuntimeError) as error:
-            raise BadInput(f"{archive} is damaged ({error}): delete it and run the command again") from error
         finally:
             shutil.rmtree(unpacked, ignore_errors=True)

@@ -1157,7 +1157,7 @@ def vault_zip(tmp_path):
 def server(tmp_path):
     """Serves tmp_path/served on loopback. Yields (base URL, requests, cuts).
 
-    `cuts` are the numbers of bytes after which the next answers break off.
+    `cuts` are the numbers of bytes after which the next answers break off, or "busy" for an answer 503.
     """
     requests, cuts = [], []
 
@@ -1168,6 +1168,9 @@ def server(tmp_path):
             path = tmp_path / "served" / self.path.lstrip("/")
             if not path.is_file():
                 return self.send_error(404)
+            if cuts[:1] == ["busy"]:
+                cuts.pop(0)
+                return self.send_error(503)
             data = path.read_bytes()
             start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
             if wanted and start >= len(data):
@@ -1252,6 +1255,17 @@ def test_download_that_breaks_off_is_resumed(vault_zip, server, download, tmp_pa
     read_back(tmp_path / "out" / "medium", robots((3, 5)), True)
     assert [r for _, r in server[1]] == [None, "bytes=1000-", "bytes=1500-", "bytes=1500-"]
     assert (tmp_path / "zips" / "mamujoco" / "3hopper.zip").read_bytes() == vault_zip.read_bytes() and size > 2000
+
+
+def test_download_from_a_busy_server(vault_zip, server, download, tmp_path):
+    server[2][:] = ["busy", 1000, "busy"]
+    download()
+    read_back(tmp_path / "out" / "medium", robots((3, 5)), True)
+    assert [r for _, r in server[1]] == [None, None, "bytes=1000-", "bytes=1000-"]
+    server[2][:] = ["busy"] * offline_data.download.TRIES
+    (tmp_path / "zips" / "mamujoco" / "3hopper.zip").unlink()
+    with pytest.raises(BadInput, match=r"can't be reached \(the server answered 503\): check the network"):
+        download("medium-replay")
 
 
 def test_download_that_stays_broken_is_resumed_by_the_next_call(vault_zip, server, download, tmp_path):
