@@ -216,8 +216,8 @@ def local_form(critics: Critics, batch: TensorDict) -> Tensor:
 
 # What lines 6 and 7 minimise, one function per --objective: -> (L(nu, theta), w [B]). This w is for metrics.csv alone.
 # nu_s is nu_tot(s), and td is the TD form with nu_tot(s') from the target networks, slowly moving copies of the
-# networks. `init` are initial states (semi needs none), and alpha is in scaled rewards. critics.lam is the multiplier of
-# E[w] = 1. It is 0 without --lambda-scale.
+# networks. `init` are initial states (semi needs none). alpha is in scaled rewards. critics.lam is the multiplier of
+# E[w] = 1, which is 0 without --lambda-scale.
 
 
 def semi(critics, batch, init, nu_s, td, alpha, args, facts):
@@ -389,8 +389,8 @@ def algorithm_1(
     # lines 9 to 12, and line 1 for eta: Eq. 11 with run.state["w"]
     comadice_bc.train_policies(rows, card, args, runs, env, "policy", weights=weights)
     for run in runs:
-        ratio_picture.draw(run.state, rows, run.metrics, run.path / "ratio.png")
         finish_run(run, args, card, len(runs))  # lines 2 and 13: the policies pi_i are in run.state, which is saved
+        ratio_picture.draw(run.state, rows, run.metrics, run.path / "ratio.png")
 
 
 def train_seeds(args: Args, rows: TensorDict, card: dict, env) -> list[list[dict]]:
