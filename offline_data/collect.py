@@ -166,7 +166,7 @@ class EpisodeSplitter:
 
 
 # Arguments that may differ when a training run goes on: they don't change its result.
-FREE = ("out", "overwrite", "device", "workers", "samples", "demo_samples", "trajectories")
+FREE = ("out", "overwrite", "device", "samples", "demo_samples", "trajectories")
 
 
 def load_state(args: Args, root: Path) -> dict | None:
@@ -573,10 +573,10 @@ def make_datasets(args: Args, root: Path):
 
 def main(args: Args):
     check_task(args.env, args.task)  # an unknown task ends here, before anything is written
+    check_positive(args, "samples", "trajectories", "replay_trajectories", "num_envs", "workers", "checkpoints")
+    check_positive(args, "horizon", "epochs", "minibatch", "hidden", "lr", "clip")
     args = fill_in(args)
-    check_positive(args, "steps", "samples", "trajectories", "replay_trajectories", "num_envs", "workers")
-    check_positive(args, "checkpoints", "horizon", "epochs", "minibatch", "hidden", "lr", "clip", "reward_scale")
-    check_positive(args, "record_every")
+    check_positive(args, "steps", "reward_scale", "record_every")
     if args.seed < 0 or args.demo_samples < 0 or not 0 <= args.gamma <= 1 or not 0 <= args.gae_lambda <= 1:
         raise BadInput("--seed and --demo-samples must be at least 0, --gamma and --gae-lambda in [0, 1]")
     args.device = str(pick_device(args.device))

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import inspect
-import json
 import subprocess
 import sys
 from dataclasses import fields
@@ -11,7 +10,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from environments import stops
 from environments.checks import BadInput, plain
-from offline_data.card import NAME, is_number, short
+from offline_data.card import NAME, is_number, read_json, short
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "torchrl", "tensordict", "numpy", "mujoco", "gymnasium-robotics", "jaxmarl")
@@ -50,12 +49,11 @@ def take_config(words: list[str], Args, default):
     if "--config" not in words:
         return words, default
     at = words.index("--config")
-    file = Path(words[at + 1]) if at + 1 < len(words) else None
+    file = Path(*words[at + 1 : at + 2])
     try:
-        config = json.loads(file.read_text())
-        config = {key: value for key, value in config.items() if key not in NOT_AGAIN}
-    except (AttributeError, OSError, ValueError):
-        raise BadInput(f"--config {file or ''}: give the config.json of a run") from None
+        config = {key: value for key, value in read_json(file).items() if key not in NOT_AGAIN}
+    except BadInput:
+        raise BadInput(f"--config {file}: give the config.json of a run") from None
     foreign = sorted(config.keys() - {field.name for field in fields(Args)})
     if foreign:
         name = foreign[0].replace("_", "-") if NAME.fullmatch(foreign[0]) else short(foreign[0])

@@ -41,6 +41,8 @@ def resolve(args, mean_abs_reward: float, return_deviation: float = 0.0):
     mean_abs_reward and return_deviation: see offline_data/facts.py. With a deviation of 0 all episodes count the same.
     """
     given = {name: value for name, value in asdict(args).items() if value is not None}
+    if "alpha" in given:
+        check_positive(args, "alpha")
     preset = PRESETS[args.preset]
     if args.objective not in (None, preset["objective"]):  # another objective brings its own advantage, alpha and tau
         preset = {k: v for k, v in preset.items() if k not in OBJECTIVES[args.objective] and k != "lambda_scale"}
@@ -59,7 +61,7 @@ def resolve(args, mean_abs_reward: float, return_deviation: float = 0.0):
 
 def check(args):
     """Raises BadInput for a flag out of its range, or flags that contradict each other."""
-    check_positive(args, "critic_lr", "mixer_hidden", "init_batch_size", "alpha", "reward_scale")
+    check_positive(args, "critic_lr", "mixer_hidden", "init_batch_size", "reward_scale")
     check_policy_stage(args)
     check_discount(args)
     if not 0 <= args.lambda_scale < math.inf or not 0 <= args.episode_alpha < math.inf:

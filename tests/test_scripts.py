@@ -341,6 +341,8 @@ def test_weighted_bc_uses_the_ratio_of_the_run(hopper_data, run, bc_run, tmp_pat
     weighted = train(hopper_data, tmp_path, comadice_bc, "weighted-bc", checkpoint=str(run))
     state, w = checkpoint(weighted), checkpoint(run)["w"]
     assert torch.equal(state["w"], w) and not same_weights(state, checkpoint(bc_run))
+    with pytest.raises(BadInput, match="holds no ratio"):  # it has w, but not the flags that say how to draw
+        train(hopper_data, tmp_path / "third", comadice_bc, "weighted-bc", checkpoint=str(weighted))
     assert float(table(weighted)[-1]["mean_w"]) == pytest.approx(w.mean().item())
     # A constant ratio, whatever its size, is plain BC where no episode is drawn more often than another.
     source, old = shutil.copytree(run, tmp_path / "constant"), checkpoint(run)
@@ -694,6 +696,7 @@ FLAGS = [
 TRAIN_FLAGS = [
     ({"alpha": 0.0}, "--alpha"),
     ({"alpha": -1.0}, "--alpha"),
+    ({"alpha": 1e200}, "--alpha"),
     ({"gamma": 1.5}, "--gamma"),
     ({"tau": 2.0}, "--tau"),
     ({"reward_scale": 0.0}, "--reward-scale"),
@@ -903,6 +906,8 @@ def test_run_without_a_policy_yet(hopper_data, tmp_path, monkeypatch, capsys):
         ({"workers": 0}, "--workers"),
         ({"device": "nonsense"}, "--device nonsense"),
         ({"out": "FILE/result.json"}, "--out"),
+        ({"out": "FILE"}, "is already there"),
+        ({"video": "new.gif", "episodes": 51}, "at most 50 episodes"),
     ],
 )
 def test_bad_flags_of_eval(flags, match, run, tmp_path, capsys):
@@ -1136,6 +1141,7 @@ def test_returns_below_zero_have_no_medium_checkpoint(tmp_path, monkeypatch, cap
         ({"env": "nowhere"}, "unknown env 'nowhere'"),
         ({"steps": -5}, "--steps is -5"),
         ({"samples": 0}, "--samples is 0"),
+        ({"env": "smacv2", "task": "zerg_5_vs_5", "replay_trajectories": 0}, "--replay-trajectories is 0"),
         ({"device": "nonsense"}, "--device nonsense"),
     ],
 )
