@@ -34,7 +34,7 @@ class RunArgs:
     logger: Literal["none", "csv", "tensorboard", "wandb"] = "none"
     """also log metrics.csv's rows with TorchRL's csv, tensorboard or (offline) wandb logger (support/loggers.py)"""
     resume: bool = False
-    """go on with runs that were stopped, leave finished ones as they are, extend them with more --steps"""
+    """go on with runs that were stopped, leave finished ones as they are, extend them with more --steps and --evals"""
     overwrite: bool = False
     """replace runs that are already there"""
 
