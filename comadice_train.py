@@ -52,9 +52,10 @@ class Args:
     advantage: Literal["td", "q"] | None = None
     """what w* is computed from: r + gamma nu_tot(s') - nu_tot(s), or M[q - nu], for which q is trained by Eq. 9"""
     alpha: float | None = None
-    """weight of the divergence from the data, in units of the reward (default with semi: 5 mean absolute rewards)"""
+    """weight of the divergence from the data, in units of the reward (default with semi: 5 mean absolute rewards).
+    Above its default it also raises that of --episode-alpha, by the square"""
     episode_alpha: float | None = None
-    """transitions of better episodes are drawn more often; a larger value prefers them less, 0 not at all. It is the
+    """transitions of better episodes are drawn more often, the more the smaller it is; 0 switches this off. It is the
     alpha of a ratio between episodes, in units of the return (default with semi: the mean absolute deviation of the
     episodes' returns, clipped to their 10th and 90th percentile)"""
     f: Literal["soft_chi2", "chi2", "kl"] = "soft_chi2"
@@ -66,13 +67,14 @@ class Args:
     mixer_layers: Literal[1, 2] = 1
     """layers of the mixer (Section B.6)"""
     lambda_scale: float | None = None
-    """learning rate of the multiplier of E[w] = 1, relative to --critic-lr (Table 4's lambda; 0: off)"""
+    """learning rate of the multiplier of E[w] = 1, relative to --critic-lr; 0: off. Our reading of Table 4's lambda
+    scale, which the paper does not explain"""
 
     # Optimisation
     steps: int = 200_000
     """gradient steps of each stage"""
     critic_lr: float | None = None
-    """Adam's learning rate for nu, q and the mixer (default 3e-4; Table 4: 1e-4)"""
+    """Adam's learning rate for nu, q and the mixer (default 3e-4; Table 4: 1e-4 for q, and none for the others)"""
     lr: float | None = None
     """Adam's learning rate for the policies (default 1e-3; Table 4: 1e-4)"""
     lr_decay: bool | None = None
@@ -88,7 +90,7 @@ class Args:
     hidden: int = 256
     """hidden units of the local networks (Table 4)"""
     mixer_hidden: int = 64
-    """hidden units of the mixer's hyper-networks (Table 4)"""
+    """hidden units of the mixer: of its hyper-networks, and with 2 layers of its own hidden layer (Table 4)"""
     reward_scale: float | None = None
     """rewards are multiplied by it before nu and q are learned (default: so that 5 mean absolute rewards become 1)"""
     layer_norm: bool | None = None
@@ -156,7 +158,18 @@ from offline_data.replay import as_transition, initial_rows, make_replay, transi
 from support import ratio_picture
 from support.presets import resolve
 from support.report import report
-from support.runs import Diverged, Run, check_args, end_runs, finish_run, give_up, load_dataset, next_group, start_runs
+from support.runs import (
+    Diverged,
+    Run,
+    check_args,
+    end_runs,
+    finish_run,
+    give_up,
+    load_checkpoint,
+    load_dataset,
+    next_group,
+    start_runs,
+)
 from support.seeds import (
     Graph,
     adam,
@@ -416,8 +429,8 @@ def demonstrate(args: Args, rows: TensorDict, card: dict, env):
         curves[name] = comadice_bc.train_seeds(comadice_bc.Args(**shared | {"best": best}), rows, card, None, env)
     report(curves, card, args, "demonstration.png")
     folder = Path(args.out, args.env, args.task, args.quality)
-    first = folder / "comadice" / f"seed{args.seeds[0]}"
-    ratio_picture.main(ratio_picture.Args(str(first), args.data, str(folder / "ratio.png")))
+    first = load_checkpoint(folder / "comadice" / f"seed{args.seeds[0]}")
+    ratio_picture.draw(first, rows, first["metrics"], folder / "ratio.png")
 
 
 def main(args: Args):
