@@ -63,15 +63,15 @@ def td_loss(q_tot: Tensor, reward: Tensor, terminated: Tensor, q_tot_next: Tenso
     return (reward + gamma * q_tot_next.masked_fill(terminated, 0) - q_tot).square().mean()
 
 
+def log_sum_exp(w: Tensor, q_all: Tensor, mask: Tensor) -> Tensor:
+    """log sum_a exp(w_i q_i(o_i, a)) over available actions: q_all and mask [B, n, A] -> [B, n]."""
+    return (w.unsqueeze(-1) * q_all).masked_fill(~mask, -torch.inf).logsumexp(-1)
+
+
 def conservative_loss(log_sum_exp: Tensor, w: Tensor, q: Tensor) -> Tensor:
     """E_D[log sum_a exp q_tot(s, a) - q_tot(s, a_recorded)]; log_sum_exp [B, n] is each agent's log sum_a_i exp(w_i
     q_i)."""
     return (log_sum_exp - w * q).sum(-1).mean()  # Kumar et al. 2020, Eq. 4, what alpha multiplies
-
-
-def log_sum_exp(w: Tensor, q_all: Tensor, mask: Tensor) -> Tensor:
-    """log sum_a exp(w_i q_i(o_i, a)) over available actions: q_all and mask [B, n, A] -> [B, n]."""
-    return (w.unsqueeze(-1) * q_all).masked_fill(~mask, -torch.inf).logsumexp(-1)
 
 
 def actor_loss(w: Tensor, q: Tensor, log_prob: Tensor, temperature: Tensor, action: Tensor) -> Tensor:

@@ -98,6 +98,13 @@ def discrete_actor_loss(q_all: Tensor, logits: Tensor, a_hat: Tensor, rectificat
     ).mean()
 
 
+def noise(card: dict, args: Args, B: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """The random numbers of one update with continuous actions, standard normal but for sample_noise's "uniform"."""
+    shape = B, args.search_steps, args.search_samples, card["n_agents"], card["action_dim"]
+    normal = torch.randn(shape, generator=generator, device=generator.device)
+    return {"search": normal} | sample_noise(card, B, args.cql_samples, generator)
+
+
 @torch.no_grad()
 def search(q, obs: Tensor, action: Tensor, noise: Tensor, std: float) -> Tensor:
     """a_hat [B, n, A], the best of the last sampled actions and the policy's own [B, n, A].
@@ -128,13 +135,6 @@ class Networks(nn.Module):
     def q_j(self, obs: Tensor, action: Tensor) -> Tensor:
         """Values of both twin networks, [2, ..., n]."""
         return torch.stack([q(obs, action) for q in self.q])
-
-
-def noise(card: dict, args: Args, B: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """The random numbers of one update with continuous actions, standard normal but for sample_noise's "uniform"."""
-    shape = B, args.search_steps, args.search_samples, card["n_agents"], card["action_dim"]
-    normal = torch.randn(shape, generator=generator, device=generator.device)
-    return {"search": normal} | sample_noise(card, B, args.cql_samples, generator)
 
 
 def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) -> dict[str, Tensor]:

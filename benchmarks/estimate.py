@@ -57,29 +57,6 @@ def noise(path: Path, n: int, S: int, O: int, A: int, discrete: bool):
     writer.close(card)
 
 
-def seconds_per_run(cells: list[Cell]) -> dict[str, float | None]:
-    """Cell's name -> seconds of its updates for one seed, on the GPU if there is one and else on one thread; None if
-    the sizes are not known."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(1)
-    known, seconds = {}, {}
-    shapes = {cell.name: sizes(cell) for cell in cells}
-    same = lambda cell: (shapes[cell.name], cell.method, cell.flags.get("mixer_layers"))  # alpha, f: no effect on time
-    kinds = len({same(cell) for cell in cells})
-    with tempfile.TemporaryDirectory() as folder:
-        for cell in cells:
-            kind = same(cell)
-            if kind not in known and shapes[cell.name]:
-                print(f"\rmeasuring {len(known) + 1} of {kinds}", end="", file=sys.stderr, flush=True)
-                data = Path(folder, "-".join(map(str, shapes[cell.name])))
-                if not data.is_dir():
-                    noise(data, *shapes[cell.name])
-                known[kind] = measure(cell, str(data), Path(folder, f"run{len(known)}"), device)
-            seconds[cell.name] = cell.flags["steps"] * known[kind] if kind in known else None
-        print(file=sys.stderr)
-    return seconds
-
-
 def measure(cell: Cell, data: str, out: Path, device: str) -> float:
     """Seconds of one step of one seed, in both stages if there are two.
 
@@ -106,3 +83,26 @@ def measure(cell: Cell, data: str, out: Path, device: str) -> float:
         if took > ENOUGH:
             break
     return max(took, 1e-6) / (steps - few) / len(seeds)
+
+
+def seconds_per_run(cells: list[Cell]) -> dict[str, float | None]:
+    """Cell's name -> seconds of its updates for one seed, on the GPU if there is one and else on one thread; None if
+    the sizes are not known."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(1)
+    known, seconds = {}, {}
+    shapes = {cell.name: sizes(cell) for cell in cells}
+    same = lambda cell: (shapes[cell.name], cell.method, cell.flags.get("mixer_layers"))  # alpha, f: no effect on time
+    kinds = len({same(cell) for cell in cells})
+    with tempfile.TemporaryDirectory() as folder:
+        for cell in cells:
+            kind = same(cell)
+            if kind not in known and shapes[cell.name]:
+                print(f"\rmeasuring {len(known) + 1} of {kinds}", end="", file=sys.stderr, flush=True)
+                data = Path(folder, "-".join(map(str, shapes[cell.name])))
+                if not data.is_dir():
+                    noise(data, *shapes[cell.name])
+                known[kind] = measure(cell, str(data), Path(folder, f"run{len(known)}"), device)
+            seconds[cell.name] = cell.flags["steps"] * known[kind] if kind in known else None
+        print(file=sys.stderr)
+    return seconds

@@ -52,6 +52,10 @@ BUDGET = {"steps", "evals", "eval_episodes"}
 PATIENCE = 60  # seconds to wait for a process that is about to end, for example on a machine that was lost
 
 
+def failure_file(out: str | Path, name: str, seed: int | None) -> Path:
+    return Path(out, "grid", "failed", name.replace("/", ".") + ("" if seed is None else f".seed{seed}") + ".txt")
+
+
 @dataclass
 class Cell:
     out: str
@@ -82,10 +86,6 @@ class Cell:
     def failure(self, seed: int | None = None) -> Path:
         """The file that keeps the line of a failure, of one seed or of the whole cell."""
         return failure_file(self.out, self.name, seed)
-
-
-def failure_file(out: str | Path, name: str, seed: int | None) -> Path:
-    return Path(out, "grid", "failed", name.replace("/", ".") + ("" if seed is None else f".seed{seed}") + ".txt")
 
 
 # ---------------------------------------------------------------- which cells
@@ -176,6 +176,15 @@ def make_cells(out: str, instances: dict, methods: list[str], seeds: list[int], 
     return cells
 
 
+def read_plan(out: str | Path) -> dict[str, int]:
+    """Run directory below OUT -> its steps."""
+    path = Path(out, "grid", "plan.json")
+    plan = read_json(path) if path.is_file() else {"steps": {}}
+    if not isinstance(plan, dict) or not isinstance(plan.get("steps"), dict):
+        raise BadInput(f"{path} is not a plan of this command")
+    return plan["steps"]
+
+
 def save_plan(out: str, cells: list[Cell]):
     """OUT/grid/plan.json: the runs that were asked for, so that `status` knows what is waiting."""
     path = Path(out, "grid", "plan.json")
@@ -186,16 +195,16 @@ def save_plan(out: str, cells: list[Cell]):
         write_text(path, json.dumps({"steps": runs}, indent=0) + "\n")
 
 
-def read_plan(out: str | Path) -> dict[str, int]:
-    """Run directory below OUT -> its steps."""
-    path = Path(out, "grid", "plan.json")
-    plan = read_json(path) if path.is_file() else {"steps": {}}
-    if not isinstance(plan, dict) or not isinstance(plan.get("steps"), dict):
-        raise BadInput(f"{path} is not a plan of this command")
-    return plan["steps"]
-
-
 # ---------------------------------------------------------------- one task
+
+
+def keep_failures(cell: Cell, lines: dict[int | None, str]) -> str:
+    """Writes the line of each seed's failure, or with None the cell's, where `status` finds it."""
+    for seed, line in lines.items():
+        path = cell.failure(seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, line + "\n")
+    return next(iter(lines.values()))
 
 
 def train(cell: Cell, seeds: list[int], device: str) -> tuple[str, str]:
@@ -249,12 +258,3 @@ def train(cell: Cell, seeds: list[int], device: str) -> tuple[str, str]:
     if code:
         return "input", keep_failures(cell, {None: lines[-1] if lines else f"exit code {code} (see {log})"})
     return "finished", ""
-
-
-def keep_failures(cell: Cell, lines: dict[int | None, str]) -> str:
-    """Writes the line of each seed's failure, or with None the cell's, where `status` finds it."""
-    for seed, line in lines.items():
-        path = cell.failure(seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, line + "\n")
-    return next(iter(lines.values()))

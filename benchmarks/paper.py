@@ -117,6 +117,50 @@ def start_ray(ray):
         raise BadInput(f"{where} ({type(error).__name__}: {str(error).strip().splitlines()[0]})") from None
 
 
+def result(ray, ref) -> tuple[str, str]:
+    """What grid.train returned, or what happened to its process: an outcome and a line."""
+    try:
+        return ray.get(ref)
+    except ray.exceptions.TaskCancelledError:
+        return "stopped", "cancelled before it began"
+    except ray.exceptions.RayTaskError as error:  # not an error of training; for example the code can't be loaded there
+        return "lost", str(error).strip().splitlines()[-1]
+    except ray.exceptions.RayError as error:
+        return "stopped", f"its worker was lost ({type(error).__name__})"
+
+
+class Display:
+    """The table of progress, redrawn in a terminal. Elsewhere one line per minute, and the table at the end."""
+
+    def __init__(self):
+        self.terminal, self.drawn, self.at = sys.stdout.isatty(), 0, time.monotonic()
+
+    def say(self, line: str):
+        self.clear()
+        print(line, flush=True)
+
+    def clear(self):
+        if self.drawn:
+            print(f"\033[{self.drawn}F\033[J", end="")
+        self.drawn = 0
+
+    def draw(self, board: Board, last: bool = False):
+        if not (self.terminal or last or time.monotonic() - self.at > LINE):
+            return
+        runs, self.at = board.read(), time.monotonic()
+        if last:
+            lines = show(runs)
+        elif self.terminal:
+            lines = show(runs)[-os.get_terminal_size().lines + 2 :]
+        else:
+            count = Counter(run.state for run in runs)
+            lines = [time.strftime("%H:%M:%S ") + ", ".join(f"{count[state]} {state}" for state in STATES)]
+        self.clear()
+        width = os.get_terminal_size().columns - 1 if self.terminal else None
+        print("\n".join(line[:width] for line in lines), flush=True)
+        self.drawn = len(lines) if self.terminal and not last else 0
+
+
 def work(ray, cells: list[Cell], args: Args, train=grid.train):
     """Runs what is not finished, and waits for it. `train` is what a task calls."""
     gpus = ray.cluster_resources().get("GPU", 0) if args.gpu_fraction else 0
@@ -165,51 +209,11 @@ def work(ray, cells: list[Cell], args: Args, train=grid.train):
     stops.leave()
 
 
-def result(ray, ref) -> tuple[str, str]:
-    """What grid.train returned, or what happened to its process: an outcome and a line."""
-    try:
-        return ray.get(ref)
-    except ray.exceptions.TaskCancelledError:
-        return "stopped", "cancelled before it began"
-    except ray.exceptions.RayTaskError as error:  # not an error of training; for example the code can't be loaded there
-        return "lost", str(error).strip().splitlines()[-1]
-    except ray.exceptions.RayError as error:
-        return "stopped", f"its worker was lost ({type(error).__name__})"
-
-
-class Display:
-    """The table of progress, redrawn in a terminal. Elsewhere one line per minute, and the table at the end."""
-
-    def __init__(self):
-        self.terminal, self.drawn, self.at = sys.stdout.isatty(), 0, time.monotonic()
-
-    def say(self, line: str):
-        self.clear()
-        print(line, flush=True)
-
-    def clear(self):
-        if self.drawn:
-            print(f"\033[{self.drawn}F\033[J", end="")
-        self.drawn = 0
-
-    def draw(self, board: Board, last: bool = False):
-        if not (self.terminal or last or time.monotonic() - self.at > LINE):
-            return
-        runs, self.at = board.read(), time.monotonic()
-        if last:
-            lines = show(runs)
-        elif self.terminal:
-            lines = show(runs)[-os.get_terminal_size().lines + 2 :]
-        else:
-            count = Counter(run.state for run in runs)
-            lines = [time.strftime("%H:%M:%S ") + ", ".join(f"{count[state]} {state}" for state in STATES)]
-        self.clear()
-        width = os.get_terminal_size().columns - 1 if self.terminal else None
-        print("\n".join(line[:width] for line in lines), flush=True)
-        self.drawn = len(lines) if self.terminal and not last else 0
-
-
 # ---------------------------------------------------------------- what is printed and written
+
+
+def has_data(cell: Cell) -> bool:
+    return (dataset_path(cell.flags["data"], *cell.instance, DATA_ROOT) / "card.json").is_file()
 
 
 def print_plan(cells: list[Cell], args: Args):
@@ -240,8 +244,14 @@ def print_plan(cells: list[Cell], args: Args):
     print(f"as a job array: --array=0-{number - 1}, each with --index")
 
 
-def has_data(cell: Cell) -> bool:
-    return (dataset_path(cell.flags["data"], *cell.instance, DATA_ROOT) / "card.json").is_file()
+def without_episodes(run: report.Run) -> report.Run:
+    """Leaves out --episode-alpha, which follows from --alpha and is not a setting of its own."""
+    return run._replace(config=tuple((k, v) for k, v in run.config if k != "episode_alpha"))
+
+
+def as_default(run: report.Run) -> report.Run:
+    """Names the default alpha "default", so that it has one column, though its value depends on the data's rewards."""
+    return without_episodes(run._replace(config=tuple((k, "default" if k == "alpha" else v) for k, v in run.config)))
 
 
 def write_reports(out: str):
@@ -265,16 +275,6 @@ def write_reports(out: str):
 REPORTS = [f"report-{name}" for name in grid.ABLATIONS]
 
 
-def as_default(run: report.Run) -> report.Run:
-    """Names the default alpha "default", so that it has one column, though its value depends on the data's rewards."""
-    return without_episodes(run._replace(config=tuple((k, "default" if k == "alpha" else v) for k, v in run.config)))
-
-
-def without_episodes(run: report.Run) -> report.Run:
-    """Leaves out --episode-alpha, which follows from --alpha and is not a setting of its own."""
-    return run._replace(config=tuple((k, v) for k, v in run.config if k != "episode_alpha"))
-
-
 # ---------------------------------------------------------------- the command
 
 
@@ -285,31 +285,6 @@ def check(args: Args):
     check_seeds(args.seeds)
     if not args.methods or not 0 <= args.gpu_fraction <= 1 or args.retries < 0:
         raise BadInput("give at least one method to --methods, --gpu-fraction from 0 to 1, --retries of at least 0")
-
-
-def main(args: Args, extra: list[str]):
-    check(args)
-    out, budget = str(Path(args.out).absolute()), {name: getattr(args, name) for name in sorted(grid.BUDGET)}
-    instances = grid.choose_instances(args.only, args.data)
-    methods = list(dict.fromkeys(args.methods))
-    all_methods = methods if "comadice" in methods or not args.ablation else [*methods, "comadice"]
-    cells = grid.make_cells(out, instances, all_methods, args.seeds, list(dict.fromkeys(args.ablation)), budget,
-                            grid.split_extra(extra, all_methods))  # fmt: skip
-    if args.plan:
-        return print_plan(cells, args)
-    ray = find_ray() if args.index is None else None  # before anything is written
-    grid.save_plan(out, cells)
-    if ray is None:
-        return run_one(cells, args)
-    start_ray(ray)
-    try:
-        stops.catch()  # again, since Ray has set its own handlers
-        stops.hold()
-        work(ray, cells, args)
-    finally:
-        ray.shutdown()
-    write_reports(out)
-    end(cells)
 
 
 def end(cells: list[Cell]):
@@ -336,6 +311,31 @@ def run_one(cells: list[Cell], args: Args):
         sys.exit(143)
     if outcome != "finished":
         fail_at_end(line)
+
+
+def main(args: Args, extra: list[str]):
+    check(args)
+    out, budget = str(Path(args.out).absolute()), {name: getattr(args, name) for name in sorted(grid.BUDGET)}
+    instances = grid.choose_instances(args.only, args.data)
+    methods = list(dict.fromkeys(args.methods))
+    all_methods = methods if "comadice" in methods or not args.ablation else [*methods, "comadice"]
+    cells = grid.make_cells(out, instances, all_methods, args.seeds, list(dict.fromkeys(args.ablation)), budget,
+                            grid.split_extra(extra, all_methods))  # fmt: skip
+    if args.plan:
+        return print_plan(cells, args)
+    ray = find_ray() if args.index is None else None  # before anything is written
+    grid.save_plan(out, cells)
+    if ray is None:
+        return run_one(cells, args)
+    start_ray(ray)
+    try:
+        stops.catch()  # again, since Ray has set its own handlers
+        stops.hold()
+        work(ray, cells, args)
+    finally:
+        ray.shutdown()
+    write_reports(out)
+    end(cells)
 
 
 def status(out: str):

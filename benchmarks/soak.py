@@ -259,6 +259,22 @@ def serve(folder: Path, port):
     server.serve_forever()
 
 
+def write_robots(path: Path) -> Path:
+    """A made-up recording of hopper in OMIGA's format. Converting it takes some seconds."""
+    write_source("ant", path.parent, 0.002)
+    import h5py
+
+    with h5py.File(path.parent / "source.hdf5", "r+") as file:
+        for key, agents, width in (("o", 3, 14), ("s", 3, 14), ("a", 3, 1), ("r", 3, 1)):
+            whole = file[key][:]
+            del file[key]
+            file[key] = whole[:, [0] * agents, :width]
+        done = file["d"][:]
+        del file["d"]
+        file["d"] = done[:, [0] * 3]
+    return path
+
+
 def soak(args: Args, folder: Path) -> int:
     """Makes all kills and returns their number. Raises Hurt at the first check that fails."""
     chance, log = random.Random(args.seed), folder / "log"
@@ -328,22 +344,6 @@ def soak(args: Args, folder: Path) -> int:
     if url:
         server.terminate()
     return kills
-
-
-def write_robots(path: Path) -> Path:
-    """A made-up recording of hopper in OMIGA's format. Converting it takes some seconds."""
-    write_source("ant", path.parent, 0.002)
-    import h5py
-
-    with h5py.File(path.parent / "source.hdf5", "r+") as file:
-        for key, agents, width in (("o", 3, 14), ("s", 3, 14), ("a", 3, 1), ("r", 3, 1)):
-            whole = file[key][:]
-            del file[key]
-            file[key] = whole[:, [0] * agents, :width]
-        done = file["d"][:]
-        del file["d"]
-        file["d"] = done[:, [0] * 3]
-    return path
 
 
 def main(args: Args):

@@ -106,6 +106,17 @@ def train_critics(objective: str, rows: TensorDict, card: dict, args: Args) -> l
     return results
 
 
+def play(card: dict, parameters: dict, hidden: int, episodes: int, seed: int, step: int) -> tuple[float, float]:
+    """A policy's mean return and its winrate in percent (nan if there are no battles). Runs in a worker process."""
+    torch.set_num_threads(1)
+    if not ENVS:
+        ENVS["env"] = eval_env(card, episodes)
+    policy = make_policy(card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], hidden)
+    policy.load_state_dict(parameters)
+    result = evaluation(policy, ENVS["env"], episodes, seed, step)
+    return result["return"], math.nan if result["winrate"] is None else 100 * result["winrate"]
+
+
 def train_policies(
     members: list[tuple[dict, torch.Tensor]], rows: TensorDict, card: dict, args: Args, pool
 ) -> list[dict]:
@@ -142,17 +153,6 @@ def train_policies(
 
 
 ENVS = {}
-
-
-def play(card: dict, parameters: dict, hidden: int, episodes: int, seed: int, step: int) -> tuple[float, float]:
-    """A policy's mean return and its winrate in percent (nan if there are no battles). Runs in a worker process."""
-    torch.set_num_threads(1)
-    if not ENVS:
-        ENVS["env"] = eval_env(card, episodes)
-    policy = make_policy(card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], hidden)
-    policy.load_state_dict(parameters)
-    result = evaluation(policy, ENVS["env"], episodes, seed, step)
-    return result["return"], math.nan if result["winrate"] is None else 100 * result["winrate"]
 
 
 def main(args: Args):

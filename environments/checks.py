@@ -33,6 +33,11 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def say_failures():
+    for message in FAILURES:
+        print(f"error: {plain(message)}", file=sys.stderr)
+
+
 def run_script(main, *args, go_on: str = ""):
     """Calls main(*args). Bad input ends the script with one line and exit code 2. For Ctrl-C and SIGTERM see stops.py.
 
@@ -62,11 +67,6 @@ def run_script(main, *args, go_on: str = ""):
     if FAILURES:
         say_failures()
         sys.exit(1)
-
-
-def say_failures():
-    for message in FAILURES:
-        print(f"error: {plain(message)}", file=sys.stderr)
 
 
 def check_positive(args, *names: str):

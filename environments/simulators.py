@@ -64,6 +64,14 @@ def check_interface(env: str, interface: str | None) -> str:
     return interface
 
 
+def in_processes(workers: int, make, device) -> ParallelEnv:
+    """make() in each of `workers` processes. They ignore Ctrl-C and SIGTERM; this process handles both for them."""
+    env = ParallelEnv(workers, partial(stops.in_worker, make, os.getpid()), device=device)
+    with stops.not_for_children():
+        env.start()
+    return env
+
+
 def make_env(
     env: str, task: str, num_envs: int, workers: int = 1, interface: str | None = None, device="cpu"
 ) -> EnvBase:
@@ -84,14 +92,6 @@ def make_env(
         obsk = None if interface == "benchmark" else int(interface.removeprefix("agent_obsk="))
         make = partial(mamujoco.MaMuJoCoEnv, task, num_envs, obsk)
     return make(device=device) if workers == 1 else in_processes(workers, make, device)
-
-
-def in_processes(workers: int, make, device) -> ParallelEnv:
-    """make() in each of `workers` processes. They ignore Ctrl-C and SIGTERM; this process handles both for them."""
-    env = ParallelEnv(workers, partial(stops.in_worker, make, os.getpid()), device=device)
-    with stops.not_for_children():
-        env.start()
-    return env
 
 
 def close_env(env: EnvBase):

@@ -52,7 +52,8 @@ HOW_TO_INSTALL = (
 
 
 def check_task(env: str, task: str):
-    """Raises NoSimulator for a task that does not exist. SMAC maps other than the paper's need smacv2 to be checked."""
+    """Raises NoSimulator for a task that does not exist. Other SMAC maps than the paper's can be checked only if
+    smacv2 is installed."""
     if env == "smacv2" and task not in SMACV2_TASKS:
         raise NoSimulator(f"unknown smacv2 task '{task}': use RACE_SIZE with {', '.join(RACES)} and {', '.join(SIZES)}")
     if env == "smacv1" and task not in SMACV1_TASKS:
@@ -143,6 +144,15 @@ def unit_features(game, units: dict, allies: bool) -> dict[str, np.ndarray]:
     return features | {"type": types, "cooldown": np.array(cooldown)[:, None] if allies else None}
 
 
+def benchmark_sizes(game) -> tuple[int, int]:
+    """(O, S) of benchmark_view."""
+    n, e, A, bits = game.n_agents, game.n_enemies, game.n_actions, game.unit_type_bits
+    ally, enemy = 1 + game.shield_bits_ally + bits, 1 + game.shield_bits_enemy + bits
+    observation = (n - 1) * (4 + ally + A) + e * (4 + enemy) + 4 + (4 + ally + A) + n
+    state = (n - 1) * (7 + ally + A) + e * (7 + enemy) + 4 + (6 + ally + A) + n
+    return observation, state
+
+
 def benchmark_view(game) -> tuple[np.ndarray, np.ndarray]:
     """Observations [n, O] and agents' states [n, S] of the public SMACv1 datasets, from smacv2's game object.
 
@@ -190,15 +200,6 @@ def benchmark_view(game) -> tuple[np.ndarray, np.ndarray]:
             states.append(np.concatenate([of_ally.ravel(), of_enemy.ravel(), available[2:6], own, np.zeros(n)]))
         observations[i][-n + i] = states[i][-n + i] = 1
     return np.stack(observations), np.stack(states)
-
-
-def benchmark_sizes(game) -> tuple[int, int]:
-    """(O, S) of benchmark_view."""
-    n, e, A, bits = game.n_agents, game.n_enemies, game.n_actions, game.unit_type_bits
-    ally, enemy = 1 + game.shield_bits_ally + bits, 1 + game.shield_bits_enemy + bits
-    observation = (n - 1) * (4 + ally + A) + e * (4 + enemy) + 4 + (4 + ally + A) + n
-    state = (n - 1) * (7 + ally + A) + e * (7 + enemy) + 4 + (6 + ally + A) + n
-    return observation, state
 
 
 def unit_type_id(game, unit, ally: bool) -> int:

@@ -33,6 +33,12 @@ class _Now:
     words = ()  # flags that the command to go on needs beside those that were given
 
 
+def ignore():
+    """Ignores both signals from now on, while the script ends."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _handle(number: int, frame):
     if not _Now.begun:
         os.write(2, f"{Stopped(number)} before it began\n".encode())
@@ -61,12 +67,6 @@ def catch(begun: bool = True):
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, _handle)
-
-
-def ignore():
-    """Ignores both signals from now on, while the script ends."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def hold():

@@ -23,6 +23,14 @@ from offline_data.durable import AGAIN, disk_errors
 HELD = {}  # folder -> its open lock file, in this process
 
 
+def _is_there(file) -> bool:
+    """Whether an open lock file still has its name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    except OSError:
+        return False
+
+
 def lock(folder: Path, beside: bool = False, again: str = AGAIN):
     """Locks the folder by FOLDER/LOCK, or with `beside` by FOLDER.LOCK. Missing folders above that file are made.
 
@@ -107,14 +115,6 @@ def locked(folder: Path, beside: bool = False):
     finally:
         if not before:
             unlock(folder)
-
-
-def _is_there(file) -> bool:
-    """Whether an open lock file still has its name."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
-    except OSError:
-        return False
 
 
 @atexit.register

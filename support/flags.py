@@ -19,28 +19,18 @@ ABOUT = ("versions", "commit", "dataset")
 NOT_AGAIN = ("seed", "algo", "resume", "overwrite", *ABOUT)  # in config.json, but not used by --config
 
 
-def parse(Args, default=None):
-    """The Args of the command line. `default` has the values of flags that are not given. Exits with 2 for a bad flag.
-
-    Scripts call it before they import slow modules, so --help and a mistyped flag answer at once.
-    """
-    import tyro
-
-    stops.catch(begun=False)
-    words = sys.argv[1:]
-    if "--version" in words:
-        print(f"commit {commit() or 'unknown'}, " + ", ".join(f"{k} {v}" for k, v in versions().items()))
-        sys.exit()
-    try:
-        words, default = take_config(words, Args, default)
-    except BadInput as error:
-        print(f"error: {plain(str(error))}", file=sys.stderr)
-        sys.exit(2)
-    help = inspect.cleandoc(Args.__doc__) + (
-        "\n\nTwo more flags: --config FILE takes the flags of a run's config.json, which other flags override. "
-        "--version prints the commit and the versions of packages."
-    )
-    return tyro.cli(Args, default=default, args=words, description=help)
+def fits(value, kind) -> bool:
+    """Whether a value of a config.json is what a flag of this type takes; texts are printable."""
+    parts = get_args(kind)
+    if get_origin(kind) is Literal:
+        return any(type(value) is type(part) and value == part for part in parts)  # True must not count as 1
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(fits(item, parts[0]) for item in value)
+    if parts:  # a union of types
+        return any(fits(value, part) for part in parts)
+    if kind is float:
+        return is_number(value)
+    return type(value) is kind and (kind is not str or value.isprintable())
 
 
 def take_config(words: list[str], Args, default):
@@ -64,20 +54,6 @@ def take_config(words: list[str], Args, default):
     return words[:at] + words[at + 2 :], Args(**config)
 
 
-def fits(value, kind) -> bool:
-    """Whether a value of a config.json is what a flag of this type takes; texts are printable."""
-    parts = get_args(kind)
-    if get_origin(kind) is Literal:
-        return any(type(value) is type(part) and value == part for part in parts)  # True must not count as 1
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(fits(item, parts[0]) for item in value)
-    if parts:  # a union of types
-        return any(fits(value, part) for part in parts)
-    if kind is float:
-        return is_number(value)
-    return type(value) is kind and (kind is not str or value.isprintable())
-
-
 def versions() -> dict[str, str]:
     """Versions of the packages that a result depends on, if they are installed."""
     found = {}
@@ -99,3 +75,27 @@ def commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
+
+
+def parse(Args, default=None):
+    """The Args of the command line. `default` has the values of flags that are not given. Exits with 2 for a bad flag.
+
+    Scripts call it before they import slow modules, so --help and a mistyped flag answer at once.
+    """
+    import tyro
+
+    stops.catch(begun=False)
+    words = sys.argv[1:]
+    if "--version" in words:
+        print(f"commit {commit() or 'unknown'}, " + ", ".join(f"{k} {v}" for k, v in versions().items()))
+        sys.exit()
+    try:
+        words, default = take_config(words, Args, default)
+    except BadInput as error:
+        print(f"error: {plain(str(error))}", file=sys.stderr)
+        sys.exit(2)
+    help = inspect.cleandoc(Args.__doc__) + (
+        "\n\nTwo more flags: --config FILE takes the flags of a run's config.json, which other flags override. "
+        "--version prints the commit and the versions of packages."
+    )
+    return tyro.cli(Args, default=default, args=words, description=help)

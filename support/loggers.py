@@ -53,27 +53,6 @@ def recorded(kind: Kind, run: Path) -> set[tuple[str, int]] | None:
     return None
 
 
-def open_logger(kind: Kind, run: Path, rows: list[dict]) -> "Logger | None":
-    """A run's logger, whose record already holds `rows`; None with --logger none. Raises BadInput as check does."""
-    check(kind)
-    if kind == "none":
-        return None
-    known = recorded(kind, run)
-    if kind == "csv":
-        from torchrl.record.loggers import CSVLogger
-
-        logger = CSVLogger("csv", str(run))
-    elif kind == "tensorboard":
-        from torchrl.record.loggers import TensorboardLogger
-
-        logger = TensorboardLogger("tensorboard", str(run))
-    else:
-        logger = open_wandb(run)
-    for row in rows if known is not None else []:
-        log_row(logger, row, known)
-    return logger
-
-
 def open_wandb(run: Path) -> "Logger":
     """A wandb logger, of which a process may open several. It prints and captures nothing. By default it is offline."""
     import wandb
@@ -97,3 +76,24 @@ def log_row(logger: "Logger | None", row: dict, known: set[tuple[str, int]] = fr
     if new:
         logger.log_metrics(new, row["step"])
         logger.flush()  # otherwise TensorBoard's writer waits two minutes, and loses its rows if it is killed
+
+
+def open_logger(kind: Kind, run: Path, rows: list[dict]) -> "Logger | None":
+    """A run's logger, whose record already holds `rows`; None with --logger none. Raises BadInput as check does."""
+    check(kind)
+    if kind == "none":
+        return None
+    known = recorded(kind, run)
+    if kind == "csv":
+        from torchrl.record.loggers import CSVLogger
+
+        logger = CSVLogger("csv", str(run))
+    elif kind == "tensorboard":
+        from torchrl.record.loggers import TensorboardLogger
+
+        logger = TensorboardLogger("tensorboard", str(run))
+    else:
+        logger = open_wandb(run)
+    for row in rows if known is not None else []:
+        log_row(logger, row, known)
+    return logger
