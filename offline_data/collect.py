@@ -55,9 +55,9 @@ from environments import starcraft, stops
 from environments.checks import BadInput, check_positive, pick_device
 from environments.simulators import check_interface, check_task, close_env, engine, make_env
 from offline_data import sealed
-from offline_data.card import check_free, read_json, short
+from offline_data.card import check_free, dataset_path, read_json, short, table_row
 from offline_data.collect_args import Args
-from offline_data.dataset import dataset_path, episode_returns, episodes, open_dataset, table_row
+from offline_data.dataset import episode_returns, episodes, open_dataset
 from offline_data.durable import write_figure, write_text
 from offline_data.lock import locked
 from offline_data.writer import DatasetWriter
@@ -90,24 +90,28 @@ def fill_in(args: Args) -> Args:
     return filled
 
 
+def mlp(inputs: int, outputs: int, n: int, hidden: int, centralized: bool = False) -> MultiAgentMLP:
+    """One network for all n agents. A centralised one sees all agents' inputs."""
+    return MultiAgentMLP(
+        inputs, outputs, n, centralized=centralized, share_params=True, depth=2, num_cells=hidden,
+        activation_class=torch.nn.Tanh,
+    )  # fmt: skip
+
+
 def make_actor(env, hidden: int) -> ProbabilisticActor:
     """pi_i(a_i | o_i), one network for all agents. A Gaussian's standard deviation does not depend on the
     observation."""
     n, O = env.observation_spec[OBS].shape[-2:]
     if MASK in env.observation_spec.keys(True, True):
         A = env.observation_spec[MASK].shape[-1]
-        logits = MultiAgentMLP(
-            O, A, n, centralized=False, share_params=True, depth=2, num_cells=hidden, activation_class=torch.nn.Tanh
-        )
+        logits = mlp(O, A, n, hidden)
         return ProbabilisticActor(
             TensorDictModule(logits, in_keys=[OBS], out_keys=[("agents", "logits")]),
             in_keys={"logits": ("agents", "logits"), "mask": MASK}, out_keys=[ACTION],
             distribution_class=MaskedCategorical, return_log_prob=True, log_prob_key=("agents", "log_prob"),
         )
     A = env.full_action_spec[ACTION].shape[-1]
-    mean = MultiAgentMLP(
-        O, A, n, centralized=False, share_params=True, depth=2, num_cells=hidden, activation_class=torch.nn.Tanh
-    )
+    mean = mlp(O, A, n, hidden)
     head = TensorDictSequential(
         TensorDictModule(mean, in_keys=[OBS], out_keys=[("agents", "loc")]),
         TensorDictModule(
@@ -125,10 +129,7 @@ def make_actor(env, hidden: int) -> ProbabilisticActor:
 def make_critic(env, hidden: int) -> TensorDictModule:
     """V(o_1, ..., o_n), one value for the team, repeated for each agent."""
     n, O = env.observation_spec[OBS].shape[-2:]
-    value = MultiAgentMLP(
-        O, 1, n, centralized=True, share_params=True, depth=2, num_cells=hidden, activation_class=torch.nn.Tanh
-    )
-    return TensorDictModule(value, in_keys=[OBS], out_keys=[("agents", "state_value")])
+    return TensorDictModule(mlp(O, 1, n, hidden, centralized=True), in_keys=[OBS], out_keys=[("agents", "state_value")])
 
 
 class EpisodeSplitter:
@@ -197,6 +198,11 @@ def load_state(args: Args, root: Path) -> dict | None:
     )
 
 
+def arguments_of(args: Args) -> dict:
+    """The arguments that a dataset depends on. Its path is not one of them."""
+    return {key: value for key, value in asdict(args).items() if key not in ("out", "overwrite")}
+
+
 def made_already(args: Args, path: Path, free=("device",)) -> bool:
     """Whether the same command has made the dataset at `path`. Arguments in `free` may differ.
 
@@ -221,7 +227,16 @@ def made_already(args: Args, path: Path, free=("device",)) -> bool:
     return True
 
 
-def in_the_way(args: Args, root: Path) -> set[str]:
+def qualities(args: Args) -> list[str]:
+    """The datasets that the command writes. poor and good are written only if training has such battles."""
+    if args.env not in BATTLES:
+        names = ["medium-replay", "medium", "expert", "medium-expert"]
+    else:
+        names = ["medium-replay", "medium"] + ([] if args.task in starcraft.SMACV2_TASKS else ["poor", "good"])
+    return names + (["demo"] if args.demo_samples else [])
+
+
+def finished_qualities(args: Args, root: Path) -> set[str]:
     """The qualities that are finished. Checks, before hours of work, every path that the command is going to write.
 
     Raises BadInput if existing files would be lost.
@@ -250,16 +265,35 @@ def forget(root: Path):
             shutil.rmtree(shard)
 
 
-def train(args: Args, root: Path) -> list[dict]:
-    """MAPPO for args.steps.
+def update(loss: MAPPOLoss, optimizer, batch: TensorDict, args: Args):
+    """MAPPO's epochs over one batch of steps."""
+    batch = batch.to(args.device)
+    batch["next", "reward"] = batch["next", "reward"] * args.reward_scale
+    with torch.no_grad():
+        loss.value_estimator(batch, params=loss.critic_network_params, target_params=loss.target_critic_network_params)
+    flat = batch.reshape(-1)
+    for _ in range(args.epochs):
+        for index in torch.randperm(len(flat), device=flat.device).split(args.minibatch):
+            losses = loss(flat[index])
+            optimizer.zero_grad()
+            sum(losses[k] for k in ("loss_objective", "loss_critic", "loss_entropy") if k in losses.keys()).backward()
+            torch.nn.utils.clip_grad_norm_(loss.parameters(), args.max_grad_norm)
+            optimizer.step()
 
-    Returns the learning curve: step, return and winrate (of the last 100 episodes) at each checkpoint.
-    """
-    env = make_env(args.env, args.task, args.num_envs, args.workers, args.interface)
-    try:
-        return train_in(env, args, root)
-    finally:
-        close_env(env)
+
+def card(args: Args, quality: str, made: dict) -> dict:
+    """All that is needed to make the dataset again."""
+    arguments = arguments_of(args)
+    versions = {package: importlib.metadata.version(package) for package in ("torch", "torchrl", "tensordict", "numpy")}
+    made = {"by": "python -m offline_data collect", "arguments": arguments, "versions": versions, **made}
+    return {
+        "env": args.env,
+        "task": args.task,
+        "quality": quality,
+        "engine": engine(args.env),
+        "interface": args.interface,
+        "made": made,
+    }
 
 
 def train_in(env, args: Args, root: Path) -> list[dict]:
@@ -352,6 +386,18 @@ def train_in(env, args: Args, root: Path) -> list[dict]:
     return curve
 
 
+def train(args: Args, root: Path) -> list[dict]:
+    """MAPPO for args.steps.
+
+    Returns the learning curve: step, return and winrate (of the last 100 episodes) at each checkpoint.
+    """
+    env = make_env(args.env, args.task, args.num_envs, args.workers, args.interface)
+    try:
+        return train_in(env, args, root)
+    finally:
+        close_env(env)
+
+
 def plot_curve(curve: list[dict], path: Path, title: str):
     """The behaviour policy's learning curve: the return, and the winrate of battles."""
     from matplotlib.figure import Figure
@@ -371,40 +417,12 @@ def plot_curve(curve: list[dict], path: Path, title: str):
     write_figure(path, figure, 120)
 
 
-def update(loss: MAPPOLoss, optimizer, batch: TensorDict, args: Args):
-    """MAPPO's epochs over one batch of steps."""
-    batch = batch.to(args.device)
-    batch["next", "reward"] = batch["next", "reward"] * args.reward_scale
-    with torch.no_grad():
-        loss.value_estimator(batch, params=loss.critic_network_params, target_params=loss.target_critic_network_params)
-    flat = batch.reshape(-1)
-    for _ in range(args.epochs):
-        for index in torch.randperm(len(flat), device=flat.device).split(args.minibatch):
-            losses = loss(flat[index])
-            optimizer.zero_grad()
-            sum(losses[k] for k in ("loss_objective", "loss_critic", "loss_entropy") if k in losses.keys()).backward()
-            torch.nn.utils.clip_grad_norm_(loss.parameters(), args.max_grad_norm)
-            optimizer.step()
-
-
 def keep(args: Args, path: Path) -> bool:
     """Whether the dataset at `path` is finished, and so is kept."""
     if args.overwrite or not made_already(args, path):
         return False
     print(f"{path} is there already and is kept")
     return True
-
-
-def record(args: Args, root: Path, checkpoint: int, quality: str, made: dict):
-    """Whole episodes of a checkpoint's stochastic policy: args.trajectories battles, or at least args.samples
-    transitions of robots."""
-    if keep(args, root.parent / quality):
-        return
-    env = make_env(args.env, args.task, args.num_envs, args.workers, args.interface)
-    try:
-        record_in(env, args, root, checkpoint, quality, made)
-    finally:
-        close_env(env)
 
 
 def record_in(env, args: Args, root: Path, checkpoint: int, quality: str, made: dict):
@@ -436,6 +454,18 @@ def record_in(env, args: Args, root: Path, checkpoint: int, quality: str, made: 
     writer.close(card(args, quality, made))
 
 
+def record(args: Args, root: Path, checkpoint: int, quality: str, made: dict):
+    """Whole episodes of a checkpoint's stochastic policy: args.trajectories battles, or at least args.samples
+    transitions of robots."""
+    if keep(args, root.parent / quality):
+        return
+    env = make_env(args.env, args.task, args.num_envs, args.workers, args.interface)
+    try:
+        record_in(env, args, root, checkpoint, quality, made)
+    finally:
+        close_env(env)
+
+
 def merge(args: Args, sources: list[Path], quality: str, root: Path, made: dict,
           every: int = 1, limit: int | None = None, between=(-math.inf, math.inf)) -> bool:
     """One dataset of the sources' episodes with low < return <= high: every `every`-th of them, or about `limit`,
@@ -460,36 +490,7 @@ def merge(args: Args, sources: list[Path], quality: str, root: Path, made: dict,
     return True
 
 
-def arguments_of(args: Args) -> dict:
-    """The arguments that a dataset depends on. Its path is not one of them."""
-    return {key: value for key, value in asdict(args).items() if key not in ("out", "overwrite")}
-
-
-def qualities(args: Args) -> list[str]:
-    """The datasets that the command writes. poor and good are written only if training has such battles."""
-    if args.env not in BATTLES:
-        names = ["medium-replay", "medium", "expert", "medium-expert"]
-    else:
-        names = ["medium-replay", "medium"] + ([] if args.task in starcraft.SMACV2_TASKS else ["poor", "good"])
-    return names + (["demo"] if args.demo_samples else [])
-
-
-def card(args: Args, quality: str, made: dict) -> dict:
-    """All that is needed to make the dataset again."""
-    arguments = arguments_of(args)
-    versions = {package: importlib.metadata.version(package) for package in ("torch", "torchrl", "tensordict", "numpy")}
-    made = {"by": "python -m offline_data collect", "arguments": arguments, "versions": versions, **made}
-    return {
-        "env": args.env,
-        "task": args.task,
-        "quality": quality,
-        "engine": engine(args.env),
-        "interface": args.interface,
-        "made": made,
-    }
-
-
-def robots(args: Args, root: Path, curve: list[dict]) -> list[str]:
+def write_robots(args: Args, root: Path, curve: list[dict]) -> list[str]:
     """Writes the qualities of MaMuJoCo; returns their names."""
     returns = [point["return"] for point in curve]
     expert = max(range(len(curve)), key=returns.__getitem__)
@@ -509,7 +510,7 @@ def robots(args: Args, root: Path, curve: list[dict]) -> list[str]:
     return ["medium-replay", "medium", "expert", "medium-expert"]
 
 
-def battles(args: Args, root: Path, curve: list[dict]) -> list[str]:
+def write_battles(args: Args, root: Path, curve: list[dict]) -> list[str]:
     """Writes the qualities of a StarCraft task; returns their names."""
     best = max(range(len(curve)), key=lambda i: curve[i]["winrate"])
     medium = next((i for i, point in enumerate(curve) if point["winrate"] >= MEDIUM_WINRATE), best)
@@ -554,7 +555,7 @@ def make_datasets(args: Args, root: Path):
     """Trains, or continues training, and writes every dataset that is missing."""
     curve = train(args, root)
     plot_curve(curve, root / "curve.png", f"MAPPO, {args.env} {args.task}")
-    made = (battles if args.env in BATTLES else robots)(args, root, curve)
+    made = (write_battles if args.env in BATTLES else write_robots)(args, root, curve)
     if args.demo_samples:
         every = max(open_dataset(root.parent / "medium-replay")[1]["samples"] // args.demo_samples, 1)
         merge(
@@ -582,7 +583,7 @@ def main(args: Args):
     args.device = str(pick_device(args.device))
     make_env(args.env, args.task, 1, 1, args.interface).close()  # a missing simulator ends here too
     root = dataset_path(None, args.env, args.task, "behaviour", args.out)
-    if in_the_way(args, root) == set(qualities(args)):
+    if finished_qualities(args, root) == set(qualities(args)):
         for quality in qualities(args):
             print(f"{root.parent / quality} is there already and is kept")
             print(table_row(open_dataset(root.parent / quality)[1]))
