@@ -26,6 +26,16 @@ LARGEST_NUMBER = 3.4e38  # float32 ends here
 DEEPEST = 20  # levels of nesting in "made"
 
 
+def short(value: object) -> str:
+    """A value as a few printable ASCII characters, for a message. A damaged file may hold huge values."""
+    if isinstance(value, int) and abs(value) > LARGEST_COUNT:
+        return "a huge number"
+    if isinstance(value, dict | list):
+        return f"a {type(value).__name__} of {len(value)}"
+    text = ascii(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def check_name(what: str, name: object, where: str = ""):
     """Raises BadInput unless `name` is a plain folder name."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
@@ -52,16 +62,6 @@ def check_free(path: Path, overwrite: bool):
             raise BadInput(f"{path} is no dataset and is left alone: give another --out")
 
 
-def short(value: object) -> str:
-    """A value as a few printable ASCII characters, for a message. A damaged file may hold huge values."""
-    if isinstance(value, int) and abs(value) > LARGEST_COUNT:
-        return "a huge number"
-    if isinstance(value, dict | list):
-        return f"a {type(value).__name__} of {len(value)}"
-    text = ascii(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def read_json(path: Path) -> dict:
     """A file's JSON object. Raises BadInput for a file that is missing or holds anything else."""
     try:
@@ -82,6 +82,22 @@ def read_json(path: Path) -> dict:
 def is_number(value: object) -> bool:
     """Whether it is a finite number that fits into a float32. JSON also has nan, infinity and numbers of any length."""
     return type(value) in (int, float) and -LARGEST_NUMBER <= value <= LARGEST_NUMBER
+
+
+def sound(value: object, levels: int) -> bool:
+    """Whether free-form JSON can be printed and passed on: printable texts, numbers in bounds, few levels."""
+    if isinstance(value, dict):
+        return levels > 0 and all(sound(k, levels - 1) and sound(v, levels - 1) for k, v in value.items())
+    if isinstance(value, list):
+        return levels > 0 and all(sound(v, levels - 1) for v in value)
+    if isinstance(value, str):
+        return value.isprintable()
+    return value is None or isinstance(value, bool) or is_number(value)
+
+
+def files_of(card: dict) -> list[str]:
+    """The files of a card's dataset, below its folder."""
+    return ["card.json", "meta.json", "agents/meta.json", *(f"{key}.memmap" for key in card["bytes"])]
 
 
 def check_card(path: str | Path, card: dict):
@@ -123,26 +139,11 @@ def check_card(path: str | Path, card: dict):
         raise BadInput(f"{at}'sha256' names {short(unknown[0])}, which is not a file of a dataset")
 
 
-def sound(value: object, levels: int) -> bool:
-    """Whether free-form JSON can be printed and passed on: printable texts, numbers in bounds, few levels."""
-    if isinstance(value, dict):
-        return levels > 0 and all(sound(k, levels - 1) and sound(v, levels - 1) for k, v in value.items())
-    if isinstance(value, list):
-        return levels > 0 and all(sound(v, levels - 1) for v in value)
-    if isinstance(value, str):
-        return value.isprintable()
-    return value is None or isinstance(value, bool) or is_number(value)
-
-
 # ---------------------------------------------------------------- checksums
 
 
-def files_of(card: dict) -> list[str]:
-    """The files of a card's dataset, below its folder."""
-    return ["card.json", "meta.json", "agents/meta.json", *(f"{key}.memmap" for key in card["bytes"])]
-
-
 def sha256(path: Path) -> str:
+    """The checksum of a file, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -192,6 +193,11 @@ def verify(path: Path, card: dict, whole: bool = True):
 # ---------------------------------------------------------------- printing
 
 
+def digits(card: dict) -> int:
+    """How many decimals of a return are printed. A battle of SMAX is worth at most about 2."""
+    return 1 if card["return_max"] > 10 else 2
+
+
 def table_row(card: dict) -> str:
     """The dataset's row of the paper's Table 3 (samples are transitions of the team)."""
     header = ["Instance", "Quality", "Trajectories", "Samples", "Agents", "State dim", "Obs dim", "Action dim"]
@@ -200,8 +206,3 @@ def table_row(card: dict) -> str:
     row = [card["task"], card["quality"], *(card[k] for k in counts)]
     row.append(f"{card['return_mean']:.{digits(card)}f} ± {card['return_std']:.{digits(card)}f}")
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (header, ["---"] * len(header), row))
-
-
-def digits(card: dict) -> int:
-    """How many decimals of a return are printed. A battle of SMAX is worth at most about 2."""
-    return 1 if card["return_max"] > 10 else 2

@@ -31,19 +31,78 @@ import torch
 from tensordict import TensorDict
 
 from environments.checks import BadInput
-from offline_data.card import (  # noqa: F401 -- other files import these from here
-    COUNTS,
-    DATA_ROOT,
-    RETURNS,
-    check_card,
-    dataset_path,
-    read_json,
-    table_row,
-    verify,
-)
+from offline_data.card import COUNTS, RETURNS, check_card, read_json, verify
 
 CHUNK, CHUNK_BYTES = 65536, 2**26  # rows, and bytes of rows, that are read together: this bounds the memory
 CHECKED_AT_OPENING = 2**26  # bytes; the checksums of a smaller dataset are compared whenever it is opened
+
+
+def last_rows(rows: TensorDict) -> torch.Tensor:
+    """[N] bool: the rows that hold an episode's last observation. They are not transitions."""
+    done = rows["done"][:, 0]
+    return torch.cat([done.new_zeros(1), done[:-1]])
+
+
+def _check_episodes(path: Path, rows: TensorDict, card: dict):
+    done, init, last = rows["done"][:, 0], rows["is_init"][:, 0], last_rows(rows)
+    starts, ends = init.nonzero()[:, 0], last.nonzero()[:, 0]
+    E = card["trajectories"]
+    closed = (
+        len(starts) == len(ends) == E
+        and bool(init[0])
+        and int(ends[-1]) == len(rows) - 1
+        and not bool((done & last).any())
+    )
+    closed = closed and torch.equal(starts[1:], ends[:-1] + 1) and bool((ends - starts >= 1).all())
+    if not closed:
+        raise BadInput(
+            f"{path}: the episodes do not close ({len(starts)} starts and {len(ends)} ends, {E} on the card)"
+        )
+    if bool((rows["terminated"] & ~rows["done"]).any()):
+        raise BadInput(f"{path}: a step is terminated but not done")
+    length = torch.diff(starts, append=torch.tensor([len(rows)]))
+    if not torch.equal(rows["episode"][:, 0], torch.repeat_interleave(torch.arange(E), length)):
+        raise BadInput(f"{path}: the episode numbers do not count the episodes")
+
+
+def episode_returns(rows: TensorDict) -> torch.Tensor:
+    """[E] float64: undiscounted return of each episode."""
+    episode = rows["episode"][:, 0]
+    return torch.zeros(int(episode[-1]) + 1, dtype=torch.float64, device=episode.device).index_add_(
+        0, episode, rows["reward"][:, 0].double()
+    )
+
+
+def _check_values(path: Path, rows: TensorDict, card: dict):
+    low, high = card["action_low"], card["action_high"]
+    all_last = last_rows(rows)
+    together = max(min(CHUNK, CHUNK_BYTES * len(rows) // sum(card["bytes"].values())), 1)
+    for start in range(0, len(rows), together):
+        chunk, last = rows[start : start + together], all_last[start : start + together]
+        for key in ("state", ("agents", "observation"), ("agents", "action"), "reward"):
+            finite = torch.isfinite(chunk[key])
+            if not finite.all():
+                row = start + int((~finite).reshape(len(chunk), -1).any(-1).nonzero()[0])
+                raise BadInput(f"{path}: {key if isinstance(key, str) else '/'.join(key)} is not finite at row {row}")
+        action = chunk["agents", "action"][~last]
+        if len(action) and not (low <= action.min() and action.max() <= high):
+            raise BadInput(
+                f"{path}: actions from {action.min():g} to {action.max():g} leave the card's bounds [{low}, {high}]"
+            )
+        if card["discrete"]:
+            if len(action) and not (0 <= action.min() and action.max() < card["action_dim"]):
+                raise BadInput(f"{path}: an action is outside of 0 to {card['action_dim'] - 1}")
+            action = chunk["agents", "action"].where(~last[:, None], 0)
+            allowed = chunk["agents", "action_mask"].gather(-1, action.unsqueeze(-1))[..., 0].all(-1) | last
+            if not allowed.all():
+                raise BadInput(
+                    f"{path}: the action at row {start + int((~allowed).nonzero()[0])} is one that its mask forbids"
+                )
+    returns = episode_returns(rows)
+    found = (returns.mean(), returns.std(correction=0), returns.min(), returns.max())
+    for name, value in zip(RETURNS, found):
+        if not math.isclose(value, card[name], rel_tol=1e-4, abs_tol=1e-3):
+            raise BadInput(f"{path}: the card says {name} {card[name]}, the rewards give {value:.4f}")
 
 
 def open_dataset(
@@ -124,76 +183,8 @@ def open_dataset(
     return rows.lock_(), card
 
 
-def _check_episodes(path: Path, rows: TensorDict, card: dict):
-    done, init, last = rows["done"][:, 0], rows["is_init"][:, 0], last_rows(rows)
-    starts, ends = init.nonzero()[:, 0], last.nonzero()[:, 0]
-    E = card["trajectories"]
-    closed = (
-        len(starts) == len(ends) == E
-        and bool(init[0])
-        and int(ends[-1]) == len(rows) - 1
-        and not bool((done & last).any())
-    )
-    closed = closed and torch.equal(starts[1:], ends[:-1] + 1) and bool((ends - starts >= 1).all())
-    if not closed:
-        raise BadInput(
-            f"{path}: the episodes do not close ({len(starts)} starts and {len(ends)} ends, {E} on the card)"
-        )
-    if bool((rows["terminated"] & ~rows["done"]).any()):
-        raise BadInput(f"{path}: a step is terminated but not done")
-    length = torch.diff(starts, append=torch.tensor([len(rows)]))
-    if not torch.equal(rows["episode"][:, 0], torch.repeat_interleave(torch.arange(E), length)):
-        raise BadInput(f"{path}: the episode numbers do not count the episodes")
-
-
-def _check_values(path: Path, rows: TensorDict, card: dict):
-    low, high = card["action_low"], card["action_high"]
-    all_last = last_rows(rows)
-    together = max(min(CHUNK, CHUNK_BYTES * len(rows) // sum(card["bytes"].values())), 1)
-    for start in range(0, len(rows), together):
-        chunk, last = rows[start : start + together], all_last[start : start + together]
-        for key in ("state", ("agents", "observation"), ("agents", "action"), "reward"):
-            finite = torch.isfinite(chunk[key])
-            if not finite.all():
-                row = start + int((~finite).reshape(len(chunk), -1).any(-1).nonzero()[0])
-                raise BadInput(f"{path}: {key if isinstance(key, str) else '/'.join(key)} is not finite at row {row}")
-        action = chunk["agents", "action"][~last]
-        if len(action) and not (low <= action.min() and action.max() <= high):
-            raise BadInput(
-                f"{path}: actions from {action.min():g} to {action.max():g} leave the card's bounds [{low}, {high}]"
-            )
-        if card["discrete"]:
-            if len(action) and not (0 <= action.min() and action.max() < card["action_dim"]):
-                raise BadInput(f"{path}: an action is outside of 0 to {card['action_dim'] - 1}")
-            action = chunk["agents", "action"].where(~last[:, None], 0)
-            allowed = chunk["agents", "action_mask"].gather(-1, action.unsqueeze(-1))[..., 0].all(-1) | last
-            if not allowed.all():
-                raise BadInput(
-                    f"{path}: the action at row {start + int((~allowed).nonzero()[0])} is one that its mask forbids"
-                )
-    returns = episode_returns(rows)
-    found = (returns.mean(), returns.std(correction=0), returns.min(), returns.max())
-    for name, value in zip(RETURNS, found):
-        if not math.isclose(value, card[name], rel_tol=1e-4, abs_tol=1e-3):
-            raise BadInput(f"{path}: the card says {name} {card[name]}, the rewards give {value:.4f}")
-
-
-def last_rows(rows: TensorDict) -> torch.Tensor:
-    """[N] bool: the rows that hold an episode's last observation. They are not transitions."""
-    done = rows["done"][:, 0]
-    return torch.cat([done.new_zeros(1), done[:-1]])
-
-
 def episodes(data: TensorDict):
     """Yields each episode of an opened dataset, [T + 1] rows."""
     starts = [*data["is_init"][:, 0].nonzero()[:, 0].tolist(), len(data)]
     for start, end in pairwise(starts):
         yield data[start:end]
-
-
-def episode_returns(rows: TensorDict) -> torch.Tensor:
-    """[E] float64: undiscounted return of each episode."""
-    episode = rows["episode"][:, 0]
-    return torch.zeros(int(episode[-1]) + 1, dtype=torch.float64, device=episode.device).index_add_(
-        0, episode, rows["reward"][:, 0].double()
-    )

@@ -283,6 +283,14 @@ def row_episodes(
         }
 
 
+def check_size(source, episode_bytes: int):
+    """Raises BadInput for an episode of an absurd size."""
+    if not 0 < episode_bytes <= EPISODE:
+        raise BadInput(
+            f"{source}: one episode or row would take {episode_bytes:,} bytes: the file is damaged or of another format"
+        )
+
+
 def read_vault(
     source: Path, env: str, task: str, interface: str, limit: int, last_row: str, made: dict
 ) -> Iterator[TensorDict]:
@@ -343,13 +351,6 @@ def read_vault(
     made["vault"] = f"{source.parent.name}/{source.name}"
     read = {key: lambda start, stop, array=array: array[0, start:stop].read().result() for key, array in arrays.items()}
     yield from row_episodes(read, N, row_bytes, env, interface, limit, last_row, made)
-
-
-def check_size(source, episode_bytes: int):
-    if not 0 < episode_bytes <= EPISODE:
-        raise BadInput(
-            f"{source}: one episode or row would take {episode_bytes:,} bytes: the file is damaged or of another format"
-        )
 
 
 def inside(source, group, name: str):
@@ -514,6 +515,47 @@ def read_npz(
                 raise BadInput(f"{source}: '{name}' goes on after its {E} episodes: the file is damaged")
 
 
+def batch_episodes(
+    arrays: dict, names: dict, source: Path, env: str, interface: str, made: dict
+) -> Iterator[TensorDict]:
+    """Episodes of PyMARL's arrays, read a few at a time."""
+    if any(len(array.shape) < 2 for array in arrays.values()):
+        raise BadInput(f"{source}: not every array is [episode, time, ...]")
+    E, L = arrays["obs"].shape[:2]
+    for name, array in arrays.items():
+        lengths = (L,) if name in ("obs", "state", "avail_actions") else (L, L - 1)
+        if array.shape[0] != E or array.shape[1] not in lengths:
+            raise BadInput(
+                f"{source}: '{name}' is {list(array.shape)}, the observations are of {E} episodes and {L} steps"
+            )
+    episode_bytes = sum(math.prod(array.shape[1:]) * array.dtype.itemsize for array in arrays.values())
+    check_size(source, episode_bytes)
+    B = max(BLOCK // episode_bytes, 1)
+    for start in range(0, E, B):
+        block = {names[name]: np.asarray(array[start : start + B]) for name, array in arrays.items()}
+        for i in range(len(block["filled"])):
+            parts = {key: value[i] for key, value in block.items()}
+            filled, terminated = all_agents(parts["filled"], "filled"), all_agents(parts["terminated"], "terminated")
+            F = int(filled.sum())
+            ends = np.flatnonzero(terminated[:F])
+            if not filled[:F].all():
+                raise BadInput(f"{source}: the filled steps of episode {start + i} are not its first ones")
+            observations = F + (len(filled) < L)  # if `filled` is shorter than obs, it counts transitions
+            T = int(ends[0]) + 1 if len(ends) else observations - 1
+            if len(ends) and observations > T + 1:
+                raise BadInput(f"{source}: episode {start + i} goes on after it terminated")
+            if T > 0:
+                parts["reward"] = per_step(parts["reward"][:T], "reward")
+                long = {
+                    key: parts[key][: min(T + 1, observations)]
+                    for key in ("observation", "state", "mask")
+                    if key in parts
+                }
+                yield team_episode(
+                    parts | long | {"action": parts["action"][:T]}, T, bool(len(ends)), env, interface, made
+                )
+
+
 def read_pymarl(
     source: Path, env: str, task: str, interface: str, limit: int, last_row: str, made: dict
 ) -> Iterator[TensorDict]:
@@ -556,47 +598,6 @@ def read_pymarl(
             yield from batch_episodes(
                 hdf5_arrays(source, file, list(names), optional), names, source, env, interface, made
             )
-
-
-def batch_episodes(
-    arrays: dict, names: dict, source: Path, env: str, interface: str, made: dict
-) -> Iterator[TensorDict]:
-    """Episodes of PyMARL's arrays, read a few at a time."""
-    if any(len(array.shape) < 2 for array in arrays.values()):
-        raise BadInput(f"{source}: not every array is [episode, time, ...]")
-    E, L = arrays["obs"].shape[:2]
-    for name, array in arrays.items():
-        lengths = (L,) if name in ("obs", "state", "avail_actions") else (L, L - 1)
-        if array.shape[0] != E or array.shape[1] not in lengths:
-            raise BadInput(
-                f"{source}: '{name}' is {list(array.shape)}, the observations are of {E} episodes and {L} steps"
-            )
-    episode_bytes = sum(math.prod(array.shape[1:]) * array.dtype.itemsize for array in arrays.values())
-    check_size(source, episode_bytes)
-    B = max(BLOCK // episode_bytes, 1)
-    for start in range(0, E, B):
-        block = {names[name]: np.asarray(array[start : start + B]) for name, array in arrays.items()}
-        for i in range(len(block["filled"])):
-            parts = {key: value[i] for key, value in block.items()}
-            filled, terminated = all_agents(parts["filled"], "filled"), all_agents(parts["terminated"], "terminated")
-            F = int(filled.sum())
-            ends = np.flatnonzero(terminated[:F])
-            if not filled[:F].all():
-                raise BadInput(f"{source}: the filled steps of episode {start + i} are not its first ones")
-            observations = F + (len(filled) < L)  # if `filled` is shorter than obs, it counts transitions
-            T = int(ends[0]) + 1 if len(ends) else observations - 1
-            if len(ends) and observations > T + 1:
-                raise BadInput(f"{source}: episode {start + i} goes on after it terminated")
-            if T > 0:
-                parts["reward"] = per_step(parts["reward"][:T], "reward")
-                long = {
-                    key: parts[key][: min(T + 1, observations)]
-                    for key in ("observation", "state", "mask")
-                    if key in parts
-                }
-                yield team_episode(
-                    parts | long | {"action": parts["action"][:T]}, T, bool(len(ends)), env, interface, made
-                )
 
 
 # ---------------------------------------------------------------- Minari

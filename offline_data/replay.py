@@ -21,13 +21,17 @@ def initial_rows(rows: TensorDict) -> torch.Tensor:
     return rows["is_init"][:, 0].nonzero()[:, 0]
 
 
-def best_transitions(rows: TensorDict, share: float) -> torch.Tensor:
-    """[T'] int64: the rows of all transitions of the best episodes by return. `share` of the episodes, at least one."""
-    returns = episode_returns(rows)
+def best_episodes(returns: torch.Tensor, share: float) -> torch.Tensor:
+    """[E] bool: which episodes are the best by return [E]. `share` of the episodes, at least one."""
     best = torch.zeros_like(returns, dtype=torch.bool)
     best[returns.topk(max(round(share * len(returns)), 1)).indices] = True
+    return best
+
+
+def best_transitions(rows: TensorDict, share: float) -> torch.Tensor:
+    """[T'] int64: the rows of all transitions of the best_episodes."""
     row = transition_rows(rows)
-    return row[best[rows["episode"][row, 0]]]
+    return row[best_episodes(episode_returns(rows), share)[rows["episode"][row, 0]]]
 
 
 class RowSampler(Sampler):

@@ -54,6 +54,7 @@ class DatasetWriter:
             raise
 
     def append(self, episode: TensorDict):
+        """Adds an episode of T transitions, as T + 1 rows. Raises ValueError if it does not end with its T-th one."""
         T = episode.shape[0] - 1
         episode = episode.clone(recurse=False)
         episode["is_init"] = torch.zeros(T + 1, 1, dtype=torch.bool)

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from comadice_losses import DIVERGENCES, effective_sample_size, episode_ratio
 from environments.checks import BadInput
-from offline_data.dataset import DATA_ROOT, dataset_path, episode_returns, open_dataset
+from offline_data.card import DATA_ROOT, dataset_path
+from offline_data.dataset import episode_returns, open_dataset
 from offline_data.durable import check_new, write_figure
-from offline_data.replay import transition_rows
+from offline_data.replay import best_episodes, transition_rows
 from support.ratio_args import Args
 from support.runs import check_checkpoint, load_checkpoint
 
-LEAST = -4  # smaller logarithms are drawn here
+LEAST = -4  # weights below 10^-4 are drawn at this logarithm
 BEST = 0.1  # the picture says how much of the weight this share of the episodes has, the best by return
 
 
@@ -63,9 +64,7 @@ def correlation(weights: Weights) -> float:
 
 def share_of_best(weights: Weights) -> tuple[float, float]:
     """The shares of the weight, and of the transitions, that belong to the best episodes by return."""
-    best = torch.zeros(len(weights.returns), dtype=torch.bool)
-    best[weights.returns.topk(max(round(BEST * len(best)), 1)).indices] = True
-    chosen = best[weights.episode]
+    chosen = best_episodes(weights.returns, BEST)[weights.episode]
     return (weights.total[chosen].sum() / weights.total.sum()).item(), chosen.double().mean().item()
 
 

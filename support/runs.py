@@ -11,8 +11,8 @@
 
 The checkpoint holds everything: the other files can be written again from it. A stopped run that goes on with --resume
 ends with the same bits as one that was not stopped. With more --steps, --resume extends a run. Its critics go on where
-they were, w* is computed again, and then its policies go on. A learning rate that falls to 0 now reaches it at the new
-last step, so it jumps up first.
+they were, w* is computed again, and then its policies go on. The learning rate falls to 0 at the last step, which is
+later now. So the rate is larger again when the run goes on.
 """
 
 import csv
@@ -32,8 +32,8 @@ from environments import stops
 from environments.checks import BadInput, check_positive, fail_at_end, pick_device
 from environments.simulators import check_task
 from offline_data import sealed
-from offline_data.card import DEEPEST, check_name, short, sound
-from offline_data.dataset import DATA_ROOT, dataset_path, open_dataset, read_json
+from offline_data.card import DATA_ROOT, DEEPEST, check_name, dataset_path, read_json, short, sound
+from offline_data.dataset import open_dataset
 from offline_data.durable import disk_errors, write_text
 from offline_data.lock import lock, unlock
 from offline_data.published import downloadable
@@ -95,6 +95,60 @@ def eval_steps(args) -> set[int]:
     return {max(round(i * args.steps / args.evals), 1) for i in range(1, args.evals + 1)}
 
 
+def default_dataset(args):
+    """Fills in args.env, task and quality if they are not given."""
+    args.env = args.env or "mamujoco"
+    args.task = args.task or ("hopper" if args.env == "mamujoco" else "zerg_5_vs_5")
+    if args.quality is None:
+        args.quality = "medium-replay" if args.env == "mamujoco" else "medium"
+        demo = dataset_path(None, args.env, args.task, "demo", DATA_ROOT)
+        if demo.is_dir() and not demo.with_name(args.quality).is_dir():
+            print(
+                f"no {args.quality} dataset of {args.env} {args.task} here: training on the small one that comes "
+                "with the code, quality demo"
+            )
+            args.quality = "demo"
+            stops.also_needs("--quality", "demo")  # another quality may be there when the run goes on
+
+
+def no_dataset(args, path: Path) -> BadInput:
+    """The error for a missing dataset at `path`, which says how to get one. Raises BadInput for an unknown task."""
+    check_task(args.env, args.task)
+    how = f"make it with `python -m offline_data collect --env {args.env} --task {args.task}`"
+    if args.env in ("smacv1", "smacv2"):
+        how += " (which needs StarCraft II; `--env smax` has the same tasks without it)"
+    if (args.env, args.task, args.quality) in downloadable():
+        public = f"--env {args.env} --task {args.task} --quality {args.quality}"
+        how = f"get the public one with `python -m offline_data download {public}`, or {how}"
+    return BadInput(f"no dataset at {path}: {how}, or name a directory with --data")
+
+
+def run_paths(args, algo: str) -> dict[int, Path]:
+    """Each seed's run directory."""
+    return {seed: Path(args.out, args.env, args.task, args.quality, algo, f"seed{seed}") for seed in args.seeds}
+
+
+def recorded_place(args, algo: str) -> str | None:
+    """--data-device of the run that is resumed, if there is one."""
+    for path in run_paths(args, algo).values():
+        if (path / "config.json").exists():
+            place = read_json(path / "config.json").get("data_device")
+            return place if place in ("cpu", "device") else None
+    return None
+
+
+def free_place(card: dict, device: torch.device) -> str:
+    """Where --data-device auto keeps the dataset: on the GPU if it fits into the free memory there."""
+    size, free = sum(card["bytes"].values()), torch.cuda.mem_get_info(device)[0]
+    if size <= FITS * free:
+        return "device"
+    print(
+        f"the dataset ({size / 2**30:.1f} GiB) stays in the computer's memory, the GPU has {free / 2**30:.1f} GiB "
+        "free: batches stream to it"
+    )
+    return "cpu"
+
+
 def load_dataset(args, device: torch.device, algo: str) -> tuple[TensorDict, dict]:
     """The dataset that the flags name: its rows, on the device of --data-device, and its card.
 
@@ -128,55 +182,6 @@ def load_dataset(args, device: torch.device, algo: str) -> tuple[TensorDict, dic
                 "free some, or begin a run with --data-device cpu"
             ) from None
     return rows, card
-
-
-def default_dataset(args):
-    """Fills in args.env, task and quality if they are not given."""
-    args.env = args.env or "mamujoco"
-    args.task = args.task or ("hopper" if args.env == "mamujoco" else "zerg_5_vs_5")
-    if args.quality is None:
-        args.quality = "medium-replay" if args.env == "mamujoco" else "medium"
-        demo = dataset_path(None, args.env, args.task, "demo", DATA_ROOT)
-        if demo.is_dir() and not demo.with_name(args.quality).is_dir():
-            print(
-                f"no {args.quality} dataset of {args.env} {args.task} here: training on the small one that comes "
-                "with the code, quality demo"
-            )
-            args.quality = "demo"
-            stops.also_needs("--quality", "demo")  # another quality may be there when the run goes on
-
-
-def no_dataset(args, path: Path) -> BadInput:
-    """The error for a missing dataset at `path`, which says how to get one. Raises BadInput for an unknown task."""
-    check_task(args.env, args.task)
-    how = f"make it with `python -m offline_data collect --env {args.env} --task {args.task}`"
-    if args.env in ("smacv1", "smacv2"):
-        how += " (which needs StarCraft II; `--env smax` has the same tasks without it)"
-    if (args.env, args.task, args.quality) in downloadable():
-        public = f"--env {args.env} --task {args.task} --quality {args.quality}"
-        how = f"get the public one with `python -m offline_data download {public}`, or {how}"
-    return BadInput(f"no dataset at {path}: {how}, or name a directory with --data")
-
-
-def recorded_place(args, algo: str) -> str | None:
-    """--data-device of the run that is resumed, if there is one."""
-    for path in run_paths(args, algo).values():
-        if (path / "config.json").exists():
-            place = read_json(path / "config.json").get("data_device")
-            return place if place in ("cpu", "device") else None
-    return None
-
-
-def free_place(card: dict, device: torch.device) -> str:
-    """Where --data-device auto keeps the dataset: on the GPU if it fits into the free memory there."""
-    size, free = sum(card["bytes"].values()), torch.cuda.mem_get_info(device)[0]
-    if size <= FITS * free:
-        return "device"
-    print(
-        f"the dataset ({size / 2**30:.1f} GiB) stays in the computer's memory, the GPU has {free / 2**30:.1f} GiB "
-        "free: batches stream to it"
-    )
-    return "cpu"
 
 
 # ---------------------------------------------------------------- one run's directory
@@ -230,8 +235,41 @@ def give_up(runs: dict[int, Run], diverged: Diverged):
         fail_at_end(f"seed {seed} diverged: {diverged.what}; {kept}")
 
 
-def run_paths(args, algo: str) -> dict[int, Path]:
-    return {seed: Path(args.out, args.env, args.task, args.quality, algo, f"seed{seed}") for seed in args.seeds}
+def has_summary(path: Path) -> bool:
+    """Whether a run has a complete summary.json. An empty file does not count."""
+    try:
+        return {"return", "steps", "seed"} <= read_json(path / "summary.json").keys()
+    except BadInput:
+        return False
+
+
+def load_checkpoint(run: str | Path) -> dict:
+    """A run's checkpoint, on the CPU. Raises BadInput if it is missing, damaged or not of this project."""
+    path = Path(run, "checkpoint.pt")
+    state = sealed.load(path)
+    wanted = {"algo": str, "card": dict, "config": dict, "where": str, "policy": dict}
+    wanted |= {"step": int, "seconds": float, "wall": float, "metrics": list}
+    if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in wanted.items()):
+        raise BadInput(f"{path} is not a checkpoint of this project")
+    for part, keys in (("card", CARD_KEYS), ("config", CONFIG_KEYS)):
+        if not sound(state[part], DEEPEST):
+            raise BadInput(
+                f"{path} is not a checkpoint of this project: its {part} holds control characters, a number that is "
+                "too large, or too many levels"
+            )
+        missing = [key for key in keys if key not in state[part]]
+        if missing:
+            raise BadInput(f"{path} is not a checkpoint of this project: its {part} lacks {', '.join(missing)}")
+    if not all(isinstance(row, dict) and {"stage", "step"} <= row.keys() for row in state["metrics"]):
+        raise BadInput(f"{path} is not a checkpoint of this project: its metrics are not a table")
+    return state
+
+
+def check_checkpoint(state: dict, card: dict, run: str | Path):
+    """Raises BadInput if a checkpoint was made from another dataset than the card's."""
+    for key in CARD_KEYS:
+        if state["card"].get(key) != card.get(key):
+            raise BadInput(f"{run}: the checkpoint's {key} is {state['card'].get(key)!r}, here it is {card.get(key)!r}")
 
 
 def begin(args, algo: str, card: dict, where: str, seed: int, path: Path, first: dict) -> Run:
@@ -277,12 +315,32 @@ def begin(args, algo: str, card: dict, where: str, seed: int, path: Path, first:
     return run
 
 
-def has_summary(path: Path) -> bool:
-    """Whether a run has a complete summary.json. An empty file does not count."""
-    try:
-        return {"return", "steps", "seed"} <= read_json(path / "summary.json").keys()
-    except BadInput:
-        return False
+def say_changes(path: Path, old: dict, about: dict):
+    """Prints a line if a run goes on with other packages, another commit or another card than it began with."""
+
+    def flat(facts: dict) -> dict:
+        packages = facts.get("versions")
+        others = {key: facts[key] for key in ABOUT if key in facts and key != "versions"}
+        return (packages if isinstance(packages, dict) else {}) | others
+
+    before, now = flat(old), flat(about)
+    changed = [f"{key} {before[key]}, now {now.get(key)}" for key in before if before[key] != now.get(key)]
+    if changed:
+        print(f"{path} was begun with {'; '.join(changed)}: its result may differ from that of an uninterrupted run")
+
+
+def table(metrics: list[dict]) -> str:
+    """The text of metrics.csv."""
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, list(dict.fromkeys(key for row in metrics for key in row)))
+    writer.writeheader()
+    writer.writerows(metrics)
+    return file.getvalue()
+
+
+def same_text(path: Path, text: str) -> bool:
+    """Whether the file is there and holds this text."""
+    return path.is_file() and path.read_bytes() == text.encode()
 
 
 def start_runs(args, algo: str, card: dict, rows: TensorDict, first: dict) -> dict[int, Run]:
@@ -328,20 +386,6 @@ def start_runs(args, algo: str, card: dict, rows: TensorDict, first: dict) -> di
     return runs
 
 
-def say_changes(path: Path, old: dict, about: dict):
-    """Prints a line if a run goes on with other packages, another commit or another card than it began with."""
-
-    def flat(facts: dict) -> dict:
-        packages = facts.get("versions")
-        others = {key: facts[key] for key in ABOUT if key in facts and key != "versions"}
-        return (packages if isinstance(packages, dict) else {}) | others
-
-    before, now = flat(old), flat(about)
-    changed = [f"{key} {before[key]}, now {now.get(key)}" for key in before if before[key] != now.get(key)]
-    if changed:
-        print(f"{path} was begun with {'; '.join(changed)}: its result may differ from that of an uninterrupted run")
-
-
 def end_runs(runs: dict[int, Run]) -> list[list[dict]]:
     """Unlocks the run directories. Returns the rows of metrics.csv for the seeds that did not diverge."""
     for run in runs.values():
@@ -358,19 +402,6 @@ def next_group(runs: dict[int, Run]) -> list[Run]:
     left = [run for run in runs.values() if not run.finished and not run.lost]
     step = lambda run: (run.state.get("critic_step"), run.state["step"], len(run.state.get("unplayed", [])))
     return [run for run in left if step(run) == step(left[0])]
-
-
-def table(metrics: list[dict]) -> str:
-    """The text of metrics.csv."""
-    file = io.StringIO(newline="")
-    writer = csv.DictWriter(file, list(dict.fromkeys(key for row in metrics for key in row)))
-    writer.writeheader()
-    writer.writerows(metrics)
-    return file.getvalue()
-
-
-def same_text(path: Path, text: str) -> bool:
-    return path.is_file() and path.read_bytes() == text.encode()
 
 
 def save_checkpoint(run: Run, progress: dict, row: dict | None):
@@ -391,48 +422,20 @@ def save_checkpoint(run: Run, progress: dict, row: dict | None):
 
 
 def save_checkpoints(runs: list[Run], progress: list[dict], rows: list[dict | None]):
+    """save_checkpoint for each run."""
     for run, state, row in zip(runs, progress, rows):
         save_checkpoint(run, state, row)
 
 
-def load_checkpoint(run: str | Path) -> dict:
-    """A run's checkpoint, on the CPU. Raises BadInput if it is missing, damaged or not of this project."""
-    path = Path(run, "checkpoint.pt")
-    state = sealed.load(path)
-    wanted = {"algo": str, "card": dict, "config": dict, "where": str, "policy": dict}
-    wanted |= {"step": int, "seconds": float, "wall": float, "metrics": list}
-    if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in wanted.items()):
-        raise BadInput(f"{path} is not a checkpoint of this project")
-    for part, keys in (("card", CARD_KEYS), ("config", CONFIG_KEYS)):
-        if not sound(state[part], DEEPEST):
-            raise BadInput(
-                f"{path} is not a checkpoint of this project: its {part} holds control characters, a number that is "
-                "too large, or too many levels"
-            )
-        missing = [key for key in keys if key not in state[part]]
-        if missing:
-            raise BadInput(f"{path} is not a checkpoint of this project: its {part} lacks {', '.join(missing)}")
-    if not all(isinstance(row, dict) and {"stage", "step"} <= row.keys() for row in state["metrics"]):
-        raise BadInput(f"{path} is not a checkpoint of this project: its metrics are not a table")
-    return state
-
-
-def check_checkpoint(state: dict, card: dict, run: str | Path):
-    """Raises BadInput if a checkpoint was made from another dataset than the card's."""
-    for key in CARD_KEYS:
-        if state["card"].get(key) != card.get(key):
-            raise BadInput(f"{run}: the checkpoint's {key} is {state['card'].get(key)!r}, here it is {card.get(key)!r}")
+def judged(evaluations: int) -> int:
+    """How many of a run's evaluations make its score."""
+    return min(10, (evaluations + 1) // 2)
 
 
 def last_evaluations(metrics: list[dict]) -> list[dict]:
     """The evaluations that make a run's score: the last half of them, at most ten. Empty if rollouts were off."""
     evaluated = [row for row in metrics if row["stage"] == "policy" and row.get("return") is not None]
     return evaluated[-judged(len(evaluated)) :] if evaluated else []
-
-
-def judged(evaluations: int) -> int:
-    """How many of a run's evaluations make its score."""
-    return min(10, (evaluations + 1) // 2)
 
 
 def finish_run(run: Run, args, card: dict, together: int):

@@ -17,8 +17,8 @@ from tensordict import TensorDict
 
 import offline_data.dataset
 from environments.checks import BadInput
-from offline_data.card import check_card
-from offline_data.dataset import dataset_path, episodes, last_rows, open_dataset, table_row
+from offline_data.card import check_card, dataset_path, table_row
+from offline_data.dataset import episodes, last_rows, open_dataset
 from offline_data.published import info
 from offline_data.replay import as_transition, initial_rows, make_replay, minibatches
 from offline_data.writer import DatasetWriter
