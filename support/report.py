@@ -22,8 +22,7 @@ from typing import NamedTuple
 import torch
 
 from environments.checks import BadInput
-from offline_data.card import DEEPEST, sound
-from offline_data.dataset import read_json
+from offline_data.card import DEEPEST, read_json, sound
 from offline_data.durable import write_figure
 from offline_data.published import published
 from support import loggers, scores
@@ -260,6 +259,13 @@ def of_paper(paper: dict, cell: Cell, metric: str) -> tuple[str, str] | None:
 # ---------------------------------------------------------------- writing
 
 
+def title(instance: tuple, instances: list[tuple]) -> str:
+    """An instance's name, with engine and data if the name is not unique."""
+    name = f"{instance[1]} {instance[2]}"
+    alike = [other for other in instances if other[:3] == instance[:3]]
+    return name if len(alike) == 1 else f"{name} ({instance[3]}, data {instance[4]:g})"
+
+
 def table(cells: list[Cell], metric: str, last: float | None, paper: dict) -> list[str]:
     """Lines of Markdown: one row per instance, one column per method and setting. The best mean is bold, and the
     paper's numbers are below ours."""
@@ -296,14 +302,8 @@ def table(cells: list[Cell], metric: str, last: float | None, paper: dict) -> li
     return lines
 
 
-def title(instance: tuple, instances: list[tuple]) -> str:
-    """An instance's name, with engine and data if the name is not unique."""
-    name = f"{instance[1]} {instance[2]}"
-    alike = [other for other in instances if other[:3] == instance[:3]]
-    return name if len(alike) == 1 else f"{name} ({instance[3]}, data {instance[4]:g})"
-
-
 def write_csv(cells: list[Cell], last: float | None, paper: dict, path: Path):
+    """The tables as one CSV: a row per instance, metric, method and setting."""
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         instance, ours = ["env", "task", "quality", "engine", "data_return"], ["mean", "std", "seeds"]
@@ -328,21 +328,21 @@ def panels(count: int, width: float = 4.2, height: float = 3.1):
     return figure, axes.flat
 
 
-def in_colour(cells: list[Cell], metric: str) -> list[str]:
+def in_colour(cells: list[Cell], metric: str, last: float | None) -> list[str]:
     """The columns to draw in colour: all if there are few, else ComaDICE and the best others by their mean rank."""
     columns = list(dict.fromkeys(cell.column for cell in cells))
     if len(columns) <= COLOURED + 1:
         return columns
     ranks = defaultdict(list)
     for instance in {cell.instance for cell in cells}:
-        here = sorted((cell for cell in cells if cell.instance == instance), key=lambda c: -score(c, metric, None)[0])
+        here = sorted((cell for cell in cells if cell.instance == instance), key=lambda c: -score(c, metric, last)[0])
         for place, cell in enumerate(here):
             ranks[cell.column].append(place / len(here))
     order = sorted(columns, key=lambda column: (column != "comadice", sum(ranks[column]) / len(ranks[column])))
     return [column for column in columns if column in order[:COLOURED]]
 
 
-def draw_curves(cells: list[Cell], metric: str, path: Path):
+def draw_curves(cells: list[Cell], metric: str, last: float | None, path: Path):
     """Figures 1 and 4 to 8: mean over seeds and its standard error at every evaluation, one panel per instance.
 
     With many methods a few are in colour (in_colour). The others are grey dashes without a band.
@@ -351,7 +351,7 @@ def draw_curves(cells: list[Cell], metric: str, path: Path):
 
     instances = sorted({cell.instance for cell in cells})
     figure, axes = panels(len(instances))
-    columns, coloured = list(dict.fromkeys(cell.column for cell in cells)), in_colour(cells, metric)
+    columns, coloured = list(dict.fromkeys(cell.column for cell in cells)), in_colour(cells, metric, last)
     color = {column: f"C{i % 10}" for i, column in enumerate(coloured)}
     dashes = {column: DASHES[i % len(DASHES)] for i, column in enumerate(c for c in columns if c not in color)}
     for axis, instance in zip(axes, instances):
@@ -423,25 +423,49 @@ def draw_ablation(cells: list[Cell], key: str, metric: str, last: float | None, 
     return True
 
 
-def main(args: Args):
-    root = Path(args.runs)
-    if not root.is_dir():
-        raise BadInput(f"no folder at {root}")
-    if args.last is not None and not 0 < args.last <= 1:
-        raise BadInput(f"--last is {args.last}: give a share of the evaluations, above 0 and at most 1")
-    out = Path(args.out) if args.out else root / "report"
-    if root.resolve().is_relative_to(out.resolve()):
-        raise BadInput(f"--out {out} holds the runs: give another folder")
-    runs, left_out = find_runs(root, [out])
-    if not runs:
-        reasons = "".join(f"; {path}: {why}" for path, why in left_out[:3])
-        raise BadInput(f"no finished run below {root}{reasons}")
-    publish(make_cells(runs), left_out, args.last, out)
-
-
 def is_report(folder: Path) -> bool:
     """Whether a folder holds a report and nothing else, so that a new report may replace it."""
     return (folder / "report.md").is_file() and all(REPORT_FILE.fullmatch(path.name) for path in folder.iterdir())
+
+
+def write_report(cells: list[Cell], left_out: list[tuple[Path, str]], last: float | None, out: Path) -> list[str]:
+    """Writes all files into `out` and returns their names."""
+    paper, lines, names = paper_numbers(), [], ["report.md", "report.csv"]
+    for env in dict.fromkeys(cell.instance[0] for cell in cells):
+        family = [cell for cell in cells if cell.instance[0] == env]
+        engines = sorted({cell.instance[3] for cell in family})
+        for metric in ("return", "winrate"):
+            measured = [cell for cell in family if metric in cell.runs[0].curves]
+            if not measured:
+                continue
+            unit = " (% of battles won)" if metric == "winrate" else ""
+            lines += [
+                f"## {env}: {metric}{unit}",
+                "",
+                f"Mean ± standard deviation over seeds, engine {', '.join(engines)}.",
+                "",
+            ]
+            lines += [*table(measured, metric, last, paper), ""]
+            names.append(f"curves_{env}_{metric}.png")
+            draw_curves(measured, metric, last, out / names[-1])
+            for key in ABLATIONS:
+                name = f"ablation_{key}_{env}_{metric}.png"
+                if draw_ablation(measured, key, metric, last, paper, out / name):
+                    names.append(name)
+    every = all_scores(cells, last)
+    scores.write_seeds(every, out / "seeds.csv")
+    names += ["seeds.csv", *scores.write_exchange(every, out)]
+    together = scores.groups(every)
+    if together:
+        lines += scores.section(together)
+        names += ["intervals.png", "profiles.png"]
+        scores.draw_intervals(together, out / "intervals.png")
+        scores.draw_profiles(together, out / "profiles.png")
+    notes = missing_seeds(cells) + [f"left out {path}: {why}" for path, why in left_out]
+    lines += ["## Missing and left out", "", *(f"- {note}" for note in notes or ["nothing"])]
+    (out / "report.md").write_text("\n".join(lines) + "\n")
+    write_csv(cells, last, paper, out / "report.csv")
+    return names
 
 
 def publish(cells: list[Cell], left_out: list[tuple[Path, str]], last: float | None, out: Path):
@@ -464,44 +488,20 @@ def publish(cells: list[Cell], left_out: list[tuple[Path, str]], last: float | N
     print(f"written: {', '.join(str(out / name) for name in names)}")
 
 
-def write_report(cells: list[Cell], left_out: list[tuple[Path, str]], last: float | None, out: Path) -> list[str]:
-    """Writes all files into `out` and returns their names."""
-    paper, lines, names = paper_numbers(), [], ["report.md", "report.csv"]
-    for env in dict.fromkeys(cell.instance[0] for cell in cells):
-        family = [cell for cell in cells if cell.instance[0] == env]
-        engines = sorted({cell.instance[3] for cell in family})
-        for metric in ("return", "winrate"):
-            measured = [cell for cell in family if metric in cell.runs[0].curves]
-            if not measured:
-                continue
-            unit = " (% of battles won)" if metric == "winrate" else ""
-            lines += [
-                f"## {env}: {metric}{unit}",
-                "",
-                f"Mean ± standard deviation over seeds, engine {', '.join(engines)}.",
-                "",
-            ]
-            lines += [*table(measured, metric, last, paper), ""]
-            names.append(f"curves_{env}_{metric}.png")
-            draw_curves(measured, metric, out / names[-1])
-            for key in ABLATIONS:
-                name = f"ablation_{key}_{env}_{metric}.png"
-                if draw_ablation(measured, key, metric, last, paper, out / name):
-                    names.append(name)
-    every = all_scores(cells, last)
-    scores.write_seeds(every, out / "seeds.csv")
-    names += ["seeds.csv", *scores.write_exchange(every, out)]
-    together = scores.groups(every)
-    if together:
-        lines += scores.section(together)
-        names += ["intervals.png", "profiles.png"]
-        scores.draw_intervals(together, out / "intervals.png")
-        scores.draw_profiles(together, out / "profiles.png")
-    notes = missing_seeds(cells) + [f"left out {path}: {why}" for path, why in left_out]
-    lines += ["## Missing and left out", "", *(f"- {note}" for note in notes or ["nothing"])]
-    (out / "report.md").write_text("\n".join(lines) + "\n")
-    write_csv(cells, last, paper, out / "report.csv")
-    return names
+def main(args: Args):
+    root = Path(args.runs)
+    if not root.is_dir():
+        raise BadInput(f"no folder at {root}")
+    if args.last is not None and not 0 < args.last <= 1:
+        raise BadInput(f"--last is {args.last}: give a share of the evaluations, above 0 and at most 1")
+    out = Path(args.out) if args.out else root / "report"
+    if root.resolve().is_relative_to(out.resolve()):
+        raise BadInput(f"--out {out} holds the runs: give another folder")
+    runs, left_out = find_runs(root, [out])
+    if not runs:
+        reasons = "".join(f"; {path}: {why}" for path, why in left_out[:3])
+        raise BadInput(f"no finished run below {root}{reasons}")
+    publish(make_cells(runs), left_out, args.last, out)
 
 
 # ---------------------------------------------------------------- at the end of a training script

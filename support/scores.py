@@ -97,15 +97,25 @@ def groups(scores: list[Score]) -> list[Group]:
     return found
 
 
+def count(group: Group) -> str:
+    return f"{len(group.instances)} instance{'s' * (len(group.instances) > 1)}"
+
+
 def said(budget: tuple) -> str:
+    """A budget in words."""
     steps, evals, episodes = budget
     return f"{steps:,} steps per stage, {evals} evaluations of {episodes} episodes"
 
 
+def between(statistic, *methods) -> str:
+    """A statistic with its interval, as text."""
+    value, (low, high) = statistic(*methods), interval(statistic, *methods)
+    digits = 1 if max(abs(low), abs(high)) >= 10 else 2
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
 def section(found: list[Group]) -> list[str]:
     """Lines of Markdown."""
-    if not found:
-        return []
     lines = [
         "## All instances together",
         "",
@@ -119,8 +129,7 @@ def section(found: list[Group]) -> list[str]:
         lines += ["There are runs of several budgets. Each has a table of its own.", ""]
     for group in found:
         names = [name for name in YARDSTICKS if name in group.columns]
-        count = f"{len(group.instances)} instance{'s' * (len(group.instances) > 1)}"
-        lines += [f"**{group.env}, {UNIT[group.metric]}**: {count}, {said(group.budget)}.", ""]
+        lines += [f"**{group.env}, {UNIT[group.metric]}**: {count(group)}, {said(group.budget)}.", ""]
         lines += ["| method | interquartile mean |" + "".join(f" better than {name} |" for name in names)]
         lines += ["| --- | --- |" + " --- |" * len(names)]
         for column, own in group.columns.items():
@@ -133,10 +142,12 @@ def section(found: list[Group]) -> list[str]:
     return lines
 
 
-def between(statistic, *methods) -> str:
-    value, (low, high) = statistic(*methods), interval(statistic, *methods)
-    digits = 1 if max(abs(low), abs(high)) >= 10 else 2
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+def panel_title(group: Group) -> str:
+    return f"{group.env}, {count(group)}\n{said(group.budget)}"
+
+
+def escape(text: str) -> str:
+    return text.replace("$", r"\$")  # matplotlib reads $ as the start of a formula
 
 
 def draw_intervals(found: list[Group], path: Path):
@@ -180,14 +191,6 @@ def draw_profiles(found: list[Group], path: Path):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=150)
-
-
-def panel_title(group: Group) -> str:
-    return f"{group.env}, {len(group.instances)} instances\n{said(group.budget)}"
-
-
-def escape(text: str) -> str:
-    return text.replace("$", r"\$")  # matplotlib reads $ as the start of a formula
 
 
 # ---------------------------------------------------------------- for other tools

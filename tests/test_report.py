@@ -360,7 +360,7 @@ def curves_of(folder: Path, metric: str, drawn: list[Figure]):
     """The panel and the legend that draw_curves makes of the runs below a folder."""
     runs, left_out = support.report.find_runs(folder, [folder / "report"])
     assert left_out == []
-    support.report.draw_curves(support.report.make_cells(runs), metric, folder / "curves.png")
+    support.report.draw_curves(support.report.make_cells(runs), metric, None, folder / "curves.png")
     return drawn[-1].axes[0], drawn[-1].legends[0]
 
 
