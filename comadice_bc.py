@@ -6,7 +6,7 @@
         --checkpoint runs/mamujoco/hopper/medium-replay/comadice/seed0    # with w* of that run
 
 The policy that is played is an average of the trained policy's weights over the last steps, and the learning rate falls
-to 0. Neither is in the paper. Without them the return changes by hundreds from one evaluation to the next (RESULTS.md).
+to 0. Neither is in the paper. They make neighbouring evaluations more alike.
 """
 
 import environments.cpu  # noqa: F401 -- before torch

@@ -1,6 +1,7 @@
 """ComaDICE's equations, one short function each. The numbers of equations are the paper's.
 
-Three parts are not in the paper: semi_loss and episode_ratio are this project's, released_nu_* the released code's.
+Not in the paper: semi_loss, episode_ratio, and mass and lam of dual_loss, which are this project's. released_nu_* are
+the released code's. f* is derived from B.5's f.
 
 This file needs only torch. It can be copied into another project as it is.
 
@@ -135,7 +136,9 @@ def dual_loss(
 
     mass is what rho^mu sums to, (1 - gamma) E[sum_t gamma^t] over episodes: 1 in the paper's endless MDP, less if
     episodes terminate. With mass 1 the policy would then not tend to the behaviour policy as alpha grows.
-    lam is the multiplier of mass E_D[w] = 1 (Table 4's lambda, as in OptiDICE). L is minimised over it too.
+    rho^mu counts a step at time t with gamma^t. comadice_train.py draws all recorded steps equally instead.
+    lam is the multiplier of mass E_D[w] = 1, as in OptiDICE. That is our reading of Table 4's "lambda scale", which the
+    paper does not explain. L is minimised over it too.
     """
     data_term = mass * expectation(alpha * f.f_star((A_tot - lam) / alpha), rho)
     return (1 - gamma) * expectation(nu_tot_init, p0) + data_term + lam  # Eq. 10 (printed), Prop. 4.1 (exact)
@@ -146,8 +149,9 @@ def semi_loss(nu_tot: Tensor, A_tot: Tensor, alpha: float | Tensor, f: Divergenc
 
     Its minimum has E[w | s] = 1: among the actions recorded in a state, some get more weight and others less.
 
-    For stationary data (1 - gamma) E_p0[nu_tot] = E_D[nu_tot(s) - gamma nu_tot(s')]. So the term of initial
-    states can be replaced by the right side. With nu_tot(s') held fixed, only E_D[nu_tot(s)] has a gradient. Mao et al.
+    If D is the discounted occupancy rho^mu, Eq. 3 says (1 - gamma) E_p0[nu_tot] = E_D[nu_tot(s) - gamma nu_tot(s')].
+    That motivates this loss: the term of initial states is replaced by the right side. With nu_tot(s') held fixed, only
+    E_D[nu_tot(s)] has a gradient. Recorded steps are drawn equally, so it is a motivation and no identity. Mao et al.
     (2024) study semi-gradients of DICE losses; the unit weight on nu_tot(s) is this project's choice. E[w | s] = 1
     holds with or without termination, if nu_tot(s) can take any value in every state. So no normaliser is needed. The
     policy is kept close to the behaviour in each state, while Eq. 2-3 keep its occupancy close to the data's.
@@ -160,10 +164,10 @@ def released_nu_loss(
 ) -> Tensor:
     """Objective `released_nu`: how the authors' released code moves nu, for a given multiplier lam.
 
-    nu_init [B, n] are local values nu_i(s0). A [B, n] are local advantages A_i = W_i (q_i - nu_i). Only w is
-    differentiated, not f(w) and not the A_i beside w. With y = (A_i - lam) / alpha, the data term's gradient in nu_i is
-    -W_i w*'(y) y, an asymmetric regression of nu_i onto q_i. The initial states are not mixed. docs/PAPER.md lists what
-    else the released code does.
+    nu_init [B, n] are local values nu_i(s0). A [B, n] are local advantages A_i = W_i (q_i - nu_i). The data term is
+    w A_i - alpha f(w). Its gradient goes through the first w alone: A_i beside it and f(w) are constants. With y = (A_i
+    - lam) / alpha it is -W_i w*'(y) y in nu_i, an asymmetric regression of nu_i onto q_i. The initial states are not
+    mixed. docs/PAPER.md lists what else the released code does.
     """
     A = A - (lam.detach() if isinstance(lam, Tensor) else lam)
     w = f.w_star(A / alpha)
@@ -173,9 +177,10 @@ def released_nu_loss(
 
 
 def occupancy_ratio(A_tot: Tensor, alpha: float | Tensor, f: Divergence, lam: float | Tensor = 0.0) -> Tensor:
-    """w_tot*(s, a) = max(0, (f')^-1((A_tot - lam) / alpha)), the ratio rho^pi / rho^mu.
+    """w_tot*(s, a) = max(0, (f')^-1((A_tot - lam) / alpha)).
 
-    lam is 0 unless comadice_train.py is given --lambda-scale. (Section 5 prints the argument negated.)
+    With `exact` it is rho^pi / rho^mu. With `semi` it is pi(a|s) / mu(a|s), since E[w | s] = 1. lam is 0 unless
+    comadice_train.py is given --lambda-scale. (Section 5 prints the argument negated.)
     """
     return f.w_star((A_tot - lam) / alpha)  # Prop. 4.1 and Section 4.3
 
@@ -188,11 +193,11 @@ def released_nu_ratio(A: Tensor, alpha: float | Tensor, f: Divergence, lam: floa
 def episode_ratio(returns: Tensor, alpha: float, f: Divergence) -> Tensor:
     """w(e) = max(0, (f')^-1((R_e - lam) / alpha)) of each recorded episode, with lam such that its mean is 1.
 
-    Not in the paper. It solves Eq. 2-3 over the mixtures of recorded episodes. If the dynamics are nearly
-    deterministic, what an episode visits is an occupancy that satisfies the Bellman flow of Eq. 3. Then every mixture
-    of episodes satisfies it, too. E[w] = 1 is the only constraint left; lam is its multiplier. If chance plays a large
-    role, the ratio also prefers lucky episodes. returns R_e [E], not discounted -> w [E]. alpha > 0 is in units of the
-    return.
+    Not in the paper. It follows Eq. 2-3 over mixtures of recorded episodes: episodes take the place of (s, a). If the
+    dynamics are nearly deterministic, what an episode visits is an occupancy that satisfies the Bellman flow of Eq. 3.
+    Then every mixture of episodes with the same first states satisfies it, too. E[w] = 1 is the only constraint left;
+    lam is its multiplier. If chance plays a large role, the ratio also prefers lucky episodes. returns R_e [E], not
+    discounted -> w [E]. alpha > 0 is in units of the return, and another one than Eq. 2's.
     """
     low, high = returns.min() - 100 * alpha, returns.max() + 100 * alpha
     for _ in range(100):  # bisection: the mean falls as lam grows
@@ -205,7 +210,8 @@ def episode_ratio(returns: Tensor, alpha: float, f: Divergence) -> Tensor:
 def policy_loss(w: Tensor, log_prob: Tensor) -> Tensor:
     """-E_D[w_tot*(s, a) log pi_i(a_i | o_i)], summed over agents: w [B], log_prob [B, n]. Plain BC is w = 1.
 
-    The sum is the team's weighted BC, Eq. 8, since log pi_tot is the sum of the agents' log pi_i (Prop. 4.3).
+    The sum is the team's weighted BC, Eq. 8: below it log pi_tot is the sum of the agents' log pi_i. By Prop. 4.3 the
+    local optima together solve Eq. 8.
     """
     return -(w * log_prob.sum(-1)).mean()  # Eq. 11
 

@@ -117,11 +117,12 @@ class LinearMixer(nn.Module):
 
 
 class TwoLayerMixer(nn.Module):
-    """The 2-layer mixer of Section B.6: M[x] = elu(x W_1 + b_1) W_2 + b_2, with W_1, W_2 >= 0 and biases from the
-    state.
+    """A 2-layer mixer, as Section B.6 compares: M[x] = elu(x W_1 + b_1) W_2 + b_2, with W_1, W_2 >= 0 and biases from
+    the state. B.6 prints no formula, and cites QMIX (Rashid et al. 2020), whose form this is.
 
-    ELU is convex and non-decreasing, as Theorem 4.2 requires. The theorem is about M[q - nu]. The TD form contains
-    -M[nu] instead, which is concave in nu. So its loss need not be convex with two layers; with one layer it is.
+    ELU is convex, as Theorem 4.2 requires, and non-decreasing, as its proof does. The theorem is about M[q - nu]. The
+    TD form contains -M[nu] instead, which is concave in nu. So its loss need not be convex with two layers; with one
+    layer it is.
     """
 
     def __init__(self, n_agents: int, state_dim: int, hidden: int = 64):
@@ -216,7 +217,7 @@ class Critics(nn.Module):
         if with_q:
             self.q = Q(n_agents, obs_dim, action_dim, hidden, discrete, layer_norm)
         self.mixer = MIXERS[mixer_layers](n_agents, state_dim, mixer_hidden)
-        # The multiplier of E[w] = 1 (Table 4's lambda). It stays at 0 without --lambda-scale.
+        # The multiplier lam of comadice_losses.dual_loss. It stays at 0 without --lambda-scale.
         self.lam = nn.Parameter(torch.zeros(()))
 
 

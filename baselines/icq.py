@@ -60,8 +60,9 @@ KEYS += ["next_action", "has_next"]
 def defaults(card: dict, unit: float) -> dict[str, float]:
     """The published values, rescaled from the mean reward of a step in their experiments to that of these data, `unit`.
 
-    ICQ-MA on StarCraft has alpha 0.1, and its code has alpha_q 1000. A step's reward is about 0.25 there (Table 3,
-    SMACv2). OMIGA's experiments with ICQ on MaMuJoCo have alpha 100. A step's reward is about 2 there (Table 3).
+    ICQ-MA on StarCraft has alpha 0.1, and its code has alpha_q 1000. We take 0.25 for a step's reward there: it is 0.2
+    to 0.5 in the paper's SMACv2 data (Table 3). OMIGA's experiments with ICQ on MaMuJoCo have alpha 100. A step's
+    reward is about 2 there (Table 3: 0.7 to 3.7).
     """
     return {"alpha": (0.1 / 0.25 if card["discrete"] else 100 / 2) * unit, "alpha_q": 1000 / 0.25 * unit}
 
@@ -95,7 +96,7 @@ def q_loss(
     alpha_q: float,
     gamma: float,
 ) -> Tensor:
-    """E_D[(r + gamma exp(q_tot(s', a') / alpha) / Z q_tot(s', a') - q_tot(s, a))^2], a' recorded, q_tot(s', a') from
+    """E_D[(r + gamma exp(q_tot(s', a') / alpha_q) / Z q_tot(s', a') - q_tot(s, a))^2], a' recorded, q_tot(s', a') from
     target networks."""
     backup = softmax_weights(q_tot_next / alpha_q, has_next) * q_tot_next.masked_fill(~has_next, 0)
     known = has_next | terminated
@@ -103,16 +104,16 @@ def q_loss(
     return error.masked_fill(~known, 0).sum() / known.sum().clamp(min=1)
 
 
-def policy_loss(w: Tensor, advantage: Tensor, alpha: float, log_prob: Tensor) -> Tensor:
-    """-E_D[exp(w_i A_i / alpha) / Z_i log pi_i(a_i | o_i)], summed over agents; w_i and A_i are constants."""
-    weight = softmax_weights(w * advantage / alpha, torch.ones_like(w, dtype=torch.bool))
-    return -(weight.detach() * log_prob).sum(-1).mean()  # Yang et al. 2021, the ICQ-MA loss of pi
-
-
 def advantage(q_all: Tensor, q: Tensor, logits: Tensor) -> Tensor:
     """q_i(o_i, a_i) - sum_a pi_i(a) q_i(o_i, a): q_all and logits [B, n, A], logits -inf for unavailable actions -> [B,
     n]."""
     return q - (logits.softmax(-1) * q_all).sum(-1)
+
+
+def policy_loss(w: Tensor, advantage: Tensor, alpha: float, log_prob: Tensor) -> Tensor:
+    """-E_D[exp(w_i A_i / alpha) / Z_i log pi_i(a_i | o_i)], summed over agents; w_i and A_i are constants."""
+    weight = softmax_weights(w * advantage / alpha, torch.ones_like(w, dtype=torch.bool))
+    return -(weight.detach() * log_prob).sum(-1).mean()  # Yang et al. 2021, the ICQ-MA loss of pi
 
 
 # ---------------------------------------------------------------- what one update minimises

@@ -49,8 +49,8 @@ Z_MAX = 10.0  # bound of the exponent, as in the authors' code
 def defaults(card: dict, unit: float) -> dict[str, float]:
     """alpha is 5 mean absolute rewards (`unit`), as ComaDICE's is.
 
-    The authors have 10 everywhere. In MaMuJoCo the mean absolute reward is about 2 (Table 3), so 10 is 5 of them. In
-    SMAX it is about 0.02, so 10 would be 500 of them, and the method would become plain BC.
+    The authors have 10 everywhere. In MaMuJoCo the mean reward is 0.7 to 3.7 (Table 3: return over length), so 10 is
+    about 5 of them. In SMAX it is about 0.02, so 10 would be 500 of them, and the method would become plain BC.
     """
     return {"alpha": 5 * unit}
 

@@ -35,6 +35,21 @@ def four_digits(x: float) -> float:
     return float(f"{x:.4g}")
 
 
+def check(args):
+    """Raises BadInput for a flag out of its range, or flags that contradict each other."""
+    check_positive(args, "critic_lr", "mixer_hidden", "init_batch_size", "reward_scale")
+    check_policy_stage(args)
+    check_discount(args)
+    if not 0 <= args.lambda_scale < math.inf or not 0 <= args.episode_alpha < math.inf:
+        raise BadInput("--lambda-scale and --episode-alpha must be finite numbers, at least 0")
+    if args.objective == "semi" and args.lambda_scale:
+        raise BadInput("--objective semi has E[w | s] = 1 in every state and no multiplier: use --lambda-scale 0")
+    if args.objective == "released_nu" and args.mixer_layers == 2:
+        raise BadInput("--objective released_nu needs local weights W_i, so it needs --mixer-layers 1")
+    if args.objective in ("printed", "released_nu") and args.advantage == "td":
+        raise BadInput(f"--objective {args.objective} is defined with q: use --advantage q")
+
+
 def resolve(args, mean_abs_reward: float, return_deviation: float = 0.0):
     """comadice_train.Args with every flag filled in. Raises BadInput for flags that contradict each other.
 
@@ -49,26 +64,12 @@ def resolve(args, mean_abs_reward: float, return_deviation: float = 0.0):
     own = dict(OBJECTIVES[given.get("objective") or preset["objective"]])
     own["alpha"] = four_digits(own["alpha"] * mean_abs_reward)
     if "episode_alpha" in own:
-        # A large --alpha means imitation, so episode_alpha grows with it. With the square, the ratio between episodes
-        # comes as close to 1 as w* does. It does not shrink with --alpha: too few episodes would be left to learn from.
+        # A large --alpha means imitation, so episode_alpha grows with it. At the default the ratio between episodes is
+        # much farther from 1 than w*, so it grows by the square, to catch up with w*. It does not shrink with --alpha:
+        # too few episodes would be left to learn from.
         times = max(given.get("alpha", own["alpha"]) / own["alpha"], 1.0) ** 2
         own["episode_alpha"] = four_digits(own["episode_alpha"] * return_deviation * times)
     own["reward_scale"] = four_digits(0.2 / mean_abs_reward)
     args = replace(args, **COMMON | own | preset | given)
     check(args)
     return args
-
-
-def check(args):
-    """Raises BadInput for a flag out of its range, or flags that contradict each other."""
-    check_positive(args, "critic_lr", "mixer_hidden", "init_batch_size", "reward_scale")
-    check_policy_stage(args)
-    check_discount(args)
-    if not 0 <= args.lambda_scale < math.inf or not 0 <= args.episode_alpha < math.inf:
-        raise BadInput("--lambda-scale and --episode-alpha must be finite numbers, at least 0")
-    if args.objective == "semi" and args.lambda_scale:
-        raise BadInput("--objective semi has E[w | s] = 1 in every state and no multiplier: use --lambda-scale 0")
-    if args.objective == "released_nu" and args.mixer_layers == 2:
-        raise BadInput("--objective released_nu needs local weights W_i, so it needs --mixer-layers 1")
-    if args.objective in ("printed", "released_nu") and args.advantage == "td":
-        raise BadInput(f"--objective {args.objective} is defined with q: use --advantage q")

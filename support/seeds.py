@@ -1,4 +1,4 @@
-"""Trains several seeds as one computation, and an update as one CUDA graph. The losses are written without either.
+"""Trains several seeds as one computation. On a GPU an update is replayed as one CUDA graph. Losses know of neither.
 
     critics, target = make_stacked(make_critics, seeds)   # parameters [S, ...]; for one seed the module as it is
     losses = per_seed(losses, [critics], len(seeds))      # takes batches [S, B]; for one seed [B]
@@ -114,6 +114,17 @@ def seed_states(parts: dict, generators: list[torch.Generator]) -> list[dict]:
     return [pick(states, s) | {"generator": generator.get_state()} for s, generator in enumerate(generators)]
 
 
+def load_part(part, state: dict):
+    """part.load_state_dict(state). An optimiser's learning rates are moved to its parameters' device.
+
+    A checkpoint is read on the CPU. A learning rate on the CPU would be a constant in a CUDA graph.
+    """
+    part.load_state_dict(state)
+    for group in getattr(part, "param_groups", []):
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"] = group["lr"].to(group["params"][0].device)
+
+
 def load_seeds(parts: dict, generators: list[torch.Generator], states: list[dict]):
     """The inverse of seed_states, for seeds at the same step."""
 
@@ -134,17 +145,6 @@ def adam(groups: list, lr: float, device: torch.device) -> torch.optim.Adam:
     # This warning is expected: Graph deliberately does not capture its first calls.
     warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
     return torch.optim.Adam(groups, torch.tensor(lr, device=device), fused=True, capturable=device.type == "cuda")
-
-
-def load_part(part, state: dict):
-    """part.load_state_dict(state). An optimiser's learning rates are moved to its parameters' device.
-
-    A checkpoint is read on the CPU. A learning rate on the CPU would be a constant in a CUDA graph.
-    """
-    part.load_state_dict(state)
-    for group in getattr(part, "param_groups", []):
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"] = group["lr"].to(group["params"][0].device)
 
 
 def target_update(target: nn.Module, networks: nn.Module, tau: float | torch.Tensor):

@@ -27,7 +27,7 @@ from offline_data.durable import write_bytes
 
 SIDE = 240  # pixels of a panel's picture, and below it CAPTION for two lines of text; MP4 wants multiples of 16
 CAPTION = 32
-FPS = {".gif": 10, ".mp4": 25}  # pictures a second, or fewer
+FPS = {".gif": 10, ".mp4": 25}  # at most so many pictures a second
 GIF_SECONDS = 6  # robots only: their moving floor makes each picture's file size large
 BATTLE_STEP = 1 / 8  # seconds that a step of a battle is shown; in the game it is half a second
 COLORS = 64  # of a GIF's palette
@@ -55,14 +55,6 @@ def check_file(file: str):
             raise BadInput("MP4 needs a package: pip install imageio-ffmpeg, or give a .gif") from None
 
 
-def check_env(card: dict):
-    """Raises BadInput for an env that can't be drawn here, or for robots if no library can draw them."""
-    if card["env"] == "mamujoco":
-        choose_opengl()
-    elif card["env"] != "smax":
-        raise BadInput(f"--video draws mamujoco and smax, not {card['env']}: StarCraft II records replays itself")
-
-
 def choose_opengl():
     """Sets MUJOCO_GL to a library that can draw here: its present value if it is set, else EGL, else OSMesa.
 
@@ -81,6 +73,14 @@ def choose_opengl():
         "MuJoCo finds neither EGL nor OSMesa to draw with: install a system package, libosmesa6, or libegl1 with "
         "libgl1-mesa-dri (their names in Debian and Ubuntu)"
     )
+
+
+def check_env(card: dict):
+    """Raises BadInput for an env that can't be drawn here, or for robots if no library can draw them."""
+    if card["env"] == "mamujoco":
+        choose_opengl()
+    elif card["env"] != "smax":
+        raise BadInput(f"--video draws mamujoco and smax, not {card['env']}: StarCraft II records replays itself")
 
 
 # ---------------------------------------------------------------- pictures
