@@ -192,7 +192,7 @@ def save_plan(out: str, cells: list[Cell]):
     runs = known | {f"{cell.name}/seed{seed}": cell.flags["steps"] for cell in cells for seed in cell.seeds}
     if runs != known:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({"steps": runs}, indent=0) + "\n")
+        write_text(path, json.dumps({"steps": runs}, indent=0) + "\n", shared=True)
 
 
 # ---------------------------------------------------------------- one task
@@ -203,7 +203,7 @@ def keep_failures(cell: Cell, lines: dict[int | None, str]) -> str:
     for seed, line in lines.items():
         path = cell.failure(seed)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, line + "\n")
+        write_text(path, line + "\n", shared=True)
     return next(iter(lines.values()))
 
 

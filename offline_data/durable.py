@@ -14,6 +14,7 @@ read-only folder), BadInput is raised with one line that says what to do. Import
 import errno
 import io
 import os
+import socket
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -101,10 +102,14 @@ def replace(partial: str | Path, path: str | Path, again: str = AGAIN):
         fsync_folder(Path(path).parent)
 
 
-def write_bytes(path: str | Path, data: bytes | memoryview, again: str = AGAIN):
-    """Writes a file as a whole. If that fails, an older file at `path` is unchanged and no partial file is left."""
+def write_bytes(path: str | Path, data: bytes | memoryview, again: str = AGAIN, shared: bool = False):
+    """Writes a file as a whole. If that fails, an older file at `path` is unchanged and no partial file is left.
+
+    If other processes may write the same file at the same time, on any machine, it must be `shared`: the last one wins.
+    """
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    who = f".{socket.gethostname()}.{os.getpid()}" if shared else ""
+    partial = path.with_name(f"{path.name}{who}.partial")
     try:
         with disk_errors(path, again):
             partial.write_bytes(data)
@@ -123,12 +128,12 @@ def check_new(path: str | Path):
         raise BadInput(f"can't write --out {path}: its folder does not exist")
 
 
-def write_text(path: str | Path, text: str, again: str = AGAIN):
+def write_text(path: str | Path, text: str, again: str = AGAIN, shared: bool = False):
     """Writes a text file as a whole, in UTF-8."""
-    write_bytes(path, text.encode(), again)
+    write_bytes(path, text.encode(), again, shared)
 
 
-def write_figure(path: str | Path, figure, dpi: int, again: str = AGAIN):
+def write_figure(path: str | Path, figure, dpi: int, again: str = AGAIN, shared: bool = False):
     """Writes a matplotlib figure as a whole, in the format of the path's suffix, by default PNG.
 
     Raises BadInput for a format that matplotlib does not know.
@@ -138,4 +143,4 @@ def write_figure(path: str | Path, figure, dpi: int, again: str = AGAIN):
         figure.savefig(image, dpi=dpi, format=Path(path).suffix.lstrip(".") or "png")
     except ValueError as error:
         raise BadInput(f"can't write {path}: {error}") from None
-    write_bytes(path, image.getbuffer(), again)
+    write_bytes(path, image.getbuffer(), again, shared)

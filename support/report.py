@@ -531,7 +531,7 @@ def plot_curves(curves: dict[str, list[list[dict]]], dataset_return: float, titl
     axis.set(xlabel="gradient steps of the policy", ylabel=said, title=title)
     axis.legend()
     figure.tight_layout()
-    write_figure(path, figure, 150)
+    write_figure(path, figure, 150, shared=True)  # other seeds may be trained by other processes
 
 
 def report(curves: dict[str, list[list[dict]]], card: dict, args, picture: str):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import random
 import shutil
@@ -19,6 +20,7 @@ import offline_data.dataset
 from environments.checks import BadInput
 from offline_data.card import check_card, dataset_path, table_row
 from offline_data.dataset import episodes, last_rows, open_dataset
+from offline_data.durable import write_text
 from offline_data.published import info
 from offline_data.replay import as_transition, initial_rows, make_replay, minibatches
 from offline_data.writer import DatasetWriter
@@ -211,6 +213,24 @@ def test_unwritable_place(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match=r"can't write .*data: Not a directory"):
         DatasetWriter(tmp_path / "file" / "data")
+
+
+def write_often(path, text):
+    for _ in range(50):
+        write_text(path, text, shared=True)
+
+
+def test_processes_may_write_one_shared_file(tmp_path):
+    """The last one wins, no one fails, and nothing else is left."""
+    path, texts = tmp_path / "plan.json", [f"{i}" * 1000 for i in range(4)]
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=write_often, args=(path, text)) for text in texts]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0] * 4
+    assert path.read_text() in texts and [p.name for p in tmp_path.iterdir()] == ["plan.json"]
 
 
 def test_dataset_path():
