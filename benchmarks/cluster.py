@@ -56,7 +56,7 @@ class Stub:
     def finished(self, seed: int) -> bool:
         return False
 
-    def failure(self) -> Path:
+    def failure(self, seed: int | None = None) -> Path:
         return Path(self.folder, f"{self.name}.txt")
 
 
@@ -77,7 +77,7 @@ def main(args: Args):
         stops.catch()
         stops.hold()
         began, driver = time.perf_counter(), time.process_time()
-        paper.work(ray, cells, paper.Args(out=folder), train)
+        paper.work(ray, cells, paper.Args(out=folder, gpu_fraction=0), train)
         elapsed, driver = time.perf_counter() - began, time.process_time() - driver
     ray.shutdown()
     waves = math.ceil(args.tasks / args.slots)

@@ -165,12 +165,13 @@ def work(ray, cells: list[Cell], args: Args, train=grid.train):
     """Runs what is not finished, and waits for it. `train` is what a task calls."""
     gpus = ray.cluster_resources().get("GPU", 0) if args.gpu_fraction else 0
     device = "cuda" if gpus else "cpu"
+    where = os.pathsep.join([PATH, *filter(None, [os.environ.get("PYTHONPATH")])])  # this code before other modules
     remote = ray.remote(
         num_cpus=1,
         num_gpus=args.gpu_fraction if gpus else 0,
         max_retries=0,  # retries are counted below: Ray would retry endlessly if a task needs too much memory
         max_calls=1,  # each task in a new process, whose end frees all memory
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATH}},
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "PYTHONPATH": where}},
     )(train)
     tasks = []
     for cell in cells:
@@ -260,6 +261,9 @@ def write_reports(out: str):
     left_out += [(path, path.read_text().strip()) for path in sorted(Path(out, "grid", "failed").glob("*.txt"))]
     part = lambda run: run.path.relative_to(out).parts[0]
     main = [run for run in runs if part(run) == "main"]
+    if not runs:
+        reasons = "".join(f"; {path}: {why}" for path, why in left_out[:3])
+        print(f"no report, since no finished run below {out} was played in a simulator{reasons}")
     if main:
         report.publish(report.make_cells(main), left_out, None, Path(out, "report"))
     for name, (flag, _) in grid.ABLATIONS.items():
