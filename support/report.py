@@ -234,9 +234,12 @@ def all_scores(cells: list[Cell], last: float | None) -> list[scores.Score]:
     for cell in cells:
         config = dict(cell.runs[0].config)
         budget = int(config["steps"]), int(config["evals"]), config.get("eval_episodes", "?")
+        # Cells of different budgets are not compared, so a column needs no budget in its name.
+        setting = tuple(pair for pair in cell.setting if pair[0] not in ("steps", "evals", "eval_episodes"))
+        column = cell._replace(setting=setting).column
         for metric in cell.runs[0].curves:
             for run, value in zip(cell.runs, seed_scores(cell, metric, last)):
-                about = cell.instance, metric, cell.column, run.seed, value, budget
+                about = cell.instance, metric, column, run.seed, value, budget
                 found.append(scores.Score(*about, run.steps, run.curves[metric]))
     return found
 

@@ -168,6 +168,16 @@ def test_other_budgets_are_not_mixed(tmp_path):
     }
 
 
+def test_methods_are_compared_while_runs_are_extended(tmp_path):
+    """Runs of 100 and of 200 steps on one instance: two tables, and each compares ComaDICE with BC."""
+    for steps in (100, 200):
+        for algo in ("bc", "comadice"):
+            make_run(tmp_path / str(steps), algo, steps, [1.0], quality="medium", steps=steps)
+    text = report(tmp_path)[0]
+    assert text.count("| method | interquartile mean | better than bc |") == 2
+    assert text.count("\n| comadice | ") == 2 and text.count("1 instance, ") == 2
+
+
 def test_instances_that_are_not_shared_or_have_no_unit_are_named(tmp_path):
     for algo in ("bc", "comadice", "omiga"):
         for quality, data in (("medium", 10.0), ("expert", -1.0), ("medium-replay", 5.0)):
