@@ -6,6 +6,7 @@ remaining steps take as long as the steps so far.
 
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from benchmarks.grid import failure_file, read_plan
 from environments.checks import BadInput
 from offline_data.card import read_json
 from offline_data.lock import holder_of
-from support.runs import has_summary, load_checkpoint
+from support.runs import load_checkpoint
 
 STATES = ("done", "running", "failed", "waiting")
 
@@ -33,18 +34,21 @@ class Board:
     """The state of all runs below `out`. A finished run, or an unchanged checkpoint, is not read again."""
 
     def __init__(self, out: str | Path):
-        self.out, self.done, self.checkpoints = Path(out), set(), {}
+        self.out, self.done, self.checkpoints = Path(out), {}, {}
 
     def read(self) -> list[Progress]:
         found = {str(path.parent.relative_to(self.out)) for path in self.out.rglob("seed*/config.json")}
-        return [self.look(name) for name in dict.fromkeys([*read_plan(self.out), *sorted(found)])]
+        plan = read_plan(self.out)
+        return [self.look(name, plan.get(name, 0)) for name in dict.fromkeys([*plan, *sorted(found)])]
 
-    def look(self, name: str) -> Progress:
+    def look(self, name: str, planned: int) -> Progress:
+        """The state of a run. It is done if its summary is of `planned` steps or more."""
         path = self.out / name
-        if name not in self.done and has_summary(path):
-            self.done.add(name)
+        if self.done.get(name, -1) < planned or name not in self.done:
+            with suppress(BadInput, KeyError):  # no complete summary yet
+                self.done[name] = read_json(path / "summary.json")["steps"]
         holder = holder_of(path)
-        if name in self.done and holder is None:
+        if self.done.get(name, -1) >= planned and holder is None:
             return Progress(name, "done")
         step, total, left = self.step(path)
         if holder:

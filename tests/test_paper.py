@@ -248,7 +248,12 @@ def test_progress_is_read_from_the_run_directories(undisturbed, tmp_path):
         assert process.stdout.readline() == "held\n"
         now = time.time()
         os.utime(folder / "comadice/seed0/checkpoint.pt", (now, now))
-        runs = {run.name.removeprefix("main/mamujoco/hopper/demo/"): run for run in Board(tmp_path).read()}
+        board = Board(tmp_path)
+        runs = {run.name.removeprefix("main/mamujoco/hopper/demo/"): run for run in board.read()}
+        longer = json.dumps({"steps": plan | dict.fromkeys([n for n in plan if "/bc/" in n], 60)})
+        (tmp_path / "grid/plan.json").write_text(longer)  # BC shall be extended
+        assert not [run.name for run in board.read() if "/bc/" in run.name and run.state == "done"]
+        (tmp_path / "grid/plan.json").write_text(json.dumps({"steps": plan}))
         process.kill()
     states = {name: run.state for name, run in runs.items()}
     assert states == {
@@ -266,7 +271,7 @@ def test_progress_is_read_from_the_run_directories(undisturbed, tmp_path):
     lines = show(list(runs.values()))
     assert lines[0].split() == ["done", "running", "failed", "waiting"]
     assert "failed   main/mamujoco/hopper/demo/bc/seed2 and 1 more: no dataset" in lines
-    again = Board(tmp_path).look("main/mamujoco/hopper/demo/comadice/seed0")  # its process was killed
+    again = Board(tmp_path).look("main/mamujoco/hopper/demo/comadice/seed0", 30)  # its process was killed
     assert (again.state, again.text) == ("waiting", "goes on at step 30 of 60")
 
 
