@@ -84,7 +84,7 @@ def holder_of(folder: Path) -> str | None:
                 fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    raise
+                    return None  # a disk without locks, as lock() says when a run begins there
                 return file.read(300).strip() or "another process"
     except FileNotFoundError:
         pass
