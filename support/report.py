@@ -457,14 +457,17 @@ def write_report(cells: list[Cell], left_out: list[tuple[Path, str]], last: floa
                     names.append(name)
     every = all_scores(cells, last)
     scores.write_seeds(every, out / "seeds.csv")
-    names += ["seeds.csv", *scores.write_exchange(every, out)]
-    together = scores.groups(every)
+    whole, incomplete = scores.complete(every)
+    names += ["seeds.csv", *scores.write_exchange(whole, out)]
+    together, not_compared = scores.groups(every)
     if together:
         lines += scores.section(together)
         names += ["intervals.png", "profiles.png"]
         scores.draw_intervals(together, out / "intervals.png")
         scores.draw_profiles(together, out / "profiles.png")
-    notes = missing_seeds(cells) + [f"left out {path}: {why}" for path, why in left_out]
+    notes = missing_seeds(cells) + [f"left out {path}: {why}" for path, why in left_out] + not_compared
+    if incomplete:
+        notes.append(f"not in the files for marl-eval, since not every method has them: {', '.join(incomplete)}")
     lines += ["## Missing and left out", "", *(f"- {note}" for note in notes or ["nothing"])]
     (out / "report.md").write_text("\n".join(lines) + "\n")
     write_csv(cells, last, paper, out / "report.csv")

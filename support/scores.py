@@ -68,17 +68,30 @@ class Group(NamedTuple):
     notes: list[str]
 
 
-def groups(scores: list[Score]) -> list[Group]:
-    """A group for each env, metric and budget in which two methods or more share an instance."""
+def said(budget: tuple) -> str:
+    """A budget in words."""
+    steps, evals, episodes = budget
+    return f"{steps:,} steps per stage, {evals} evaluations of {episodes} episodes"
+
+
+def groups(scores: list[Score]) -> tuple[list[Group], list[str]]:
+    """A group for each env, metric and budget in which two methods or more share an instance.
+
+    Also a line for each env, metric and budget whose methods share none.
+    """
     cells = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for s in scores:
         cells[s.instance[0], s.metric, s.budget][s.column][s.instance].append(s.normalised)
-    found = []
+    found, nothing_shared = [], []
     for (env, metric, budget), columns in cells.items():
         every = sorted({instance for own in columns.values() for instance in own})
         usable = [instance for instance in every if metric == "winrate" or instance[4] > 0]
         shared = [instance for instance in usable if all(instance in own for own in columns.values())]
-        if len(columns) < 2 or not shared:
+        if len(columns) < 2:
+            continue
+        if not shared:
+            why = "no instance has runs of them all and a positive mean return of the data"
+            nothing_shared.append(f"{env} {metric}, {said(budget)}: {', '.join(columns)} are not compared, since {why}")
             continue
         notes = []
         if len(usable) < len(every):
@@ -94,17 +107,11 @@ def groups(scores: list[Score]) -> list[Group]:
         if counts[0] == 1:
             notes.append("a cell with one seed adds nothing to the width of an interval")
         found.append(Group(env, metric, budget, shared, arrays, notes))
-    return found
+    return found, nothing_shared
 
 
 def count(group: Group) -> str:
     return f"{len(group.instances)} instance{'s' * (len(group.instances) > 1)}"
-
-
-def said(budget: tuple) -> str:
-    """A budget in words."""
-    steps, evals, episodes = budget
-    return f"{steps:,} steps per stage, {evals} evaluations of {episodes} episodes"
 
 
 def between(statistic, *methods) -> str:
@@ -194,6 +201,21 @@ def draw_profiles(found: list[Group], path: Path):
 
 
 # ---------------------------------------------------------------- for other tools
+
+
+def complete(scores: list[Score]) -> tuple[list[Score], list[str]]:
+    """The scores of seeds and instances that all methods have, which marl-eval needs, and what is left out."""
+    columns, found = defaultdict(set), defaultdict(set)
+    for s in scores:
+        columns[s.instance[0], s.budget].add(s.column)
+        found[s.instance, s.budget, s.seed].add(s.column)
+    kept, left_out = [], set()
+    for s in scores:
+        if found[s.instance, s.budget, s.seed] == columns[s.instance[0], s.budget]:
+            kept.append(s)
+        else:
+            left_out.add(f"{' '.join(s.instance[:3])} seed {s.seed}")
+    return kept, sorted(left_out)
 
 
 def exchange(scores: list[Score]) -> dict[tuple, dict]:

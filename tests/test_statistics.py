@@ -21,7 +21,7 @@ def random_scores(seed: int, counts=(5, 5, 5)) -> list[np.ndarray]:
 def test_known_scores():
     """Of eight scores the middle four are 2, 3, 10 and 20.
 
-    Against scores shifted by 1.5, six of the 16 pairs of the first task are won.
+    Against scores shifted by 1.5, three of the 16 pairs of the first task are won.
     """
     assert iqm(KNOWN) == 35 / 4
     other = [KNOWN[0] + 1.5, KNOWN[1] - 100]
@@ -38,16 +38,19 @@ def test_iqm_is_the_trimmed_mean(counts):
     assert iqm(scores) == pytest.approx(scipy.stats.trim_mean(np.concatenate(scores), 0.25))
 
 
-@pytest.mark.parametrize("counts", [(5, 5), (6, 3)])
-def test_probability_is_that_of_mann_whitney(counts):
-    x, y = random_scores(1, counts), random_scores(2, counts[::-1])
+@pytest.mark.parametrize(("counts", "others"), [((5, 5), (5, 5)), ((6, 3), (2, 5))])
+def test_probability_is_that_of_mann_whitney(counts, others):
+    """Every task counts the same, however many pairs it has."""
+    x, y = random_scores(1, counts), random_scores(2, others)
     y[0][0] = x[0][0]  # a tie
     u = [scipy.stats.mannwhitneyu(a, b).statistic / (len(a) * len(b)) for a, b in zip(x, y)]
     assert probability_of_improvement(x, y) == pytest.approx(np.mean(u))
 
 
-def test_the_profile_is_the_empirical_distribution():
-    scores, taus = random_scores(3), np.linspace(-3, 8, 50)
+@pytest.mark.parametrize("counts", [(5, 5, 5), (5, 3, 2)])
+def test_the_profile_is_the_empirical_distribution(counts):
+    """Every task counts the same, however many seeds it has."""
+    scores, taus = random_scores(3, counts), np.linspace(-3, 8, 50)
     below = np.mean([scipy.stats.ecdf(task).cdf.evaluate(taus) for task in scores], 0)
     assert profile(scores, taus) == pytest.approx(1 - below)
     area = np.trapezoid(profile([np.abs(task) for task in scores], fine := np.linspace(0, 20, 20001)), fine)
@@ -102,6 +105,12 @@ def test_an_interval_covers_the_mean_of_normal_scores():
     scores = [np.random.default_rng(7).normal(size=400)]
     low, high = interval(lambda drawn: drawn[0].mean(-1), scores)
     assert [low, high] == pytest.approx(scores[0].mean() + np.array([-1.96, 1.96]) * scores[0].std() / 20, abs=0.01)
+
+
+def test_the_seeds_of_two_methods_are_drawn_apart():
+    """Drawn with the same indices, a method against itself would win exactly half of the pairs in every draw."""
+    low, high = interval(probability_of_improvement, KNOWN, KNOWN)
+    assert low < 0.4 and high > 0.6
 
 
 def test_one_seed_has_an_interval_without_width():
@@ -187,6 +196,25 @@ def test_instances_that_are_not_shared_or_have_no_unit_are_named(tmp_path):
     assert "- left out, the data's mean return is not positive: hopper expert" in text
     assert "- left out, not every method has runs: hopper medium-replay" in text
     assert "| method | interquartile mean | better than bc | better than omiga |" in text and "1 instance," in text
+
+
+def test_methods_that_share_no_instance_are_named(tmp_path):
+    make_run(tmp_path, "bc", 0, [3.0], quality="medium", eval_episodes=32)
+    make_run(tmp_path, "comadice", 0, [3.0], quality="expert", eval_episodes=32)
+    text = report(tmp_path)[0]
+    said = "- mamujoco return, 100 steps per stage, 1 evaluations of 32 episodes: bc, comadice are not compared"
+    assert said in text and "All instances together" not in text
+
+
+def test_marl_eval_gets_the_seeds_that_all_methods_have(tmp_path):
+    """Its tools need the same runs of each algorithm on each task."""
+    for algo, seeds in (("bc", (0, 1)), ("comadice", (0, 1, 2))):
+        for seed in seeds:
+            make_run(tmp_path, algo, seed, [1.0], quality="medium", eval_episodes=32)
+    text = report(tmp_path)[0]
+    assert "not every method has them: mamujoco hopper medium seed 2" in text
+    found = json.loads((tmp_path / "report/marl_eval.json").read_text())["mamujoco"]["hopper_medium"]
+    assert {name: list(runs) for name, runs in found.items()} == {name: ["seed_0", "seed_1"] for name in found}
 
 
 def test_the_exchange_format(tmp_path):
