@@ -85,10 +85,9 @@ def measure(cell: Cell, data: str, out: Path, device: str) -> float:
     return max(took, 1e-6) / (steps - few) / len(seeds)
 
 
-def seconds_per_run(cells: list[Cell]) -> dict[str, float | None]:
-    """Cell's name -> seconds of its updates for one seed, on the GPU if there is one and else on one thread; None if
-    the sizes are not known."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def seconds_per_run(cells: list[Cell], device: str) -> dict[str, float | None]:
+    """Cell's name -> seconds of its updates for one seed on cpu (one thread) or cuda; None if the sizes are not
+    known."""
     torch.set_num_threads(1)
     known, seconds = {}, {}
     shapes = {cell.name: sizes(cell) for cell in cells}

@@ -75,13 +75,16 @@ class Cell:
     def path(self, seed: int) -> Path:
         return Path(self.out, self.name, f"seed{seed}")
 
-    def finished(self, seed: int) -> bool:
-        """Whether this run is finished. A run with other flags does not count; its script reports the difference."""
-        path = self.path(seed)
-        if not has_summary(path):
+    def begun(self, seed: int) -> bool:
+        """Whether this run has begun. A run with other flags does not count; its script reports the difference."""
+        try:
+            config = read_json(self.path(seed) / "config.json")
+        except BadInput:  # not there, or damaged
             return False
-        config = read_json(path / "config.json")
         return all(config.get(name) == value for name, value in self.flags.items() if name not in OWN - BUDGET)
+
+    def finished(self, seed: int) -> bool:
+        return has_summary(self.path(seed)) and self.begun(seed)
 
     def failure(self, seed: int | None = None) -> Path:
         """The file that keeps the line of a failure, of one seed or of the whole cell."""
@@ -158,6 +161,12 @@ def split_extra(words: list[str], methods: list[str]) -> dict[str, dict]:
     return given
 
 
+def ablation_parts(ablation: str) -> dict[str, float | str]:
+    """Name of an ablation's folder -> the value of its flag."""
+    _, values = ABLATIONS[ablation]
+    return {f"f-{value}" if ablation == "f" else f"{ablation}{value:g}": value for value in values}
+
+
 def make_cells(out: str, instances: dict, methods: list[str], seeds: list[int], ablations: list[str], budget: dict,
                extra: dict[str, dict]) -> list[Cell]:  # fmt: skip
     """All cells, in the order in which they are begun. An ablation needs ComaDICE's default beside it."""
@@ -165,8 +174,7 @@ def make_cells(out: str, instances: dict, methods: list[str], seeds: list[int], 
         methods = [*methods, "comadice"]
     settings = [("main", method, {}) for method in methods]
     for key in ablations:
-        flag, values = ABLATIONS[key]
-        settings += [(f"{key}{value:g}" if key != "f" else f"f-{value}", "comadice", {flag: value}) for value in values]
+        settings += [(part, "comadice", {ABLATIONS[key][0]: value}) for part, value in ablation_parts(key).items()]
     cells = []
     for instance, data in instances.items():
         for part, method, ablated in settings:
@@ -210,9 +218,10 @@ def keep_failures(cell: Cell, lines: dict[int | None, str]) -> str:
 def train(cell: Cell, seeds: list[int], device: str) -> tuple[str, str]:
     """Trains seeds of a cell in this process, from their last checkpoints, by the method's own script.
 
-    Returns an outcome and a line that explains it. "finished". "stopped": by a signal, or since another process does
-    not end. "failed": these seeds only. "input": the input can't be used, so the cell's other seeds can't run either.
-    What the script prints goes to OUT/grid/logs. The cell's own failure is kept: another seed may just have written it.
+    Returns an outcome and a line that explains it. "finished"; the line says if it was not played. "stopped": by a
+    signal, or since another process does not end. "failed": these seeds only. "input": the input can't be used, so the
+    cell's other seeds can't run either. What the script prints goes to OUT/grid/logs. The cell's own failure is kept:
+    another seed may just have written it.
     """
     log = Path(cell.out, "grid", "logs", cell.name.replace("/", ".") + f".seed{'-'.join(map(str, seeds))}.txt")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -256,5 +265,9 @@ def train(cell: Cell, seeds: list[int], device: str) -> tuple[str, str]:
     if diverged:
         return "failed", keep_failures(cell, diverged)
     if code:
-        return "input", keep_failures(cell, {None: lines[-1] if lines else f"exit code {code} (see {log})"})
-    return "finished", ""
+        line = lines[-1] if lines else f"exit code {code} (see {log})"
+        if any(cell.begun(seed) for seed in seeds):  # for example a damaged checkpoint, or a full disk
+            return "failed", keep_failures(cell, dict.fromkeys(seeds, line))
+        return "input", keep_failures(cell, {None: line})
+    unplayed = [seed for seed in seeds if read_json(cell.path(seed) / "summary.json")["return"] is None]
+    return "finished", f"trained, but not played: seeds {unplayed} (see {log})" if unplayed else ""

@@ -80,7 +80,8 @@ from benchmarks import estimate, grid
 from benchmarks.grid import Cell
 from benchmarks.progress import STATES, Board, duration, show
 from environments import stops
-from environments.checks import BadInput, fail_at_end, run_script
+from environments.checks import BadInput, NoSimulator, fail_at_end, run_script
+from environments.simulators import check_playable
 from offline_data.card import DATA_ROOT, dataset_path
 from support import report
 from support.runs import check_seeds
@@ -110,7 +111,9 @@ def start_ray(ray):
         where, options = f"no Ray cluster at RAY_ADDRESS {os.environ['RAY_ADDRESS']}", {}
     else:  # nothing is sent through the object store, so it needs little memory
         where = "Ray does not start here; a busy machine may be too slow for it, so try again"
-        options = {"address": "local", "include_dashboard": False, "object_store_memory": 100 * 2**20}
+        cores = len(os.sched_getaffinity(0))  # those this process may use; Ray would count all
+        options = {"address": "local", "num_cpus": cores, "include_dashboard": False}
+        options["object_store_memory"] = 100 * 2**20
     try:
         ray.init(**options, **quiet)
     except Exception as error:  # ConnectionError, ValueError, RuntimeError, and after a timeout a bare Exception
@@ -145,7 +148,7 @@ class Display:
         self.drawn = 0
 
     def draw(self, board: Board, last: bool = False):
-        if not (self.terminal or last or time.monotonic() - self.at > LINE):
+        if not last and time.monotonic() - self.at < (SECONDS if self.terminal else LINE):
             return
         runs, self.at = board.read(), time.monotonic()
         if last:
@@ -175,7 +178,8 @@ def work(ray, cells: list[Cell], args: Args, train=grid.train):
     )(train)
     tasks = []
     for cell in cells:
-        cell.failure().unlink(missing_ok=True)  # of an earlier command
+        for seed in (None, *cell.seeds):
+            cell.failure(seed).unlink(missing_ok=True)  # of an earlier command
         seeds = [seed for seed in cell.seeds if not cell.finished(seed)]
         tasks += [(cell, seeds)] if gpus and seeds else [(cell, [seed]) for seed in seeds]
     running = {remote.remote(*task, device): (*task, 0) for task in tasks}
@@ -193,7 +197,7 @@ def work(ray, cells: list[Cell], args: Args, train=grid.train):
                 outcome, line = "lost", f"given up after {tries + 1} tries: {line}"
             if outcome == "lost":  # the task itself could not write its failure's file
                 grid.keep_failures(cell, {seed: line for seed in seeds})
-            if outcome in ("failed", "lost", "input") and cell.name not in failed:
+            if line and outcome != "stopped" and cell.name not in failed:
                 display.say(f"{cell.name}, seeds {seeds}: {line}")
             if outcome == "input":  # the other seeds of this cell would fail too
                 failed.add(cell.name)
@@ -213,33 +217,57 @@ def work(ray, cells: list[Cell], args: Args, train=grid.train):
 # ---------------------------------------------------------------- what is printed and written
 
 
+def own_device(args: Args) -> str:
+    return "cuda" if torch.cuda.is_available() and args.gpu_fraction else "cpu"
+
+
+def unplayable(cells: list[Cell]) -> list[str]:
+    """A line for each reason why instances can't be played on this machine."""
+    reasons = {}
+    for instance in dict.fromkeys(cell.instance for cell in cells):
+        try:
+            check_playable(*instance[:2])
+        except NoSimulator as error:
+            reasons.setdefault(str(error), []).append("/".join(instance))
+    return [
+        f"note: {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''} can be trained here, but not played: "
+        f"{reason}"
+        for reason, names in reasons.items()
+    ]
+
+
 def has_data(cell: Cell) -> bool:
     return (dataset_path(cell.flags["data"], *cell.instance, DATA_ROOT) / "card.json").is_file()
 
 
 def print_plan(cells: list[Cell], args: Args):
     """Prints every run with its time, and the sums."""
-    seconds = estimate.seconds_per_run(cells)
-    machine = "GPU" if torch.cuda.is_available() else "core"
-    number, total, parts = 0, 0.0, {}
+    device = own_device(args)
+    seconds, machine = estimate.seconds_per_run(cells, device), "GPU" if device == "cuda" else "core"
+    number, unknown, parts = 0, 0, {}
     for cell in cells:
         own = seconds[cell.name]
         for seed in cell.seeds:
             state = "finished" if cell.finished(seed) else "?" if own is None else duration(own)
             print(f"{number:>5}  {cell.name}/seed{seed}  {state}")
             number += 1
-            if state not in ("finished", "?"):
-                parts.setdefault(cell.part, []).append(own)
-                total += own
+            if state != "finished":
+                parts.setdefault(cell.part, []).append(own or 0.0)
+                unknown += own is None
     print(f"\n{number:,} runs, of which {sum(map(len, parts.values())):,} are to be done:")
     for part, own in parts.items():
         print(f"  {part}: {len(own):,} runs, {sum(own) / 3600:,.1f} {machine}-hours")
+    total = sum(sum(own) for own in parts.values())
     missing = sorted({"/".join(cell.instance) for cell in cells if not has_data(cell)})
     print(
         f"together {total / 3600:,.1f} {machine}-hours of updates, measured just now on noise of each task's sizes"
         + (f", {args.gpu_fraction:g} of a GPU counted as a whole one" if machine == "GPU" else "")
         + ". Evaluations come on top, where a simulator is installed."
     )
+    if unknown:
+        print(f"{unknown:,} runs (?) are not counted in the hours: neither Table 3 nor a dataset says their sizes")
+    for line in unplayable(cells):
+        print(line)
     if missing:
         print(f"no dataset here for {len(missing)} of the instances: {', '.join(missing)}")
     print(f"as a job array: --array=0-{number - 1}, each with --index")
@@ -258,22 +286,24 @@ def as_default(run: report.Run) -> report.Run:
 def write_reports(out: str):
     """OUT/report of the runs in OUT/main, and OUT/report-ABLATION of each ablation beside ComaDICE's default."""
     runs, left_out = report.find_runs(Path(out), [Path(out, name) for name in ("grid", "report", *REPORTS)])
-    left_out += [(path, path.read_text().strip()) for path in sorted(Path(out, "grid", "failed").glob("*.txt"))]
+    failed = [(path, path.read_text().strip()) for path in sorted(Path(out, "grid", "failed").glob("*.txt"))]
     part = lambda run: run.path.relative_to(out).parts[0]
     main = [run for run in runs if part(run) == "main"]
     if not runs:
-        reasons = "".join(f"; {path}: {why}" for path, why in left_out[:3])
+        reasons = "".join(f"; {path}: {why}" for path, why in (left_out + failed)[:3])
         print(f"no report, since no finished run below {out} was played in a simulator{reasons}")
     if main:
-        report.publish(report.make_cells(main), left_out, None, Path(out, "report"))
+        report.publish(report.make_cells(main), left_out + failed, None, Path(out, "report"))
     for name, (flag, _) in grid.ABLATIONS.items():
-        ablated = [run for run in runs if part(run).startswith(name) and part(run) != "main"]
+        parts = grid.ablation_parts(name)
+        ablated = [run for run in runs if part(run) in parts]
         if ablated:
             instances = {run.instance for run in ablated}
             default = [run for run in main if run.method == "comadice" and run.instance in instances]
             if flag == "alpha":
                 default, ablated = [as_default(run) for run in default], [without_episodes(run) for run in ablated]
-            report.publish(report.make_cells(default + ablated), [], None, Path(out, f"report-{name}"))
+            its_own = [(path, why) for path, why in failed if path.name.startswith(tuple(f"{p}." for p in parts))]
+            report.publish(report.make_cells(default + ablated), its_own, None, Path(out, f"report-{name}"))
 
 
 REPORTS = [f"report-{name}" for name in grid.ABLATIONS]
@@ -307,10 +337,10 @@ def run_one(cells: list[Cell], args: Args):
     print(f"run {args.index} of {len(runs)}: {cell.path(seed)}", flush=True)
     if cell.finished(seed):
         return print("it is finished")
-    device = "cuda" if torch.cuda.is_available() and args.gpu_fraction else "cpu"
+    device = own_device(args)
     cell.failure().unlink(missing_ok=True)  # of an earlier command
     outcome, line = grid.train(cell, [seed], device)
-    print(outcome, line)
+    print(f"{outcome}: {line}" if line else outcome)
     if outcome == "stopped":
         sys.exit(143)
     if outcome != "finished":
@@ -328,6 +358,8 @@ def main(args: Args, extra: list[str]):
     if args.plan:
         return print_plan(cells, args)
     ray = find_ray() if args.index is None else None  # before anything is written
+    for line in unplayable(cells):
+        print(line)
     grid.save_plan(out, cells)
     if ray is None:
         return run_one(cells, args)

@@ -53,8 +53,8 @@ class Board:
         step, total, left = self.step(path)
         if holder:
             return Progress(name, "running", f"step {step:,} of {total:,}" if total else "begins", left)
-        cell, seed = name.rsplit("/seed", 1)
-        for file in (failure_file(self.out, cell, int(seed)), failure_file(self.out, cell, None)):
+        cell, _, seed = name.rpartition("/seed")
+        for file in (failure_file(self.out, cell, seed), failure_file(self.out, cell, None)):
             if file.is_file():
                 return Progress(name, "failed", file.read_text().strip())
         return Progress(name, "waiting", f"goes on at step {step:,} of {total:,}" if step else "")

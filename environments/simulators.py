@@ -52,6 +52,13 @@ def check_task(env: str, task: str):
         starcraft.check_task(env, task)
 
 
+def check_playable(env: str, task: str):
+    """Raises NoSimulator if a task is unknown, or can't be played here, since something is not installed."""
+    check_task(env, task)
+    if env in ("smacv1", "smacv2"):
+        starcraft.check_installed(starcraft.game_config(env, task)["map_name"])
+
+
 def check_interface(env: str, interface: str | None) -> str:
     """The interface's name, the env's default for None. Raises BadInput for one that the env does not have."""
     if interface is None:
@@ -81,10 +88,9 @@ def make_env(
     Raises NoSimulator for an env or a task that is unknown or not installed, BadInput for a partition or interface that
     does not exist.
     """
-    check_task(env, task)
+    check_playable(env, task)
     interface = check_interface(env, interface)
     if env in ("smacv1", "smacv2"):
-        starcraft.check_installed(starcraft.game_config(env, task)["map_name"])
         return in_processes(workers, partial(starcraft.StarCraftEnv, env, task, interface), device)
     if env == "smax":
         make = partial(smax.SMAXEnv, task, num_envs)

@@ -113,13 +113,26 @@ def test_flags_that_are_passed_on():
 
 
 def test_the_plan_is_printed_and_nothing_is_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(estimate, "seconds_per_run", lambda cells: {cell.name: 7200.0 for cell in cells})
+    monkeypatch.setattr(estimate, "seconds_per_run", lambda cells, device: {cell.name: 7200.0 for cell in cells})
     paper.main(paper.Args(plan=True, ablation=["mixer"], out=str(tmp_path / "out")), [])
     said = capsys.readouterr().out
     assert sum(line.endswith("  2.0 h") for line in said.splitlines()) == 1365 + 39 * 5
     assert "1,560 runs, of which 1,560 are to be done" in said and "  main: 1,365 runs, 2,730.0 " in said
     assert "--array=0-1559" in said
     assert "no dataset here for 39 of the instances" in said and not (tmp_path / "out").exists()
+    assert "smacv1/" in said.split("note: ")[1] and "26 more can be trained here, but not played" in said
+
+
+def test_runs_of_unknown_sizes_are_in_the_plan_but_not_in_its_hours(tmp_path, monkeypatch, capsys):
+    times = {"hopper": 3600.0, "no_such": None}
+    monkeypatch.setattr(
+        estimate, "seconds_per_run", lambda cells, device: {cell.name: times[cell.instance[1]] for cell in cells}
+    )
+    only = ["hopper/expert", "smax/no_such/medium"]
+    paper.main(paper.Args(plan=True, only=only, methods=["bc"], seeds=[0, 1], out=str(tmp_path)), [])
+    said = capsys.readouterr().out
+    assert "4 runs, of which 4 are to be done" in said and "  main: 4 runs, 2.0 " in said
+    assert "2 runs (?) are not counted in the hours" in said
 
 
 def test_the_estimate_grows_with_the_task(tmp_path):
@@ -131,7 +144,7 @@ def test_the_estimate_grows_with_the_task(tmp_path):
         seeds=[0],
         extra={"bc": {"hidden": 32}},
     )
-    hopper, protoss, unknown = (estimate.seconds_per_run(cells)[cell.name] for cell in cells)
+    hopper, protoss, unknown = (estimate.seconds_per_run(cells, "cpu")[cell.name] for cell in cells)
     assert 0 < hopper < protoss and unknown is None and not list(tmp_path.iterdir())
 
 
@@ -197,6 +210,14 @@ def test_what_becomes_of_a_task(tmp_path, monkeypatch):
     assert "was started with other arguments (lr 0.001, not 0.1)" in line
     assert other.failure().read_text() == line + "\n"
     assert {run.state for run in Board(tmp_path).read()} == {"done"}  # that failure is not this run's
+
+    (short,) = cells_of(tmp_path / "c", data=[DEMO], methods=["bc"], seeds=[0, 1], extra={"bc": SMALL})
+    assert grid.train(short, [0], "cpu")[0] == "finished"
+    (short.path(0) / "summary.json").unlink()
+    (short.path(0) / "checkpoint.pt").write_bytes(b"damaged")
+    outcome, line = grid.train(short, [0], "cpu")
+    assert outcome == "failed" and "checkpoint.pt" in line and short.failure(0).read_text() == line + "\n"
+    assert not short.failure().exists() and grid.train(short, [1], "cpu") == ("finished", "")
 
     (lost,) = cells_of(tmp_path / "b", data=[DEMO], methods=["bc"], seeds=[0, 1], extra={"bc": SMALL | {"lr": 1e30}})
     outcome, line = grid.train(lost, [1], "cpu")
@@ -333,3 +354,120 @@ def test_without_ray_there_is_one_line(tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("error: Ray is missing: pip install -r requirements-ray.txt")
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "grid").exists()
+
+
+# ---------------------------------------------------------------- the driver, on a stand-in for Ray
+
+
+class StandIn:
+    """Ray's functions that benchmarks.paper.work uses. Tasks run one after another, in this process."""
+
+    class exceptions:
+        class RayError(Exception):
+            pass
+
+        class RayTaskError(RayError):
+            pass
+
+        class TaskCancelledError(RayError):
+            pass
+
+    def __init__(self, gpus=0):
+        self.gpus, self.options, self.tasks, self.cancelled, self.count = gpus, None, {}, set(), 0
+
+    def cluster_resources(self):
+        return {"CPU": 2.0} | ({"GPU": float(self.gpus)} if self.gpus else {})
+
+    def remote(self, function=None, **options):
+        if function is None:
+            self.options = options
+            return self.remote
+        ray = self
+
+        class Remote:
+            @staticmethod
+            def remote(*args):
+                ray.count += 1
+                ray.tasks[ray.count] = lambda: function(*args)
+                return ray.count
+
+        return Remote
+
+    def wait(self, refs, timeout):
+        return refs[:1], refs[1:]
+
+    def get(self, ref):
+        if ref in self.cancelled:
+            raise self.exceptions.TaskCancelledError
+        return self.tasks[ref]()
+
+    def cancel(self, ref):
+        self.cancelled.add(ref)
+
+
+def test_a_task_is_given_up_after_its_retries(tmp_path, capsys):
+    """One worker is lost every time, one only once. The failure is kept, and a later command removes it."""
+    (cell,) = cells_of(tmp_path, data=[DEMO], methods=["bc"], seeds=[0, 1])
+    tries = Counter()
+
+    def train(cell, seeds, device):
+        tries[seeds[0]] += 1
+        if seeds == [0] or tries[1] == 1:
+            raise StandIn.exceptions.RayError
+        return "finished", ""
+
+    paper.work(StandIn(), [cell], paper.Args(out=str(tmp_path), retries=2), train)
+    assert tries == {0: 3, 1: 2}
+    assert cell.failure(0).read_text() == "given up after 3 tries: its worker was lost (RayError)\n"
+    assert not cell.failure(1).exists() and "once more (2 of 2)" in capsys.readouterr().out
+    paper.work(StandIn(), [cell], paper.Args(out=str(tmp_path)), lambda *_: ("finished", ""))
+    assert not cell.failure(0).exists()
+
+
+def test_on_gpus_the_seeds_of_a_cell_are_one_task(tmp_path):
+    cells = cells_of(tmp_path, data=[DEMO], methods=["bc", "comadice"], seeds=[0, 1])
+    for gpus, fraction, wanted in ((1, 0.5, [[0, 1], [0, 1]]), (1, 0, [[0], [1], [0], [1]]), (0, 0.5, [[0], [1]] * 2)):
+        ray, found = StandIn(gpus), []
+        train = lambda cell, seeds, device, found=found: found.append((seeds, device)) or ("finished", "")
+        paper.work(ray, cells, paper.Args(out=str(tmp_path), gpu_fraction=fraction), train)
+        on_gpu = bool(gpus and fraction)
+        assert found == [(seeds, "cuda" if on_gpu else "cpu") for seeds in wanted]
+        assert ray.options["num_gpus"] == (fraction if on_gpu else 0) and ray.options["num_cpus"] == 1
+
+
+def test_a_stop_cancels_what_runs_and_repeats_nothing(tmp_path, monkeypatch):
+    cells = cells_of(tmp_path, data=[DEMO], methods=["bc"], seeds=[0, 1, 2])
+    ray = StandIn()
+
+    def train(cell, seeds, device):  # SIGTERM comes while the first task runs, and it saves its state
+        monkeypatch.setattr(paper.stops, "asked", lambda: True)
+        return "finished", ""
+
+    left = []
+    monkeypatch.setattr(paper.stops, "leave", lambda: left.append(1))
+    paper.work(ray, cells, paper.Args(out=str(tmp_path)), train)
+    assert ray.cancelled == {2, 3} and ray.count == 3 and left
+    assert not list(tmp_path.rglob("failed/*"))
+
+
+def test_input_that_cannot_be_used_stops_its_cell_once(tmp_path, capsys):
+    cells = cells_of(tmp_path, ["hopper/expert"], data=[DEMO], methods=["bc"], seeds=[0, 1, 2])
+    outcome = lambda cell, *_: ("input", "no dataset") if cell.instance[2] == "expert" else ("finished", "")
+    ray = StandIn()
+    paper.work(ray, cells, paper.Args(out=str(tmp_path)), outcome)
+    assert capsys.readouterr().out.count("no dataset") == 1 and ray.cancelled == {2, 3}
+
+
+def test_runs_without_a_simulator_are_said_to_be_trained_only(tmp_path, monkeypatch):
+    from environments.checks import NoSimulator
+
+    def missing(*_):
+        raise NoSimulator("robots are not installed")
+
+    cells = cells_of(tmp_path, data=[DEMO], methods=["bc"], seeds=[0], extra={"bc": SMALL})
+    monkeypatch.setattr("comadice_eval.eval_env", missing)
+    monkeypatch.setattr(paper, "check_playable", missing)
+    (line,) = paper.unplayable(cells)
+    assert line == "note: mamujoco/hopper/demo can be trained here, but not played: robots are not installed"
+    outcome, line = grid.train(cells[0], [0], "cpu")
+    assert outcome == "finished" and line.startswith("trained, but not played: seeds [0]") and cells[0].finished(0)
