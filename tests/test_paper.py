@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -64,6 +65,11 @@ def test_the_whole_paper_has_1365_runs(tmp_path):
     more = cells_of(tmp_path, ablations=["alpha", "f", "mixer"])
     assert sum(len(cell.seeds) for cell in more) == 1365 + 39 * 5 * (5 + 2 + 1)
     assert len({cell.path(seed) for cell in more for seed in cell.seeds}) == sum(len(cell.seeds) for cell in more)
+
+
+def test_the_methods_that_can_be_asked_for_are_those_that_there_are():
+    """The list in paper.py is a copy, so that --help does not load torch."""
+    assert list(get_args(paper.Method)) == list(grid.METHODS) and paper.Args().methods == grid.PAPER_METHODS
 
 
 def test_ablations_have_the_values_of_the_papers_tables():
