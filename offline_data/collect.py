@@ -296,6 +296,38 @@ def card(args: Args, quality: str, made: dict) -> dict:
     }
 
 
+def resume(env, args: Args, root: Path, loss, optimizer) -> tuple[list[dict], deque, deque]:
+    """The curve and the last 100 returns and wins of a stopped run, whose state is loaded. A new run has none.
+
+    A stopped run has left checkpoints, and one dataset of episodes for each.
+    """
+    curve, recent, wins = [], deque(maxlen=100), deque(maxlen=100)
+    state = load_state(args, root)
+    if state is None and args.overwrite:
+        forget(root)
+    if state is not None:
+        loss.load_state_dict(state["loss"])
+        optimizer.load_state_dict(state["optimizer"])
+        curve = state["curve"]
+        recent.extend(state["recent"])
+        wins.extend(state["wins"])
+        torch.manual_seed(args.seed + curve[-1]["step"])
+        env.set_seed(args.seed + curve[-1]["step"])
+    return curve, recent, wins
+
+
+def save_checkpoint(args: Args, root: Path, actor, loss, optimizer, curve: list[dict], recent: deque, wins: deque):
+    """Writes the actor, the state that a stopped run goes on from, and the learning curve."""
+    sealed.save(root / f"actor-{len(curve) - 1:03d}.pt", actor.state_dict())
+    state = {"args": asdict(args), "loss": loss.state_dict(), "optimizer": optimizer.state_dict(), "curve": curve}
+    sealed.save(root / "state.pt", state | {"recent": list(recent), "wins": list(wins)})
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(curve[0]))
+    table.writeheader()
+    table.writerows(curve)
+    write_text(root / "curve.csv", text.getvalue())
+
+
 def train_in(env, args: Args, root: Path) -> list[dict]:
     torch.manual_seed(args.seed)
     with stops.not_for_children():  # worker processes start here
@@ -305,37 +337,21 @@ def train_in(env, args: Args, root: Path) -> list[dict]:
     loss.set_keys(action=ACTION, value=("agents", "state_value"), sample_log_prob=("agents", "log_prob"))
     loss.make_value_estimator(gamma=args.gamma, lmbda=args.gae_lambda)
     optimizer = torch.optim.Adam(loss.parameters(), args.lr, eps=1e-5)
-
-    # A stopped run has left checkpoints, and one dataset of episodes for each.
-    curve, recent, wins = [], deque(maxlen=100), deque(maxlen=100)
-    state = load_state(args, root)
-    if state is None and args.overwrite:
-        forget(root)
-    if state is not None:
-        loss.load_state_dict(state["loss"])
-        optimizer.load_state_dict(state["optimizer"])
-        curve, recent, wins = state["curve"], deque(state["recent"], maxlen=100), deque(state["wins"], maxlen=100)
-        torch.manual_seed(args.seed + curve[-1]["step"])
-        env.set_seed(args.seed + curve[-1]["step"])
+    curve, recent, wins = resume(env, args, root, loss, optimizer)
 
     frames = env.numel() * args.horizon
     done_steps = curve[-1]["step"] if curve else 0
     if done_steps >= args.steps:
         return curve
     collector = Collector(
-        env,
-        actor,
-        frames_per_batch=frames,
-        total_frames=-1,
-        policy_device=args.device,
+        env, actor, frames_per_batch=frames, total_frames=-1, policy_device=args.device,
         auto_register_policy_transforms=False,
-    )
+    )  # fmt: skip
     splitter, every = EpisodeSplitter(), max(args.steps // args.checkpoints, frames)
     writer = DatasetWriter(root / f"episodes-{len(curve):03d}", overwrite=True)
-    finished, kept, next_checkpoint = 0, 0, done_steps + every
-    bar = tqdm(total=args.steps, initial=done_steps, unit="step", desc=f"MAPPO {args.task}", mininterval=1)
-    steps = done_steps
-    with bar:
+    finished, kept, steps, next_checkpoint = 0, 0, done_steps, done_steps + every
+    mean = lambda values: sum(values) / len(values)
+    with tqdm(total=args.steps, initial=done_steps, unit="step", desc=f"MAPPO {args.task}", mininterval=1) as bar:
         for batch in collector:
             stops.leave()
             for episode in splitter(batch.reshape(-1, args.horizon).cpu()):
@@ -351,32 +367,13 @@ def train_in(env, args: Args, root: Path) -> list[dict]:
                 group["lr"] = args.lr * max(0.0, 1 - steps / args.steps)
             bar.update(frames)
             if recent:
-                bar.set_postfix(
-                    {"return": f"{sum(recent) / len(recent):.2f}"}
-                    | ({"won": f"{sum(wins) / len(wins):.0%}"} if args.env in BATTLES else {})
-                )
+                won = {"won": f"{mean(wins):.0%}"} if args.env in BATTLES else {}
+                bar.set_postfix({"return": f"{mean(recent):.2f}"} | won)
             if (steps >= next_checkpoint or steps >= args.steps) and kept:
                 writer.close(card(args, "training", {"steps": steps}))
-                curve.append(
-                    {
-                        "step": steps,
-                        "return": sum(recent) / len(recent),
-                        "winrate": sum(wins) / len(wins) if args.env in BATTLES else None,
-                    }
-                )
-                sealed.save(root / f"actor-{len(curve) - 1:03d}.pt", actor.state_dict())
-                state = {
-                    "args": asdict(args),
-                    "loss": loss.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "curve": curve,
-                }
-                sealed.save(root / "state.pt", state | {"recent": list(recent), "wins": list(wins)})
-                text = io.StringIO()
-                table = csv.DictWriter(text, list(curve[0]))
-                table.writeheader()
-                table.writerows(curve)
-                write_text(root / "curve.csv", text.getvalue())
+                winrate = mean(wins) if args.env in BATTLES else None
+                curve.append({"step": steps, "return": mean(recent), "winrate": winrate})
+                save_checkpoint(args, root, actor, loss, optimizer, curve, recent, wins)
                 next_checkpoint += every
                 if steps >= args.steps:
                     break
