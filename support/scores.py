@@ -77,7 +77,7 @@ def said(budget: tuple) -> str:
 def groups(scores: list[Score]) -> tuple[list[Group], list[str]]:
     """A group for each env, metric and budget in which two methods or more share an instance.
 
-    Also a line for each env, metric and budget whose methods share none.
+    Also a line for each env, metric and budget whose methods have no instance in common.
     """
     cells = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for s in scores:
