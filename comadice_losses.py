@@ -99,11 +99,11 @@ def expectation(x: Tensor, p: Tensor | None = None) -> Tensor:
 
 
 def td_advantage(reward: Tensor, terminated: Tensor, nu_tot: Tensor, nu_tot_next: Tensor, gamma: float) -> Tensor:
-    """A_tot(s, a) = r + gamma nu_tot(s') - nu_tot(s), the TD form.
+    """A_tot(s, a) = r + gamma nu_tot(s') - nu_tot(s), the TD form. All inputs are [B]; terminated is bool, or 0 and 1.
 
     Only termination cuts the bootstrap, a time limit does not.
     """
-    return reward + gamma * nu_tot_next * ~terminated - nu_tot  # Eq. 5, with q_tot written out
+    return reward + gamma * nu_tot_next * terminated.logical_not() - nu_tot  # Eq. 5, with q_tot written out
 
 
 def q_loss(A_tot: Tensor, td: Tensor, rho: Tensor | None = None) -> Tensor:

@@ -306,6 +306,9 @@ def test_termination_cuts_the_bootstrap_and_nothing_else():
     nu_tot_next = torch.tensor([100.0, 200.0], requires_grad=True)
     A = losses.td_advantage(reward, torch.tensor([True, False]), nu_tot, nu_tot_next, 0.5)
     torch.testing.assert_close(A, torch.tensor([1.0 - 10, 2 + 0.5 * 200 - 20]))
+    for kind in (torch.uint8, torch.int64, torch.float32):  # ~ of a number would be another number
+        same = losses.td_advantage(reward, torch.tensor([1, 0], dtype=kind), nu_tot, nu_tot_next, 0.5)
+        torch.testing.assert_close(same, A)
     at_s, at_next = torch.autograd.grad(A.sum(), (nu_tot, nu_tot_next))
     torch.testing.assert_close(at_s, -torch.ones(2))
     torch.testing.assert_close(at_next, torch.tensor([0, 0.5]))
