@@ -150,8 +150,21 @@ def test_the_estimate_grows_with_the_task(tmp_path):
         seeds=[0],
         extra={"bc": {"hidden": 32}},
     )
-    hopper, protoss, unknown = (estimate.seconds_per_run(cells, "cpu")[cell.name] for cell in cells)
+    hopper, protoss, unknown = map(estimate.seconds_per_run(cells, "cpu").get, [cell.name for cell in cells])
     assert 0 < hopper < protoss and unknown is None and not list(tmp_path.iterdir())
+
+
+def test_the_first_estimate_of_a_process_is_no_smaller(tmp_path):
+    """What libraries do once, in the first run, must not be taken off the time of the updates."""
+    code = (
+        "import sys; from benchmarks import estimate, grid; "
+        "cells = grid.make_cells(sys.argv[1], grid.choose_instances(['hopper/expert'], []), ['comadice'], [0], [], "
+        "{'steps': 1000, 'evals': 1, 'eval_episodes': 1}, {}); "
+        "print(*(estimate.seconds_per_run(cells, 'cpu')[cells[0].name] for _ in range(2)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    first, again = map(float, done.stdout.split())
+    assert again / 3 < first < 3 * again
 
 
 # ---------------------------------------------------------------- one task, without Ray
