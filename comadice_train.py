@@ -52,8 +52,8 @@ class Args:
     advantage: Literal["td", "q"] | None = None
     """what w* is computed from: r + gamma nu_tot(s') - nu_tot(s), or M[q - nu], for which q is trained by Eq. 9"""
     alpha: float | None = None
-    """weight of the divergence from the data, in units of the reward (default with semi: 5 mean absolute rewards).
-    Above its default it also raises that of --episode-alpha, by the square"""
+    """weight of the divergence from the data, in units of the reward (default with semi: 5 mean absolute rewards). If
+    it is k > 1 times its default, the default of --episode-alpha is multiplied by k squared"""
     episode_alpha: float | None = None
     """transitions of better episodes are drawn more often, the more the smaller it is; 0 switches this off. It is the
     alpha of a ratio between episodes, in units of the return (default with semi: the mean absolute deviation of the

@@ -37,7 +37,7 @@ class Args:
 
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a mistyped flag answer at once
-    ARGS = tyro.cli(Args)
+    ARGS = tyro.cli(Args, prog="python -m benchmarks.cluster")
 
 # isort: split
 from benchmarks import paper

@@ -236,4 +236,4 @@ if __name__ == "__main__":
     else:
         import tyro
 
-        run_script(main, tyro.cli(Args))
+        run_script(main, tyro.cli(Args, prog="python -m benchmarks.convert"))

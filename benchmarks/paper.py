@@ -37,7 +37,10 @@ Method = Literal["bc", "bcq", "cql", "icq", "omar", "omiga", "comadice", "bc-bes
 
 @dataclass
 class Args:
-    """Run the paper's experiment, or a part of it. Words after a lone -- are flags of the training scripts."""
+    """Run the paper's experiment, or a part of it. Words after a lone -- are flags of the training scripts.
+
+    `status OUT` shows the progress of the runs in a folder, and `report OUT` makes their tables and figures.
+    """
 
     only: list[str] = field(default_factory=list)
     """envs, tasks or qualities of the paper, or parts such as hopper/expert; ENV/TASK/QUALITY may be any dataset"""
@@ -69,9 +72,12 @@ class Args:
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a mistyped flag answer at once
     WORDS = sys.argv[1:]
-    ON_RUNS = WORDS[:1] in (["status"], ["report"]) and len(WORDS) == 2
+    ON_RUNS = WORDS[:1] in (["status"], ["report"])
+    if ON_RUNS and (len(WORDS) != 2 or WORDS[1].startswith("-")):
+        print(f"error: give the folder of the runs: python -m benchmarks.paper {WORDS[0]} runs/paper", file=sys.stderr)
+        sys.exit(2)
     END = WORDS.index("--") if "--" in WORDS else len(WORDS)
-    ARGS = None if ON_RUNS else tyro.cli(Args, args=WORDS[:END])
+    ARGS = None if ON_RUNS else tyro.cli(Args, args=WORDS[:END], prog="python -m benchmarks.paper")
 
 # isort: split
 import torch
@@ -285,6 +291,8 @@ def as_default(run: report.Run) -> report.Run:
 
 def write_reports(out: str):
     """OUT/report of the runs in OUT/main, and OUT/report-ABLATION of each ablation beside ComaDICE's default."""
+    if not Path(out).is_dir():
+        raise BadInput(f"no folder at {out}")
     runs, left_out = report.find_runs(Path(out), [Path(out, name) for name in ("grid", "report", *REPORTS)])
     failed = [(path, path.read_text().strip()) for path in sorted(Path(out, "grid", "failed").glob("*.txt"))]
     part = lambda run: run.path.relative_to(out).parts[0]
@@ -331,8 +339,6 @@ def end(cells: list[Cell]):
 def run_one(cells: list[Cell], args: Args):
     """Runs number --index of the plan."""
     runs = [(cell, seed) for cell in cells for seed in cell.seeds]
-    if not 0 <= args.index < len(runs):
-        raise BadInput(f"--index {args.index}: the plan has the runs 0 to {len(runs) - 1}")
     cell, seed = runs[args.index]
     print(f"run {args.index} of {len(runs)}: {cell.path(seed)}", flush=True)
     if cell.finished(seed):
@@ -340,11 +346,11 @@ def run_one(cells: list[Cell], args: Args):
     device = own_device(args)
     cell.failure().unlink(missing_ok=True)  # of an earlier command
     outcome, line = grid.train(cell, [seed], device)
+    if outcome not in ("finished", "stopped"):
+        return fail_at_end(line)
     print(f"{outcome}: {line}" if line else outcome)
     if outcome == "stopped":
         sys.exit(143)
-    if outcome != "finished":
-        fail_at_end(line)
 
 
 def main(args: Args, extra: list[str]):
@@ -357,6 +363,9 @@ def main(args: Args, extra: list[str]):
                             grid.split_extra(extra, all_methods))  # fmt: skip
     if args.plan:
         return print_plan(cells, args)
+    number = sum(len(cell.seeds) for cell in cells)
+    if args.index is not None and not 0 <= args.index < number:
+        raise BadInput(f"--index {args.index}: the plan has the runs 0 to {number - 1}")
     ray = find_ray() if args.index is None else None  # before anything is written
     for line in unplayable(cells):
         print(line)

@@ -26,7 +26,7 @@ class Args:
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a mistyped flag answer at once
     stops.catch(begun=False)
-    ARGS = tyro.cli(Args)
+    ARGS = tyro.cli(Args, prog="python -m benchmarks.smax_speed")
 
 # isort: split
 import time

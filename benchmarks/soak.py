@@ -57,7 +57,7 @@ class Args:
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a mistyped flag answer at once
     stops.catch(begun=False)
-    ARGS = tyro.cli(Args)
+    ARGS = tyro.cli(Args, prog="python -m benchmarks.soak")
 
 # isort: split
 import functools

@@ -201,4 +201,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    run_script(main, tyro.cli(Args))
+    run_script(main, tyro.cli(Args, prog="python -m benchmarks.sweep"))

@@ -3,6 +3,7 @@
 Importing this module does not load torch.
 """
 
+import errno
 import sys
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,16 @@ def say_failures():
         print(f"error: {plain(message)}", file=sys.stderr)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory could not be had: by Python, by the system for a new process, or by torch on a CPU or a GPU."""
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, RuntimeError) and "allocate" in text and "memory" in text)
+    )
+
+
 def run_script(main, *args, go_on: str = ""):
     """Calls main(*args). Bad input ends the script with one line and exit code 2. For Ctrl-C and SIGTERM see stops.py.
 
@@ -57,9 +68,10 @@ def run_script(main, *args, go_on: str = ""):
             say_failures()
             print(f"\n{stop}; to go on: {go_on or stops.how_to_go_on()}", file=sys.stderr)
             sys.exit(stop.code)
-        if isinstance(error, BadInput):
+        if isinstance(error, BadInput) or out_of_memory(error):
+            memory = "" if isinstance(error, BadInput) else "not enough memory: use less of it (--hidden, --workers); "
             say_failures()
-            print(f"error: {plain(str(error))}", file=sys.stderr)
+            print(f"error: {memory}{plain(str(error))}", file=sys.stderr)
             sys.exit(2)
         raise
     finally:
@@ -73,7 +85,8 @@ def check_positive(args, *names: str):
     """Raises BadInput for a flag that is not a positive finite number."""
     for name in names:
         if not 0 < getattr(args, name) < 1e38:
-            raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}: give a positive number")
+            said = f"--{name.replace('_', '-')} is {getattr(args, name)}"
+            raise BadInput(f"{said}: give a positive number below 1e38")
 
 
 def pick_device(name: str, tf32: bool = False) -> "torch.device":

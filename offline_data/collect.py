@@ -362,6 +362,8 @@ def train_in(env, args: Args, root: Path) -> list[dict]:
                 wins.append(bool(episode["battle_won"][-1]) if args.env in BATTLES else None)
                 finished += 1
             update(loss, optimizer, batch, args)
+            if not all(parameter.isfinite().all() for parameter in loss.parameters()):
+                raise BadInput(f"MAPPO diverged after {steps:,} steps: give a lower --lr, and --overwrite")
             steps += frames
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * max(0.0, 1 - steps / args.steps)

@@ -33,7 +33,7 @@ class Args:
     overwrite: bool = False
     """replace datasets, and a behaviour policy, that another command made"""
     device: str = "cpu"
-    """where MAPPO's networks are: cpu, cuda, ..."""
+    """where MAPPO's networks are: cpu, cuda, ..., or auto"""
 
     num_envs: int = 32
     """environments in each worker process"""

@@ -716,7 +716,9 @@ def convert_here(
         check_name(what, name)
     if limit is None:
         limit = LIMITS.get(task if env == "smacv1" else env)
-    if limit is None or limit < 1:
+    if limit is not None and limit < 1:
+        raise BadInput(f"--limit is {limit}: give a positive number of steps")
+    if limit is None:
         raise BadInput(f"the step limit of {env} {task} is not known here: give it with --limit")
     if not re.fullmatch(INTERFACE, interface or "benchmark"):
         raise BadInput(f"unknown interface '{interface}': it is benchmark, standard or agent_obsk=K")

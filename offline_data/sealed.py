@@ -38,7 +38,7 @@ def save(path: Path, content, again: str = AGAIN):
 def load(path: Path):
     """A file's content on the CPU. Raises BadInput for a missing, damaged or foreign file, before PyTorch reads it."""
     if not path.is_file():
-        raise BadInput(f"no checkpoint at {path}")
+        raise BadInput(f"no checkpoint at {path}: give a run directory, such as OUT/ENV/TASK/QUALITY/METHOD/seed0")
     unreadable = f"{path} is not a checkpoint that can be read: "
     damaged = unreadable + "it is damaged, or no checkpoint at all"
     try:

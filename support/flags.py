@@ -77,6 +77,12 @@ def commit() -> str | None:
     return done.stdout.strip() or None
 
 
+def program() -> str | None:
+    """How the script was called, for its help: python -m PACKAGE.MODULE, or None for a file, whose name tyro finds."""
+    spec = sys.modules["__main__"].__spec__
+    return f"python -m {spec.name}" if spec else None
+
+
 def parse(Args, default=None):
     """The Args of the command line. `default` has the values of flags that are not given. Exits with 2 for a bad flag.
 
@@ -98,4 +104,4 @@ def parse(Args, default=None):
         "\n\nTwo more flags: --config FILE takes the flags of a run's config.json, which other flags override. "
         "--version prints the commit and the versions of packages."
     )
-    return tyro.cli(Args, default=default, args=words, description=help)
+    return tyro.cli(Args, default=default, args=words, description=help, prog=program())

@@ -547,11 +547,12 @@ def report(curves: dict[str, list[list[dict]]], card: dict, args, picture: str):
     """
     evaluated = {name: [last_evaluations(metrics) for metrics in seeds] for name, seeds in curves.items()}
     counts = {len(rows) for seeds in evaluated.values() for rows in seeds}
+    said = f"mean of the last {max(counts)} evaluations, ± standard deviation over seeds" if max(counts) else ""
     print(f"\n{args.env} {args.task} {args.quality}, {args.steps:,} steps, seeds {args.seeds}, {card.get('engine')}")
-    print(f"{'':<24}{'return':>12}   mean of the last {max(counts)} evaluations, ± standard deviation over seeds")
+    print(f"{'':<24}{'return':>12}   {said}")
     print(f"{'behaviour data':<24}{card['return_mean']:>12.2f} ± {card['return_std']:.2f} (over episodes)")
     if 0 in counts:
-        print("not all trained policies were rolled out, so no results are shown")
+        print("not all policies were played, so no results are shown; comadice_eval.py --run RUN plays a run's policy")
         return
     for name, seeds in evaluated.items():
         mean = lambda rows, key: sum(row[key] for row in rows) / len(rows)

@@ -72,6 +72,8 @@ def check_args(args):
             said = f"--{name.replace('_', '-')} is {short(getattr(args, name))}"
             raise BadInput(f"{said}: give a positive number below {LARGEST}")
     check_seeds(args.seeds)
+    if not args.out:
+        raise BadInput("--out is empty: name a folder")
     if args.resume and args.overwrite:
         raise BadInput("--resume and --overwrite contradict each other: give one of them")
     loggers.check(args.logger)
@@ -232,7 +234,7 @@ def give_up(runs: dict[int, Run], diverged: Diverged):
         run = runs[seed]
         run.lost = diverged.what
         kept = f"its last checkpoint, from before, is in {run.path}" if run.begun else "it has no checkpoint yet"
-        fail_at_end(f"seed {seed} diverged: {diverged.what}; {kept}")
+        fail_at_end(f"seed {seed} diverged: {diverged.what}; {kept}; to begin again, change a flag and add --overwrite")
 
 
 def has_summary(path: Path) -> bool:
@@ -306,7 +308,10 @@ def begin(args, algo: str, card: dict, where: str, seed: int, path: Path, first:
         run.state, run.begun = state | {"config": state["config"] | {key: config[key] for key in GROWS}}, True
         run.finished = run.state["step"] == args.steps and has_summary(path)
         if not {row["step"] for row in run.metrics if row["stage"] == "policy"} <= eval_steps(args):
-            raise BadInput(f"{path} was evaluated at other steps: raise --evals by the same factor as --steps")
+            then = f"it was begun with --steps {old.get('steps')} --evals {old.get('evals')}"
+            raise BadInput(
+                f"{path} was evaluated at other steps: raise --evals by the same factor as --steps ({then})"
+            )
         if not run.finished and "generator" not in state:
             raise BadInput(
                 f"{path} was begun by an older version of this code, which kept its random state in another way: go on "

@@ -949,6 +949,12 @@ def script(name: str, *flags, cwd=ROOT) -> subprocess.CompletedProcess:
         ("comadice_bc.py", ["--no-such-flag", "3"], "no-such-flag"),
         ("comadice_eval.py", ["--run", "/nothing"], "^error: no checkpoint at /nothing"),
         ("offline_data collect", ["--task", "hoper", "--out", "OUT"], "^error: unknown mamujoco task 'hoper'"),
+        ("baselines.omiga", ["--no-such-flag", "3"], "no-such-flag(.|\n)*python -m baselines.omiga --help"),
+        ("benchmarks.paper", ["--no-such-flag", "3"], "no-such-flag(.|\n)*python -m benchmarks.paper --help"),
+        ("benchmarks.paper", ["status"], "^error: give the folder of the runs: python -m benchmarks.paper status"),
+        ("benchmarks.paper", ["report", "/nothing"], "^error: no folder at /nothing"),
+        ("benchmarks.paper", ["--index", "5", "--seeds", "0", "--only", "hopper/expert", "--methods", "bc"], "0 to 0"),
+        ("comadice_train.py", ["--steps", "10", "--out", ""], "^error: --out is empty"),
     ],
 )
 def test_exit_codes_of_processes(name, flags, match, tmp_path):
@@ -956,6 +962,12 @@ def test_exit_codes_of_processes(name, flags, match, tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert re.search(match, done.stderr if "flag" in match else done.stderr.strip().splitlines()[-1])
     assert not list(tmp_path.iterdir()), "nothing may be half-written"
+
+
+def test_too_little_memory_is_one_line(tmp_path):
+    done = script("comadice_train.py", "--steps", "10", "--hidden", "1000000000", "--quiet", "--out", tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: not enough memory: ")
+    assert len(done.stderr.splitlines()) == 1
 
 
 # ---------------------------------------------------------------- collecting
@@ -1153,6 +1165,15 @@ def test_bad_flags_of_collect(flags, match, tmp_path, capsys):
         match,
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_behaviour_policy_that_diverges_ends_with_one_line(tmp_path, capsys):
+    refused(
+        capsys,
+        offline_data.collect.main,
+        offline_data.collect.Args(**COLLECT | {"out": str(tmp_path), "lr": 1e30}),
+        "MAPPO diverged after .* steps: give a lower --lr, and --overwrite",
+    )
 
 
 def test_unwritable_out_of_collect(tmp_path, capsys):
