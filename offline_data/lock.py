@@ -20,7 +20,7 @@ from pathlib import Path
 from environments.checks import BadInput
 from offline_data.durable import AGAIN, disk_errors
 
-HELD = {}  # folder -> its open lock file, in this process
+HELD = {}  # folder -> (its open lock file, the folders to remove if they stay empty), in this process
 
 
 def _is_there(file) -> bool:
@@ -38,11 +38,13 @@ def lock(folder: Path, beside: bool = False, again: str = AGAIN):
     process that has the lock already keeps it.
     """
     folder = folder.absolute()
-    if folder in HELD and _is_there(HELD[folder]):
+    if folder in HELD and _is_there(HELD[folder][0]):
         return
     path = folder.with_name(folder.name + ".LOCK") if beside else folder / "LOCK"
     tries = 2  # the first may fail because holder_of, in another process, has the lock for a moment
     with disk_errors(path, again):
+        # Of a run only its own folder: other runs may just be starting in those above.
+        made = [above for above in path.parents if not above.exists()] if beside else [folder]
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             file = open(path, "a+")
@@ -71,7 +73,7 @@ def lock(folder: Path, beside: bool = False, again: str = AGAIN):
         file.flush()
     except OSError:  # a full disk: the lock works without a name
         pass
-    HELD[folder] = file
+    HELD[folder] = file, made
 
 
 def holder_of(folder: Path) -> str | None:
@@ -92,15 +94,15 @@ def holder_of(folder: Path) -> str | None:
 
 
 def unlock(folder: Path):
-    """Removes the lock file while the lock is still held, and the folder if nothing else is in it."""
+    """Removes the lock file while the lock is still held, and the folders that were made for it if they are empty."""
     folder = folder.absolute()
-    file = HELD.pop(folder, None)
-    if file is not None:
+    if folder in HELD:
+        file, made = HELD.pop(folder)
         with suppress(OSError):
             if _is_there(file):
                 os.unlink(file.name)
-            if os.path.dirname(file.name) == str(folder):
-                folder.rmdir()  # fails if the folder holds a run
+            for empty in made:
+                empty.rmdir()  # fails if the folder holds a run
         with suppress(OSError):  # closing repeats a write that failed on a full disk
             file.close()
 

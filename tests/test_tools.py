@@ -458,6 +458,10 @@ def test_a_second_command_that_writes_the_same_data_is_refused(name, tmp_path):
     ):
         assert folder.absolute() in lock.HELD
     assert not list(tmp_path.rglob("*LOCK")) and folder.absolute() not in lock.HELD
+    above = tmp_path / "new" / "folders"  # a command that fails leaves no empty folders, and keeps those with files
+    with lock.locked(above / "data", beside=True):
+        (tmp_path / "new" / "file").write_text("kept")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["file"]
 
 
 def test_flipped_bits_in_the_training_state_are_found(copied, monkeypatch):
