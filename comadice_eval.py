@@ -65,7 +65,7 @@ from tqdm import tqdm
 
 from comadice_mixer import make_policy
 from environments.checks import BadInput, NoSimulator, pick_device, run_script
-from environments.simulators import check_sizes, make_env
+from environments.simulators import check_playable, check_sizes, make_env
 from offline_data.dataset import open_dataset
 from offline_data.durable import check_new, write_text
 from support import video
@@ -222,7 +222,7 @@ def film(args: Args):
 
 def print_results(rows: list[dict], one_cell: bool):
     """Prints a line per run. With `one_cell`, when all runs are seeds of one setting, also their mean."""
-    print(f"\n{'run':<70}{'return':>20}{'length':>9}{'winrate':>9}")
+    print(f"\n{'run (± standard deviation over episodes)':<70}{'return':>20}{'length':>9}{'winrate':>9}")
     for row in rows:
         spread = f"{row['return_mean']:>10.2f} ± {row['return_std']:<7.2f}"
         winrate = "" if row["winrate"] is None else f"{100 * row['winrate']:>8.1f}%"
@@ -244,6 +244,8 @@ def main(args: Args):
         return
     device = pick_device(args.device)
     loaded = [load_policy(run, device) for run in args.run]  # all first, so that a bad run is reported at once
+    for _, state in loaded:
+        check_playable(state["card"]["env"], state["card"]["task"])
     rows, env, last = [], None, None
     for run, (policy, state) in zip(args.run, tqdm(loaded, desc="evaluate", unit="run")):
         if state["card"] != last:

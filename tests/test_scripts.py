@@ -921,12 +921,12 @@ def test_bad_flags_of_eval(flags, match, run, tmp_path, capsys):
     )
 
 
-def test_eval_without_a_simulator(nowhere, tmp_path, capsys):
+def test_eval_without_a_simulator(nowhere, run, tmp_path, capsys, monkeypatch):
+    """It says so before the first rollout, so that no other run is played in vain."""
     comadice_bc.main(args(comadice_bc, nowhere, tmp_path))
-    run = str(tmp_path / "nowhere/hopper/random/bc/seed0")
-    refused(
-        capsys, comadice_eval.main, comadice_eval.Args(run=[run], episodes=1, device="cpu"), "unknown env 'nowhere'"
-    )
+    runs = [str(run), str(tmp_path / "nowhere/hopper/random/bc/seed0")]
+    monkeypatch.setattr(comadice_eval, "evaluate", lambda *_: pytest.fail("it was played"))
+    refused(capsys, comadice_eval.main, comadice_eval.Args(run=runs, episodes=1, device="cpu"), "unknown env 'nowhere'")
 
 
 def script(name: str, *flags, cwd=ROOT) -> subprocess.CompletedProcess:
