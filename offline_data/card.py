@@ -71,7 +71,11 @@ def read_json(path: Path) -> dict:
             raise ValueError(f"it has more than {LONGEST_JSON:,} bytes")
         content = json.loads(text.decode())
     except FileNotFoundError:
-        raise BadInput(f"{path} is missing: {path.parent} is not complete") from None
+        if not path.parent.is_dir():
+            raise BadInput(f"there is no folder {path.parent}") from None
+        below = sorted(found.parent.name for found in path.parent.glob(f"*/{path.name}"))
+        instead = f"not complete, or you mean one of its folders: {', '.join(below)}" if below else "not complete"
+        raise BadInput(f"{path} is missing: {path.parent} is {instead}") from None
     except (ValueError, OSError, RecursionError) as error:
         raise BadInput(f"{path} can't be read as JSON ({error}): make or copy it again") from None
     if not isinstance(content, dict):
