@@ -23,6 +23,8 @@ import benchmarks.ray_env  # noqa: F401 -- before Ray
 # isort: split
 import tyro
 
+from support.flags import program
+
 
 @dataclass
 class Args:
@@ -37,7 +39,7 @@ class Args:
 
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a mistyped flag answer at once
-    ARGS = tyro.cli(Args, prog="python -m benchmarks.cluster")
+    ARGS = tyro.cli(Args, prog=program())
 
 # isort: split
 from benchmarks import paper

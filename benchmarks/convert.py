@@ -236,4 +236,6 @@ if __name__ == "__main__":
     else:
         import tyro
 
-        run_script(main, tyro.cli(Args, prog="python -m benchmarks.convert"))
+        from support.flags import program
+
+        run_script(main, tyro.cli(Args, prog=program()))

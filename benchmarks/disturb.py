@@ -26,6 +26,8 @@ from typing import Literal
 
 import tyro
 
+from support.flags import program
+
 ROOT = Path(__file__).parent.parent
 DATA = [str(ROOT / "data/mamujoco/hopper" / name) for name in ("demo", "few-good")]
 CLOCKS = {"seconds", "wall", "critic_seconds", "config"}  # parts of a checkpoint that differ; the config by its --out
@@ -49,7 +51,7 @@ class Args:
 
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a mistyped flag answer at once
-    ARGS = tyro.cli(Args, prog="python -m benchmarks.disturb")
+    ARGS = tyro.cli(Args, prog=program())
 
 # isort: split
 import torch

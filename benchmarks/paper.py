@@ -32,6 +32,8 @@ from typing import Literal, get_args
 
 import tyro
 
+from support.flags import program
+
 Method = Literal["bc", "bcq", "cql", "icq", "omar", "omiga", "comadice", "bc-best10"]
 
 
@@ -77,7 +79,7 @@ if __name__ == "__main__":  # before the slow imports, so that --help and a mist
         print(f"error: give the folder of the runs: python -m benchmarks.paper {WORDS[0]} runs/paper", file=sys.stderr)
         sys.exit(2)
     END = WORDS.index("--") if "--" in WORDS else len(WORDS)
-    ARGS = None if ON_RUNS else tyro.cli(Args, args=WORDS[:END], prog="python -m benchmarks.paper")
+    ARGS = None if ON_RUNS else tyro.cli(Args, args=WORDS[:END], prog=program())
 
 # isort: split
 import torch

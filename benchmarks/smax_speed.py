@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import tyro
 
 from environments import stops
+from support.flags import program
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Args:
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a mistyped flag answer at once
     stops.catch(begun=False)
-    ARGS = tyro.cli(Args, prog="python -m benchmarks.smax_speed")
+    ARGS = tyro.cli(Args, prog=program())
 
 # isort: split
 import time

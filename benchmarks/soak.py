@@ -24,6 +24,7 @@ import environments.cpu  # noqa: F401 -- before torch
 import tyro
 
 from environments import stops
+from support.flags import program
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "data" / "mamujoco" / "hopper" / "demo"
@@ -57,7 +58,7 @@ class Args:
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a mistyped flag answer at once
     stops.catch(begun=False)
-    ARGS = tyro.cli(Args, prog="python -m benchmarks.soak")
+    ARGS = tyro.cli(Args, prog=program())
 
 # isort: split
 import functools

@@ -29,6 +29,7 @@ import comadice_train
 from comadice_mixer import make_policy
 from environments.checks import BadInput, pick_device, run_script
 from offline_data.replay import initial_rows, make_replay, minibatches
+from support.flags import program
 from support.seeds import Graph, adam, make_generators, per_seed, set_gradients, stack, target_update
 
 SHAPES = {  # Table 3
@@ -305,4 +306,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    run_script(main, tyro.cli(Args, prog="python -m benchmarks.speed"))
+    run_script(main, tyro.cli(Args, prog=program()))

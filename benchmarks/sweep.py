@@ -34,6 +34,7 @@ from environments.checks import BadInput, pick_device, run_script
 from offline_data.dataset import open_dataset
 from offline_data.facts import data_facts, mean_abs_reward
 from offline_data.replay import initial_rows, make_replay, minibatches
+from support.flags import program
 from support.presets import OBJECTIVES
 from support.seeds import Graph, adam, make_generators, make_stacked, seed_states
 
@@ -201,4 +202,4 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    run_script(main, tyro.cli(Args, prog="python -m benchmarks.sweep"))
+    run_script(main, tyro.cli(Args, prog=program()))
