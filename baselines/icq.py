@@ -136,7 +136,7 @@ def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) 
         batch["agents"].get("action_mask", None),
     )
     state, reward, terminated = batch["state"], batch["reward"][:, 0], batch["terminated"][:, 0]
-    theta = networks.mixer.at(state)
+    W, b = networks.mixer.at(state)
     if networks.q.discrete:
         q_all = networks.q.net(obs)
         q = q_all.gather(-1, action.unsqueeze(-1))[..., 0]
@@ -149,9 +149,9 @@ def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) 
         A = advantage(q_all, q, networks.policy.logits(obs, mask)) if networks.q.discrete else q
     # the batch's rewards are scaled, so the temperatures are scaled too
     alpha, alpha_q = args.alpha * args.reward_scale, args.alpha_q * args.reward_scale
-    q_tot, has_next = networks.mixer(q, state, theta), batch["has_next"][:, 0]
+    q_tot, has_next = networks.mixer(q, state, (W, b)), batch["has_next"][:, 0]
     L_q = q_loss(q_tot, reward, terminated, has_next, q_tot_next, alpha_q, args.gamma)
-    L_pi = policy_loss(theta[0], A, alpha, networks.policy.log_prob(obs, action, mask))
+    L_pi = policy_loss(W, A, alpha, networks.policy.log_prob(obs, action, mask))
     return {"loss": L_q + L_pi, "q_loss": L_q, "policy_loss": L_pi, "mean_q": q_tot_next.mean()}
 
 
