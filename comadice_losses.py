@@ -1,7 +1,7 @@
 """ComaDICE's equations, one short function each. The numbers of equations are the paper's.
 
-Not in the paper: semi_loss, episode_ratio, and mass and lam of dual_loss, which are this project's. released_nu_* are
-the released code's. f* is derived from B.5's f.
+Not in the paper: semi_loss, episode_ratio, effective_sample_size, KL_CAP, and the mass of dual_loss, which are this
+project's. lam of dual_loss is OptiDICE's, released_nu_* are the released code's. f* is derived from B.5's f.
 
 This file needs only torch. It can be copied into another project as it is.
 
@@ -22,7 +22,8 @@ from torch import Tensor
 
 # ---------------------------------------------------------------- f-divergences (Section B.5)
 
-KL_CAP = 10.0  # exp(KL_CAP) = 22,026 is the largest ratio that f_KL gives; see kl_f_star
+# f_KL is cut to t <= exp(KL_CAP) = 22,026, so that w* can't overflow. exp(y) does in float32 from y = 89 on.
+KL_CAP = 10.0
 
 
 class Divergence(NamedTuple):
@@ -43,7 +44,7 @@ def kl_f(t: Tensor) -> Tensor:
 
 
 def kl_f_prime_inverse(y: Tensor) -> Tensor:
-    """exp(y), capped: see kl_f_star. (The paper prints exp(y - 1), which belongs to t log t.)"""
+    """exp(y), capped at exp(KL_CAP). (The paper prints exp(y - 1), which belongs to t log t.)"""
     return y.clamp(max=KL_CAP).exp()
 
 
@@ -77,6 +78,7 @@ def soft_chi2_f(t: Tensor) -> Tensor:
 
 def soft_chi2_f_prime_inverse(y: Tensor) -> Tensor:
     """exp(y) below y = 0, y + 1 above: always positive, never exponentially large."""
+    # torch.where computes both sides. Without the clamp, exp overflows for large y, and the gradient is nan.
     return torch.where(y < 0, y.clamp(max=0).exp(), y + 1)
 
 
@@ -134,11 +136,16 @@ def dual_loss(
     Objective `printed`: A_tot is M[q - nu] with q fixed, as Eq. 10 is printed. The gradient can only push nu up at
     states that are not initial, and nothing balances the mixer's bias. So this loss has no minimum.
 
-    mass is what rho^mu sums to, (1 - gamma) E[sum_t gamma^t] over episodes: 1 in the paper's endless MDP, less if
-    episodes terminate. With mass 1 the policy would then not tend to the behaviour policy as alpha grows.
+    nu_tot_init is [B0], A_tot is [B], the loss is a scalar. With a multiplier lam it is
+    (1 - gamma) E_p0[nu_tot(s0)] + mass E_D[alpha f*((A_tot - lam) / alpha)] + lam.
+
+    mass is what rho^mu sums to, (1 - gamma) E[sum_t gamma^t] over episodes. It is 1 in the paper's MDP, which never
+    ends, and less if episodes terminate. If such episodes were given mass 1, the policy would not tend to the behaviour
+    policy as alpha grows.
     rho^mu counts a step at time t with gamma^t. comadice_train.py draws all recorded steps equally instead.
     lam is the multiplier of mass E_D[w] = 1, as in OptiDICE. That is our reading of Table 4's "lambda scale", which the
-    paper does not explain. L is minimised over it too.
+    paper does not explain. L is minimised over it too. Where episodes terminate, this constraint contradicts Eq. 3. So
+    it is off by default.
     """
     data_term = mass * expectation(alpha * f.f_star((A_tot - lam) / alpha), rho)
     return (1 - gamma) * expectation(nu_tot_init, p0) + data_term + lam  # Eq. 10 (printed), Prop. 4.1 (exact)
@@ -149,12 +156,15 @@ def semi_loss(nu_tot: Tensor, A_tot: Tensor, alpha: float | Tensor, f: Divergenc
 
     Its minimum has E[w | s] = 1: among the actions recorded in a state, some get more weight and others less.
 
-    If D is the discounted occupancy rho^mu, Eq. 3 says (1 - gamma) E_p0[nu_tot] = E_D[nu_tot(s) - gamma nu_tot(s')].
-    That motivates this loss: the term of initial states is replaced by the right side. With nu_tot(s') held fixed, only
-    E_D[nu_tot(s)] has a gradient. Recorded steps are drawn equally, so it is a motivation and no identity. Mao et al.
-    (2024) study semi-gradients of DICE losses; the unit weight on nu_tot(s) is this project's choice. E[w | s] = 1
-    holds with or without termination, if nu_tot(s) can take any value in every state. So no normaliser is needed. The
-    policy is kept close to the behaviour in each state, while Eq. 2-3 keep its occupancy close to the data's.
+    Where it comes from: if D is rho^mu, Eq. 3 says (1 - gamma) E_p0[nu_tot] = E_D[nu_tot(s) - gamma nu_tot(s')]. The
+    right side replaces the term of the initial states. nu_tot(s') is held fixed, so only E_D[nu_tot(s)] has a gradient.
+    Recorded steps are drawn equally, so this is a motivation and no identity.
+
+    What it does: the gradient in nu_tot(s) is 1 - E[w | s]. So E[w | s] = 1 at the minimum, with or without
+    termination, if nu_tot(s) can take any value in every state. No normaliser is needed. The policy stays close to the
+    behaviour policy in each state. Eq. 2-3 keep its occupancy close to the data's instead.
+
+    Source: Mao et al. (2024) study semi-gradients of DICE losses. The unit weight on nu_tot(s) is this project's.
     """
     return expectation(nu_tot + alpha * f.f_star(A_tot / alpha), rho)
 
@@ -165,9 +175,10 @@ def released_nu_loss(
     """Objective `released_nu`: how the authors' released code moves nu, for a given multiplier lam.
 
     nu_init [B, n] are local values nu_i(s0). A [B, n] are local advantages A_i = W_i (q_i - nu_i). The data term is
-    w A_i - alpha f(w). Its gradient goes through the first w alone: A_i beside it and f(w) are constants. With y = (A_i
-    - lam) / alpha it is -W_i w*'(y) y in nu_i, an asymmetric regression of nu_i onto q_i. The initial states are not
-    mixed. docs/PAPER.md lists what else the released code does.
+    w (A_i - lam) - alpha f(w), with w = w*(y) and y = (A_i - lam) / alpha. Only the first w has a gradient: (A_i - lam)
+    and f(w) are constants. So the gradient in nu_i is -W_i w*'(y) y, an asymmetric regression of nu_i onto q_i. The
+    last term, lam (1 - w), trains lam alone. The values of initial states are not mixed. docs/PAPER.md lists what else
+    the released code does.
     """
     A = A - (lam.detach() if isinstance(lam, Tensor) else lam)
     w = f.w_star(A / alpha)
@@ -179,8 +190,8 @@ def released_nu_loss(
 def occupancy_ratio(A_tot: Tensor, alpha: float | Tensor, f: Divergence, lam: float | Tensor = 0.0) -> Tensor:
     """w_tot*(s, a) = max(0, (f')^-1((A_tot - lam) / alpha)).
 
-    With `exact` it is rho^pi / rho^mu. With `semi` it is pi(a|s) / mu(a|s), since E[w | s] = 1. lam is 0 unless
-    comadice_train.py is given --lambda-scale. (Section 5 prints the argument negated.)
+    With `exact` it is rho^pi / rho^mu. With `semi` it is pi(a|s) / mu(a|s), since E[w | s] = 1. lam is 0 where
+    --lambda-scale is 0, the default. (Section 5 prints the argument negated.)
     """
     return f.w_star((A_tot - lam) / alpha)  # Prop. 4.1 and Section 4.3
 
@@ -197,7 +208,7 @@ def episode_ratio(returns: Tensor, alpha: float, f: Divergence) -> Tensor:
     dynamics are nearly deterministic, what an episode visits is an occupancy that satisfies the Bellman flow of Eq. 3.
     Then every mixture of episodes with the same first states satisfies it, too. E[w] = 1 is the only constraint left;
     lam is its multiplier. If chance plays a large role, the ratio also prefers lucky episodes. returns R_e [E], not
-    discounted -> w [E]. alpha > 0 is in units of the return, and another one than Eq. 2's.
+    discounted -> w [E]. alpha > 0 is in units of the return. It is not the alpha of Eq. 2.
     """
     low, high = returns.min() - 100 * alpha, returns.max() + 100 * alpha
     for _ in range(100):  # bisection: the mean falls as lam grows
@@ -210,7 +221,7 @@ def episode_ratio(returns: Tensor, alpha: float, f: Divergence) -> Tensor:
 def policy_loss(w: Tensor, log_prob: Tensor) -> Tensor:
     """-E_D[w_tot*(s, a) log pi_i(a_i | o_i)], summed over agents: w [B], log_prob [B, n]. Plain BC is w = 1.
 
-    The sum is the team's weighted BC, Eq. 8: below it log pi_tot is the sum of the agents' log pi_i. By Prop. 4.3 the
+    The sum is the team's weighted BC, Eq. 8, since pi_tot is the product of the pi_i. By Prop. 4.3 the
     local optima together solve Eq. 8.
     """
     return -(w * log_prob.sum(-1)).mean()  # Eq. 11

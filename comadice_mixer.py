@@ -120,9 +120,9 @@ class TwoLayerMixer(nn.Module):
     """A 2-layer mixer, as Section B.6 compares: M[x] = elu(x W_1 + b_1) W_2 + b_2, with W_1, W_2 >= 0 and biases from
     the state. B.6 prints no formula, and cites QMIX (Rashid et al. 2020), whose form this is.
 
-    ELU is convex, as Theorem 4.2 requires, and non-decreasing, as its proof does. The theorem is about M[q - nu]. The
-    TD form contains -M[nu] instead, which is concave in nu. So its loss need not be convex with two layers; with one
-    layer it is.
+    ELU is convex, as Theorem 4.2 requires, and non-decreasing, as the theorem's proof requires. The theorem is about
+    M[q - nu]. The TD form contains -M[nu] instead, which is concave in nu. So its loss need not be convex with two
+    layers; with one layer it is.
     """
 
     def __init__(self, n_agents: int, state_dim: int, hidden: int = 64):
@@ -145,8 +145,8 @@ class TwoLayerMixer(nn.Module):
     def advantage(self, x: Tensor, state: Tensor, at: tuple[Tensor, ...] | None = None) -> Tensor:
         """A_tot = M[x] - M[0] of local advantages x = q - nu [..., n] -> [...].
 
-        With two layers M[q] - M[nu] and M[q - nu] differ. This A_tot has the two properties that the paper needs. It is
-        convex in nu (Theorem 4.2; M[0] does not depend on nu). It is zero if every agent's advantage is zero.
+        With two layers M[q] - M[nu] and M[q - nu] differ. This A_tot is convex in nu, as Theorem 4.2 needs: M[0] does
+        not depend on nu. And it is zero if every agent's advantage is zero, as in Eq. 5 with one layer.
         """
         at = at or self.at(state)
         return self(x, state, at) - self(torch.zeros_like(x), state, at)
@@ -217,7 +217,7 @@ class Critics(nn.Module):
         if with_q:
             self.q = Q(n_agents, obs_dim, action_dim, hidden, discrete, layer_norm)
         self.mixer = MIXERS[mixer_layers](n_agents, state_dim, mixer_hidden)
-        # The multiplier lam of comadice_losses.dual_loss. It stays at 0 without --lambda-scale.
+        # The multiplier lam of comadice_losses.dual_loss. It stays at 0 where --lambda-scale is 0, the default.
         self.lam = nn.Parameter(torch.zeros(()))
 
 
