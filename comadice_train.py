@@ -10,8 +10,9 @@ comadice_losses.py, the networks in comadice_mixer.py.
 
 By default (objective `semi`, w* from the TD form) there is no q: line 5 has nothing to do, and lines 6 and 7 minimise
 semi_loss in the place of Eq. 10. Not in the paper: transitions of episodes with a higher return are drawn more often
-(--episode-alpha). `--preset paper` runs the algorithm as printed. docs/PAPER.md says why. Flags whose default is None
-are filled in by `resolve` in support/presets.py.
+(--episode-alpha). `--preset paper` runs the algorithm as printed. docs/PAPER.md says why. Where the default of a flag
+is None, `resolve` in support/presets.py fills it in. --env, --task and --quality are filled in by `load_dataset` in
+support/runs.py.
 """
 
 import environments.cpu  # noqa: F401 -- before torch
@@ -48,16 +49,17 @@ class Args:
     preset: Literal["comadice", "paper"] = "comadice"
     """comadice: what RESULTS.md measures; paper: Table 4 and Eq. 10 as printed. Other flags override it"""
     objective: Objective | None = None
-    """how nu and theta are trained (docs/PAPER.md). It has its own defaults of --advantage, --alpha and --tau"""
+    """how nu and theta are trained (docs/PAPER.md). It has its own defaults of --advantage, --alpha, --episode-alpha,
+    --bound and --tau"""
     advantage: Literal["td", "q"] | None = None
     """what w* is computed from: r + gamma nu_tot(s') - nu_tot(s), or M[q - nu], for which q is trained by Eq. 9"""
     alpha: float | None = None
     """weight of the divergence from the data, in units of the reward (default with semi: 5 mean absolute rewards). If
     it is k > 1 times its default, the default of --episode-alpha is multiplied by k squared"""
     episode_alpha: float | None = None
-    """transitions of better episodes are drawn more often, the more the smaller it is; 0 switches this off. It is the
-    alpha of a ratio between episodes, in units of the return (default with semi: the mean absolute deviation of the
-    episodes' returns, clipped to their 10th and 90th percentile)"""
+    """transitions of better episodes are drawn more often. A smaller value prefers them more; 0 switches this off. It
+    is the alpha of a ratio between episodes, in units of the return (default with semi: the mean absolute deviation of
+    the episodes' returns, clipped to their 10th and 90th percentile)"""
     f: Literal["soft_chi2", "chi2", "kl"] = "soft_chi2"
     """f-divergence (Section B.5)"""
     gamma: float = 0.99
@@ -67,8 +69,8 @@ class Args:
     mixer_layers: Literal[1, 2] = 1
     """layers of the mixer (Section B.6)"""
     lambda_scale: float | None = None
-    """learning rate of the multiplier of E[w] = 1, relative to --critic-lr; 0: off. Our reading of Table 4's lambda
-    scale, which the paper does not explain"""
+    """learning rate of the multiplier of mass E[w] = 1, relative to --critic-lr; 0: off (mass is 1 except with
+    exact). Our reading of Table 4's lambda scale, which the paper does not explain"""
 
     # Optimisation
     steps: int = 200_000
@@ -230,7 +232,7 @@ def local_form(critics: Critics, batch: TensorDict) -> Tensor:
 # What lines 6 and 7 minimise, one function per --objective: -> (L(nu, theta), w [B]). This w is for metrics.csv alone.
 # nu_s is nu_tot(s), and td is the TD form with nu_tot(s') from the target networks, slowly moving copies of the
 # networks. `init` are initial states (semi needs none). alpha is in scaled rewards. critics.lam is the multiplier of
-# E[w] = 1, which is 0 without --lambda-scale.
+# mass E[w] = 1, which is 0 where --lambda-scale is 0.
 
 
 def semi(critics, batch, init, nu_s, td, alpha, args, facts):

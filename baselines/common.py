@@ -48,8 +48,8 @@ class Method(NamedTuple):
     make_networks: Callable
     """(card, args) -> a module of all that is learned"""
     losses: Callable
-    """(networks, target, batch, args) -> {name: value}. "loss" is minimised, the others are for metrics.csv. It is a
-    sum: every parameter gets a gradient from only one of its terms, as if each term had its own optimiser"""
+    """(networks, target, batch, args) -> {name: value}. "loss" is minimised, the others are for metrics.csv. It is the
+    sum of the values' loss, the policy's loss and so on. They share no trained parameter, as with one optimiser each"""
     keys: list
     """the entries of a row that the losses need"""
     prepare: Callable = lambda rows: rows

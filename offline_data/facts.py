@@ -12,8 +12,8 @@ from offline_data.dataset import episode_returns, last_rows
 class DataFacts(NamedTuple):
     """What the losses need to know about the whole dataset."""
 
-    low: float  # smallest discounted return that follows any recorded state, in scaled rewards
-    high: float  # largest one
+    low: float  # smallest discounted return from a recorded step to the end of its record, in scaled rewards
+    high: float  # largest one; a time limit ends the record too
     mass: float  # total weight of rho^mu, see comadice_losses.dual_loss; episodes cut by a time limit count as endless
 
 
