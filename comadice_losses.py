@@ -221,8 +221,8 @@ def episode_ratio(returns: Tensor, alpha: float, f: Divergence) -> Tensor:
 def policy_loss(w: Tensor, log_prob: Tensor) -> Tensor:
     """-E_D[w_tot*(s, a) log pi_i(a_i | o_i)], summed over agents: w [B], log_prob [B, n]. Plain BC is w = 1.
 
-    The sum is the team's weighted BC, Eq. 8, since pi_tot is the product of the pi_i. By Prop. 4.3 the
-    local optima together solve Eq. 8.
+    The sum is the team's weighted BC, Eq. 8, since pi_tot is the product of the pi_i. By Prop. 4.3 the local
+    optima together solve Eq. 8.
     """
     return -(w * log_prob.sum(-1)).mean()  # Eq. 11
 
