@@ -34,8 +34,11 @@ class Divergence(NamedTuple):
 
     f: Callable[[Tensor], Tensor]  # f(t)
     f_prime_inverse: Callable[[Tensor], Tensor]  # (f')^-1(y)
-    w_star: Callable[[Tensor], Tensor]  # max(0, (f')^-1(y)), the maximiser of ty - f(t) over t >= 0
     f_star: Callable[[Tensor], Tensor]  # sup_{t >= 0} ty - f(t), so that f_star' = w_star
+
+    def w_star(self, y: Tensor) -> Tensor:
+        """max(0, (f')^-1(y)), the t >= 0 at which ty - f(t) is largest (Prop. 4.1)."""
+        return self.f_prime_inverse(y).clamp(min=0)
 
 
 def kl_f(t: Tensor) -> Tensor:
@@ -87,9 +90,9 @@ def soft_chi2_f_star(y: Tensor) -> Tensor:
 
 
 DIVERGENCES = {
-    "kl": Divergence(kl_f, kl_f_prime_inverse, kl_f_prime_inverse, kl_f_star),
-    "chi2": Divergence(chi2_f, chi2_f_prime_inverse, lambda y: chi2_f_prime_inverse(y).clamp(min=0), chi2_f_star),
-    "soft_chi2": Divergence(soft_chi2_f, soft_chi2_f_prime_inverse, soft_chi2_f_prime_inverse, soft_chi2_f_star),
+    "kl": Divergence(kl_f, kl_f_prime_inverse, kl_f_star),
+    "chi2": Divergence(chi2_f, chi2_f_prime_inverse, chi2_f_star),
+    "soft_chi2": Divergence(soft_chi2_f, soft_chi2_f_prime_inverse, soft_chi2_f_star),
 }
 
 # ---------------------------------------------------------------- Eq. 5 to Eq. 11
