@@ -80,6 +80,7 @@ class Q(nn.Module):
 
 
 def hypernet(state_dim: int, out_dim: int, hidden: int) -> nn.Sequential:
+    """An MLP with one hidden layer: state [..., S] -> weights or biases of a mixer [..., out_dim]."""
     return nn.Sequential(nn.Linear(state_dim, hidden), nn.ReLU(), nn.Linear(hidden, out_dim))
 
 
@@ -167,6 +168,7 @@ class GaussianPolicy(nn.Module):
         self.net = LocalMLP(n_agents, obs_dim, 2 * action_dim, hidden)
 
     def distribution(self, obs: Tensor) -> Normal:
+        """obs [..., n, O] -> a normal distribution of each entry of the actions [..., n, A]."""
         mean, log_std = self.net(obs).chunk(2, -1)
         return Normal(mean, log_std.clamp(-5, 2).exp(), validate_args=False)
 
@@ -191,9 +193,11 @@ class CategoricalPolicy(nn.Module):
         self.net = LocalMLP(n_agents, obs_dim, action_dim, hidden)
 
     def logits(self, obs: Tensor, mask: Tensor) -> Tensor:
+        """obs [..., n, O], mask [..., n, A] -> logits [..., n, A], -inf for unavailable actions."""
         return self.net(obs).masked_fill(~mask, -torch.inf)
 
     def distribution(self, obs: Tensor, mask: Tensor) -> Categorical:
+        """obs [..., n, O], mask [..., n, A] -> a distribution of the actions [..., n]."""
         return Categorical(logits=self.logits(obs, mask), validate_args=False)
 
     def log_prob(self, obs: Tensor, action: Tensor, mask: Tensor) -> Tensor:
@@ -206,7 +210,11 @@ class CategoricalPolicy(nn.Module):
 
 
 class Critics(nn.Module):
-    """psi_nu, psi_q and theta together: what lines 3 to 8 of Algorithm 1 train."""
+    """psi_nu, psi_q and theta together: what lines 3 to 8 of Algorithm 1 train.
+
+    nu(obs [..., n, O]) and q(obs, action) give local values [..., n], and mixer(values, state [..., S]) mixes them ->
+    [...]. Without `with_q` there is no q. lam is a scalar.
+    """
 
     def __init__(
         self, n_agents, obs_dim, state_dim, action_dim, discrete, hidden=256, mixer_hidden=64, mixer_layers=1,
@@ -222,4 +230,5 @@ class Critics(nn.Module):
 
 
 def make_policy(n_agents: int, obs_dim: int, action_dim: int, discrete: bool, hidden: int = 256) -> nn.Module:
+    """The local policies pi_i(a_i | o_i; eta): act(obs [..., n, O], mask [..., n, A] or None) -> actions."""
     return (CategoricalPolicy if discrete else GaussianPolicy)(n_agents, obs_dim, action_dim, hidden)

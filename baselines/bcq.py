@@ -64,9 +64,17 @@ KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "ac
 # ---------------------------------------------------------------- the losses; reward, terminated and *_tot are [B]
 
 
+def soft_clipped(q_j: Tensor, clip_lambda: float) -> Tensor:
+    """lambda min_j q_j + (1 - lambda) max_j q_j of the twins [2, ...]."""
+    return clip_lambda * q_j.amin(0) + (1 - clip_lambda) * q_j.amax(0)  # Fujimoto et al. 2019a, Eq. 13
+
+
 def q_target(reward: Tensor, terminated: Tensor, q_tot_next: Tensor, gamma: float) -> Tensor:
-    """r + gamma q_tot(s', a') [B], a' the best candidate, q_tot(s', a') from target networks."""
-    return reward + gamma * q_tot_next.masked_fill(terminated, 0)  # Fujimoto et al. 2019a, Eq. 13, with soft_clipped
+    """r + gamma q_tot(s', a') [B], a' the best candidate, q_tot(s', a') from target networks.
+
+    With continuous actions q_i(s', a') is soft_clipped.
+    """
+    return reward + gamma * q_tot_next.masked_fill(terminated, 0)  # Fujimoto et al. 2019a, Eq. 13
 
 
 def q_loss(q_tot_j: Tensor, target: Tensor) -> Tensor:
@@ -77,11 +85,6 @@ def q_loss(q_tot_j: Tensor, target: Tensor) -> Tensor:
 def huber_q_loss(q_tot: Tensor, target: Tensor) -> Tensor:
     """E_D[l(target - q_tot)], Huber's l: half the square up to 1, linear beyond. q_tot and target [B]."""
     return smooth_l1_loss(q_tot, target)  # Fujimoto et al. 2019b, the loss of discrete BCQ
-
-
-def soft_clipped(q_j: Tensor, clip_lambda: float) -> Tensor:
-    """lambda min_j q_j + (1 - lambda) max_j q_j of the twins [2, ...]."""
-    return clip_lambda * q_j.amin(0) + (1 - clip_lambda) * q_j.amax(0)  # Fujimoto et al. 2019a, Eq. 13
 
 
 def vae_loss(reconstruction: Tensor, action: Tensor, mean: Tensor, log_std: Tensor, kl_weight: float) -> Tensor:
@@ -104,6 +107,8 @@ LATENT_BOX = 0.5  # latents of candidates are clipped to [-LATENT_BOX, LATENT_BO
 
 
 class ContinuousBCQ(nn.Module):
+    """BCQ's networks for continuous actions: obs [..., n, O], actions [..., n, A] in the box, latents [..., n, 2 A]."""
+
     def __init__(self, card: dict, args: Args):
         super().__init__()
         n, O, S, A = (card[k] for k in ("n_agents", "obs_dim", "state_dim", "action_dim"))
@@ -116,9 +121,11 @@ class ContinuousBCQ(nn.Module):
         self.register_buffer("latents", torch.randn(args.candidates, n, 2 * A).clamp(-LATENT_BOX, LATENT_BOX))
 
     def decode(self, obs: Tensor, latent: Tensor) -> Tensor:
+        """The auto-encoder's action for a latent, [..., n, A]."""
         return BOX * self.decoder(torch.cat([obs, latent], -1)).tanh()
 
     def perturb(self, obs: Tensor, action: Tensor) -> Tensor:
+        """The action, moved by at most phi per entry, [..., n, A]."""
         return (action + self.phi * BOX * self.perturbation(torch.cat([obs, action], -1)).tanh()).clamp(-BOX, BOX)
 
     def q_j(self, obs: Tensor, action: Tensor) -> Tensor:
@@ -158,6 +165,8 @@ class ContinuousBCQ(nn.Module):
 
 
 class DiscreteBCQ(nn.Module):
+    """BCQ's networks for discrete actions; obs [..., n, O], mask [..., n, A], actions [..., n]."""
+
     def __init__(self, card: dict, args: Args):
         super().__init__()
         n, O, S, A = (card[k] for k in ("n_agents", "obs_dim", "state_dim", "action_dim"))

@@ -59,7 +59,7 @@ def resolve(args, mean_abs_reward: float, return_deviation: float = 0.0):
     if "alpha" in given:
         check_positive(args, "alpha")
     preset = PRESETS[args.preset]
-    if args.objective not in (None, preset["objective"]):  # another objective brings its own advantage, alpha and tau
+    if args.objective not in (None, preset["objective"]):  # another objective brings its own values and lambda_scale 0
         preset = {k: v for k, v in preset.items() if k not in OBJECTIVES[args.objective] and k != "lambda_scale"}
     own = dict(OBJECTIVES[given.get("objective") or preset["objective"]])
     own["alpha"] = four_digits(own["alpha"] * mean_abs_reward)
