@@ -431,7 +431,8 @@ def demonstrate(args: Args, rows: TensorDict, card: dict, env):
         curves[name] = comadice_bc.train_seeds(comadice_bc.Args(**shared | {"best": best}), rows, card, None, env)
     report(curves, card, args, "demonstration.png")
     folder = Path(args.out, args.env, args.task, args.quality)
-    first = load_checkpoint(folder / "comadice" / f"seed{args.seeds[0]}")
+    paths = [folder / "comadice" / f"seed{seed}" for seed in args.seeds]
+    first = load_checkpoint(next(path for path in paths if (path / "summary.json").exists()))  # it did not diverge
     ratio_picture.draw(first, rows, first["metrics"], folder / "ratio.png")
 
 

@@ -611,6 +611,16 @@ def test_one_of_three_seeds_diverges(module, name, step, value, hopper_data, tmp
         assert all(v.isfinite().all() for part in ("critics", "target") for v in state[part].values())
 
 
+def test_the_demonstration_without_its_first_seed(hopper_data, tmp_path, monkeypatch, capsys):
+    """The picture of the ratio is then that of the first seed that did not diverge."""
+    diverging(monkeypatch, comadice_train, "make_critic_update", 0, 10)
+    monkeypatch.setattr(comadice_train, "DEMO", dataclasses.replace(comadice_train.DEMO, data=str(hopper_data)))
+    printed = ends(capsys, "comadice", hopper_data, tmp_path, 1, "^error: seed 3 diverged", seeds=[3, 4, 5])
+    picture = folder(tmp_path, "comadice", 4).parents[1] / "ratio.png"
+    assert f"{picture}: correlation" in printed
+    assert picture.read_bytes() == (folder(tmp_path, "comadice", 4) / "ratio.png").read_bytes()
+
+
 def test_every_seed_diverges(hopper_data, tmp_path, monkeypatch, capsys):
     for algo, wanted in (("bc", "policies"), ("icq", "training")):
         printed = ends(
