@@ -139,7 +139,7 @@ DEMO = Args(
 if __name__ == "__main__":  # before the slow imports, so that --help and a mistyped flag answer at once
     ARGS = parse(Args)
     if ARGS.env is ARGS.task is ARGS.quality is ARGS.data is None:
-        ARGS = parse(Args, replace(DEMO, resume=not ARGS.overwrite))
+        ARGS = parse(Args, replace(DEMO, resume=not ARGS.overwrite))  # again: the other flags override DEMO's
 
 # isort: split
 from dataclasses import asdict
@@ -209,7 +209,10 @@ def td_form(critics_next: Critics, batch: TensorDict, nu_s: Tensor, args: Args, 
 
 
 def q_form(critics: Critics, batch: TensorDict, args: Args, trains_q: bool) -> Tensor:
-    """A_tot(s, a) = M_theta^s[q - nu] -> [B]. The gradient flows to psi_q if it trains q, else to psi_nu and theta."""
+    """A_tot(s, a) = M_theta^s[q - nu] - M_theta^s[0] -> [B]; with `printed` M_theta^s[q - nu].
+
+    The gradient flows to psi_q if it trains q, else to psi_nu and theta.
+    """
     obs, state = batch["agents", "observation"], batch["state"]
     nu, q = critics.nu(obs), critics.q(obs, batch["agents", "action"])
     at = critics.mixer.at(state)  # W_theta^s and b_theta^s
