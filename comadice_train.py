@@ -232,40 +232,29 @@ def local_form(critics: Critics, batch: TensorDict) -> Tensor:
     return critics.mixer.weights(batch["state"]).detach() * (q - critics.nu(obs))
 
 
-# What lines 6 and 7 minimise, one function per --objective: -> (L(nu, theta), w [B]). This w is for metrics.csv alone.
-# nu_s is nu_tot(s), and td is the TD form with nu_tot(s') from the target networks, slowly moving copies of the
-# networks. `init` are initial states (semi needs none). alpha is in scaled rewards. critics.lam is the multiplier of
-# mass E[w] = 1, which is 0 where --lambda-scale is 0.
+def nu_loss(
+    critics: Critics, batch: TensorDict, init: TensorDict, nu_s: Tensor, td: Tensor | None, alpha: float | Tensor,
+    args: Args, facts: DataFacts,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What lines 6 and 7 minimise: L(nu, theta) of args.objective, and w [B], which is for metrics.csv alone.
 
-
-def semi(critics, batch, init, nu_s, td, alpha, args, facts):
-    """The default, in the place of Eq. 10. The target networks give nu_tot(s'), so no gradient flows at s'."""
-    f = losses.DIVERGENCES[args.f]
-    return losses.semi_loss(nu_s, td, alpha, f), losses.occupancy_ratio(td, alpha, f)
-
-
-def exact(critics, batch, init, nu_s, td, alpha, args, facts):
-    """Prop. 4.1, with the gradient at s, s' and s0."""
-    f, A_tot = losses.DIVERGENCES[args.f], td_form(critics, batch, nu_s, args, facts)
-    loss = losses.dual_loss(nu_tot(critics, init), A_tot, alpha, f, args.gamma, critics.lam, facts.mass)
-    return loss, losses.occupancy_ratio(A_tot, alpha, f, critics.lam)
-
-
-def printed(critics, batch, init, nu_s, td, alpha, args, facts):
-    """Eq. 10 as it is printed, with q fixed. It needs --advantage q."""
-    f, A_tot = losses.DIVERGENCES[args.f], q_form(critics, batch, args, trains_q=False)
-    loss = losses.dual_loss(nu_tot(critics, init), A_tot, alpha, f, args.gamma, critics.lam)  # Eq. 10
-    return loss, losses.occupancy_ratio(A_tot, alpha, f, critics.lam)
-
-
-def released_nu(critics, batch, init, nu_s, td, alpha, args, facts):
-    """The released code's rule for nu. It leaves theta as it is: q's loss trains theta, see critic_losses."""
-    f, A_i, nu_init = losses.DIVERGENCES[args.f], local_form(critics, batch), critics.nu(init["agents", "observation"])
-    loss = losses.released_nu_loss(nu_init, A_i, alpha, f, args.gamma, critics.lam)
-    return loss, losses.released_nu_ratio(A_i, alpha, f, critics.lam)
-
-
-OBJECTIVE_LOSSES = {"semi": semi, "exact": exact, "printed": printed, "released_nu": released_nu}
+    nu_s is nu_tot(s) [B]. td is the TD form [B] with nu_tot(s') from the target networks, slowly moving copies of the
+    networks; only `semi` needs it. `init` are initial states, which `semi` does not need. alpha is in scaled rewards.
+    critics.lam is the multiplier of mass E[w] = 1. It stays at 0 where --lambda-scale is 0.
+    """
+    f, gamma, lam = losses.DIVERGENCES[args.f], args.gamma, critics.lam
+    if args.objective == "semi":  # the default, in the place of Eq. 10: no gradient flows at s'
+        return losses.semi_loss(nu_s, td, alpha, f), losses.occupancy_ratio(td, alpha, f)
+    if args.objective == "released_nu":  # the released code's rule. theta gets no gradient: q's loss trains it
+        A_i, nu_init = local_form(critics, batch), critics.nu(init["agents", "observation"])
+        loss = losses.released_nu_loss(nu_init, A_i, alpha, f, gamma, lam)
+        return loss, losses.released_nu_ratio(A_i, alpha, f, lam)
+    if args.objective == "exact":  # Prop. 4.1, with the gradient at s, s' and s0
+        A_tot, mass = td_form(critics, batch, nu_s, args, facts), facts.mass
+    else:  # printed: Eq. 10 as it is printed, with q fixed. It needs --advantage q
+        A_tot, mass = q_form(critics, batch, args, trains_q=False), 1.0
+    loss = losses.dual_loss(nu_tot(critics, init), A_tot, alpha, f, gamma, lam, mass)  # Eq. 10 (printed)
+    return loss, losses.occupancy_ratio(A_tot, alpha, f, lam)
 
 
 def critic_losses(critics, target, batch, init, alpha, args, facts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -276,7 +265,7 @@ def critic_losses(critics, target, batch, init, alpha, args, facts) -> tuple[Ten
     """
     nu_s, with_q = nu_tot(critics, batch), args.advantage == "q"
     td = td_form(target, batch, nu_s, args, facts) if with_q or args.objective == "semi" else None
-    L_nu, w = OBJECTIVE_LOSSES[args.objective](critics, batch, init, nu_s, td, alpha, args, facts)  # lines 6 and 7
+    L_nu, w = nu_loss(critics, batch, init, nu_s, td, alpha, args, facts)  # lines 6 and 7
     L_q = torch.zeros_like(L_nu)
     if with_q:
         if args.objective == "released_nu":  # M[q] is fitted to r + gamma nu_tot(s'), and theta is trained with q
