@@ -175,17 +175,17 @@ def policy_losses(policy, batch: TensorDict) -> tuple[Tensor]:
     return (policy_loss(batch["w"], log_prob),)  # Eq. 11
 
 
-def make_policy_update(policy, average, optimizer, average_step: Tensor, seeds: int = 1, compiled: bool = False):
+def make_policy_update(policy, average, optimizer, average_step: Tensor, n_seeds: int = 1, compiled: bool = False):
     """Line 11 as a function of a batch [B]: one Adam step, then the average moves towards the policy by `average_step`.
 
     Stacked policies of S seeds take batches [S, B], with w [S, B, S].
     """
     parameters = list(policy.parameters())
-    losses_of = per_seed(policy_losses, [policy], seeds, compiled)
+    losses_of = per_seed(policy_losses, [policy], n_seeds, compiled)
     update_average = target_update(average, policy, average_step)
 
     def update(batch: TensorDict) -> Tensor:
-        if seeds > 1:
+        if n_seeds > 1:
             batch = batch.copy()
             batch["w"] = batch["w"].diagonal(0, 0, 2).T  # each seed's own ratio
         (loss,) = losses_of(batch)
@@ -246,7 +246,7 @@ def train_policies(
         for step, batch in stage.steps((replay, args.batch_size)):  # line 10
             set_schedule(optimizer, average_step, step, args)
             loss = update(batch)  # line 11
-            if step in stage.at:  # --evals times
+            if step in stage.eval_steps:  # --evals times
                 row = {"stage": "policy", "step": step}
                 evaluations.add([row | {"policy_loss": value} for value in loss.reshape(-1).tolist()])
         evaluations.end()  # line 12

@@ -348,7 +348,7 @@ def train_critics(rows: TensorDict, card: dict, args: Args, runs: list[Run], fac
     # line 3: training the occupancy ratio
     for step, batch, init in stage.steps(*sources):  # line 4: to step args.steps
         results = update(batch, init)  # lines 5 to 7: `update` of make_critic_update
-        if step in stage.at:  # --evals times
+        if step in stage.eval_steps:  # --evals times
             metrics = [critic_metrics(*result, args) for result in split_seeds(results, seeds)]
             with torch.no_grad():
                 nu_init = [nu.item() / args.reward_scale for (nu,) in split_seeds(nu_at_starts(starts), seeds)]

@@ -111,14 +111,14 @@ def played(networks: nn.Module) -> nn.Module:
     return getattr(networks, "policy", networks)
 
 
-def make_update(networks, target, average, optimizer, average_step: Tensor, losses: Callable, args, seeds: int = 1):
+def make_update(networks, target, average, optimizer, average_step: Tensor, losses: Callable, args, n_seeds: int = 1):
     """One update as a function of a batch [B], or [S, B] for stacked networks of S seeds.
 
     It returns the values for metrics.csv. After Adam's step the target networks move towards the networks, and
     `average` towards the policy.
     """
     parameters = list(networks.parameters())
-    losses_of = per_seed(lambda *inputs: losses(*inputs, args), [networks, target], seeds)
+    losses_of = per_seed(lambda *inputs: losses(*inputs, args), [networks, target], n_seeds)
     update_target = target_update(target, networks, args.tau)
     update_average = target_update(average, played(networks), average_step)
 
@@ -155,7 +155,7 @@ def train_runs(method: Method, rows: TensorDict, args: RunArgs, runs: list[Run],
         for step, batch in stage.steps((replay, args.batch_size)):
             set_schedule(optimizer, average_step, step, args)
             values = update(add_noise(batch, method, card, args, generators))
-            if step in stage.at:  # --evals times
+            if step in stage.eval_steps:  # --evals times
                 each = zip(*(value.reshape(-1).tolist() for value in values.values()))  # one tuple per seed
                 evaluations.add([{"stage": "policy", "step": step} | dict(zip(values, own)) for own in each])
         evaluations.end()

@@ -124,13 +124,13 @@ class Timer:
         return (time.perf_counter() - began) / times
 
 
-def product_pass(shapes: list, seeds: int, device: torch.device):
+def product_pass(shapes: list, n_seeds: int, device: torch.device):
     """A function that computes the products once for every seed, batched over seeds if there are several. On a GPU it
     is a graph."""
-    lead = (seeds,) if seeds > 1 else ()
+    lead = (n_seeds,) if n_seeds > 1 else ()
     tensor = lambda *shape: torch.randn(*lead, *shape, device=device)
     buffers = [(tensor(m, k), tensor(k, n), tensor(m, n)) for m, k, n in shapes]
-    product = torch.bmm if seeds > 1 else torch.mm
+    product = torch.bmm if n_seeds > 1 else torch.mm
 
     def run():
         for a, b, out in buffers:
@@ -146,11 +146,12 @@ def product_pass(shapes: list, seeds: int, device: torch.device):
     return graph.replay
 
 
-def critics_stage(rows: TensorDict, card: dict, seeds: int, args: Args, device: torch.device):
+def critics_stage(rows: TensorDict, card: dict, n_seeds: int, args: Args, device: torch.device):
     """(steps, parts): a function that makes args.steps updates as in training, and the parts of one update by name."""
-    train, each = args.train, [comadice_train.make_critics(card, args.train).to(device) for _ in range(seeds)]
+    train, each = args.train, [comadice_train.make_critics(card, args.train).to(device) for _ in range(n_seeds)]
     critics, target = stack(each), stack(deepcopy(each))
-    optimizer, generators = comadice_train.make_optimizer(critics, train), make_generators(list(range(seeds)), 1, rows)
+    optimizer = comadice_train.make_optimizer(critics, train)
+    generators = make_generators(list(range(n_seeds)), 1, rows)
     data = comadice_train.data_facts(rows, train)
     update = Graph(comadice_train.make_critic_update(critics, target, optimizer, train, data), train.graph)
     how = {"generators": generators, "device": device}
@@ -165,7 +166,7 @@ def critics_stage(rows: TensorDict, card: dict, seeds: int, args: Args, device: 
     _, batch, init = next(draw())
     alpha = torch.full_like(critics.lam, train.alpha * train.reward_scale)
     on_batch = lambda *inputs: comadice_train.critic_losses(*inputs, train, data)
-    losses_of = per_seed(on_batch, [critics, target], seeds, train.compile)
+    losses_of = per_seed(on_batch, [critics, target], n_seeds, train.compile)
     losses = lambda: losses_of(batch, init, alpha)
     parts = {
         "sample": lambda: [None for _ in draw()],
@@ -179,15 +180,15 @@ def critics_stage(rows: TensorDict, card: dict, seeds: int, args: Args, device: 
     return steps, parts
 
 
-def policy_stage(rows: TensorDict, card: dict, seeds: int, args: Args, device: torch.device):
+def policy_stage(rows: TensorDict, card: dict, n_seeds: int, args: Args, device: torch.device):
     """The same for the policies' stage."""
     sizes = card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], args.train.hidden
-    each = [make_policy(*sizes).to(device) for _ in range(seeds)]
+    each = [make_policy(*sizes).to(device) for _ in range(n_seeds)]
     policy, average = stack(each), stack(deepcopy(each))
     optimizer, weight = adam(list(policy.parameters()), args.train.lr, device), torch.ones((), device=device)
-    step = comadice_bc.make_policy_update(policy, average, optimizer, weight, seeds, args.train.compile)
-    update, generators = Graph(step, args.train.graph), make_generators(list(range(seeds)), 2, rows)
-    weighted = comadice_bc.with_ratios(rows, dict.fromkeys(range(seeds)))
+    step = comadice_bc.make_policy_update(policy, average, optimizer, weight, n_seeds, args.train.compile)
+    update, generators = Graph(step, args.train.graph), make_generators(list(range(n_seeds)), 2, rows)
+    weighted = comadice_bc.with_ratios(rows, dict.fromkeys(range(n_seeds)))
     replay = make_replay(weighted, comadice_bc.POLICY_KEYS, pairs=False, generators=generators, device=device)
     draw = lambda: minibatches(0, {args.steps}, (replay, args.train.batch_size))
 

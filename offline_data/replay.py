@@ -113,19 +113,19 @@ def make_replay(
     return TensorDictReplayBuffer(storage=storage, sampler=sampler, transform=transform)
 
 
-def minibatches(start: int, stops: set[int], *sources: tuple[TensorDictReplayBuffer, int]):
-    """Yields (step, a batch of each source) for the steps from start + 1 to the last of `stops`.
+def minibatches(start: int, checkpoints: set[int], *sources: tuple[TensorDictReplayBuffer, int]):
+    """Yields (step, a batch of each source) for the steps from start + 1 to the last of `checkpoints`.
 
     A source is (replay, batch size). DRAW batches are drawn at once, which is cheaper, but never across a step in
-    `stops`, where checkpoints are. So a run that is resumed there draws the same batches. If a stop of the script is
-    asked for, the steps end early, between two draws. The caller can tell by the step that was reached.
+    `checkpoints`. So a run that is resumed there draws the same batches. If a stop of the script is asked for, the
+    steps end early, between two draws. The caller can tell by the step that was reached.
     """
     step = start
-    for stop in sorted(s for s in stops if s > start):
-        while step < stop:
+    for checkpoint in sorted(c for c in checkpoints if c > start):
+        while step < checkpoint:
             if asked():
                 return
-            count = min(DRAW, stop - step)
+            count = min(DRAW, checkpoint - step)
             for batches in zip(*(replay.sample(count * size).split(size, -1) for replay, size in sources)):
                 step += 1
                 yield step, *batches

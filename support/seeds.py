@@ -51,7 +51,7 @@ class Call(nn.Module):
         return self.function(*self.parts, *batches)
 
 
-def per_seed(function, modules: list[nn.Module], seeds: int, compiled: bool = False):
+def per_seed(function, modules: list[nn.Module], n_seeds: int, compiled: bool = False):
     """function(*modules, *batches) for each seed, as a function of the batches.
 
     The modules are stacked, batches are [S, B], and the results, a tuple or a dict, are [S, ...]. For one seed the
@@ -77,7 +77,7 @@ def per_seed(function, modules: list[nn.Module], seeds: int, compiled: bool = Fa
             return {name: torch.stack([own[name] for own in results]) for name in results[0]}
         return tuple(torch.stack(values) for values in zip(*results))
 
-    if seeds == 1:
+    if n_seeds == 1:
         chosen = call
     else:
         chosen = vmapped if next(iter(state.values())).device.type in VMAPPED else one_by_one

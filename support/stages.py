@@ -3,7 +3,7 @@
     stage = Stage("critics", "critics", args, runs, parts, generators, "critic_")
     for step, batch in stage.steps((replay, args.batch_size)):
         ...
-        if step in stage.at:
+        if step in stage.eval_steps:
             stage.save(rows)  # of metrics.csv, one per run
     stage.end()
 
@@ -32,7 +32,7 @@ class Stage:
 
     def __init__(self, name: str, label: str, args, runs: list[Run], parts: dict, generators: list, prefix: str = ""):
         self.name, self.args, self.runs, self.parts, self.generators = name, args, runs, parts, generators
-        self.prefix, self.seeds, self.at = prefix, [run.seed for run in runs], eval_steps(args)
+        self.prefix, self.seeds, self.eval_steps = prefix, [run.seed for run in runs], eval_steps(args)
         self.start = self.step = runs[0].state[f"{prefix}step"]
         self.seconds, self.clock = runs[0].state[f"{prefix}seconds"], time.perf_counter()
         self.bar = Bar(f"{label} {name_seeds(self.seeds)}", args.steps, self.start, args.quiet)
@@ -42,10 +42,10 @@ class Stage:
     def steps(self, *sources):
         """Yields (step, a batch of each source), as minibatches does."""
         self.clock = time.perf_counter()
-        for step, *batches in self.bar(minibatches(self.start, self.at, *sources)):
+        for step, *batches in self.bar(minibatches(self.start, self.eval_steps, *sources)):
             self.step = step
             yield step, *batches
-            if step in self.at:
+            if step in self.eval_steps:
                 self.clock = time.perf_counter()  # saving does not count as training
             elif step % LOOK == 0:
                 self.check()
