@@ -271,11 +271,11 @@ def train_seeds(
     """
     algo = name_of(args)
     drawn_from = None if args.best == 1 else best_transitions(rows, args.best)
-    runs = start_runs(args, algo, card, rows, {"w": w})
+    runs = start_runs(args, algo, card, rows, {})
+    for run in runs.values():
+        run.state["w"] = w  # on the data's device; that of a resumed run's checkpoint is on the CPU
     while group := next_group(runs):
         try:
-            for run in group:
-                run.state["w"] = w
             train_policies(rows, card, args, group, env, algo, drawn_from, weights)  # lines 9 to 12
             for run in group:
                 finish_run(run, args, card, len(group))
