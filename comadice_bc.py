@@ -97,11 +97,11 @@ from torch import Tensor
 from torchrl.envs import EnvBase
 
 from comadice_eval import evaluation, try_eval_env
-from comadice_losses import DIVERGENCES, effective_sample_size, episode_ratio, policy_loss
+from comadice_losses import effective_sample_size, policy_loss
 from comadice_mixer import make_policy
 from environments.checks import BadInput, pick_device, run_script
-from offline_data.dataset import episode_returns, last_rows
-from offline_data.replay import best_transitions, make_replay, transition_rows
+from offline_data.dataset import last_rows
+from offline_data.replay import best_transitions, episode_weights, make_replay
 from support.report import report
 from support.runs import (
     Diverged,
@@ -112,8 +112,8 @@ from support.runs import (
     end_runs,
     finish_run,
     give_up,
-    load_checkpoint,
     load_dataset,
+    load_ratio_run,
     next_group,
     start_runs,
 )
@@ -155,14 +155,6 @@ def ratio_stats(w: Tensor) -> dict[str, float]:
     """Mean, share of zeros and effective sample size of a ratio."""
     zero = (w == 0).float().mean().item()
     return {"mean_w": w.mean().item(), "w_zero": zero, "ess": effective_sample_size(w).item()}
-
-
-def episode_weights(rows: TensorDict, alpha: float, f: str) -> Tensor | None:
-    """The weights with which transitions are drawn, [T]: losses.episode_ratio of their episodes. None with alpha 0."""
-    if not alpha:
-        return None
-    w = episode_ratio(episode_returns(rows), alpha, DIVERGENCES[f])
-    return w[rows["episode"][transition_rows(rows), 0]]
 
 
 # ---------------------------------------------------------------- line 11: one step
@@ -286,12 +278,10 @@ def train_seeds(
 
 def load_ratio(run: str, rows: TensorDict, card: dict) -> tuple[Tensor, Tensor | None]:
     """w* of a ComaDICE run on this dataset, [T], and the episode_weights that it drew with."""
-    source = load_checkpoint(run)
+    source = load_ratio_run(run)
     check_checkpoint(source, card, run)
-    w, config = source.get("w"), source["config"]
-    if source["algo"] != "comadice" or w is None:
-        raise BadInput(f"{run} holds no ratio: give a run of comadice_train.py whose critics are trained")
-    return w.to(rows["state"].device), episode_weights(rows, config["episode_alpha"], config["f"])
+    config = source["config"]
+    return source["w"].to(rows["state"].device), episode_weights(rows, config["episode_alpha"], config["f"])
 
 
 def main(args: Args):

@@ -156,7 +156,7 @@ from environments import stops
 from environments.checks import pick_device, run_script
 from offline_data.dataset import CHUNK
 from offline_data.facts import DataFacts, data_facts, mean_abs_reward, return_deviation
-from offline_data.replay import as_transition, initial_rows, make_replay, transition_rows
+from offline_data.replay import as_transition, episode_weights, initial_rows, make_replay, transition_rows
 from support import ratio_picture
 from support.presets import resolve
 from support.report import report
@@ -406,7 +406,7 @@ def train_seeds(args: Args, rows: TensorDict, card: dict, env) -> list[list[dict
     Seeds at the same step are trained together.
     """
     runs = start_runs(args, "comadice", card, rows, {"critic_step": 0, "critic_seconds": 0.0})
-    facts, weights = data_facts(rows, args), comadice_bc.episode_weights(rows, args.episode_alpha, args.f)
+    facts, weights = data_facts(rows, args), episode_weights(rows, args.episode_alpha, args.f)
     while group := next_group(runs):
         try:
             algorithm_1(rows, card, args, group, env, facts, weights)

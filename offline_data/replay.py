@@ -5,6 +5,7 @@ from tensordict import TensorDict
 from torchrl.data import TensorDictReplayBuffer, TensorStorage
 from torchrl.data.replay_buffers.samplers import Sampler
 
+from comadice_losses import DIVERGENCES, episode_ratio
 from environments.stops import asked
 from offline_data.dataset import episode_returns, last_rows
 
@@ -32,6 +33,14 @@ def best_transitions(rows: TensorDict, share: float) -> torch.Tensor:
     """[T'] int64: the rows of all transitions of the best_episodes."""
     row = transition_rows(rows)
     return row[best_episodes(episode_returns(rows), share)[rows["episode"][row, 0]]]
+
+
+def episode_weights(rows: TensorDict, alpha: float, f: str) -> torch.Tensor | None:
+    """The weights with which ComaDICE draws transitions, [T]: episode_ratio of their episodes. None with alpha 0."""
+    if not alpha:
+        return None
+    w = episode_ratio(episode_returns(rows), alpha, DIVERGENCES[f])
+    return w[rows["episode"][transition_rows(rows), 0]]
 
 
 class RowSampler(Sampler):

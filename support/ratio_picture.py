@@ -14,14 +14,14 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from comadice_losses import DIVERGENCES, effective_sample_size, episode_ratio
+from comadice_losses import effective_sample_size
 from environments.checks import BadInput
 from offline_data.card import DATA_ROOT, dataset_path
 from offline_data.dataset import episode_returns, open_dataset
 from offline_data.durable import check_new, write_figure
-from offline_data.replay import best_episodes, transition_rows
+from offline_data.replay import best_episodes, episode_weights, transition_rows
 from support.ratio_args import Args
-from support.runs import check_checkpoint, load_checkpoint
+from support.runs import check_checkpoint, load_ratio_run
 
 LEAST = -4  # weights below 10^-4 are drawn at this logarithm
 BEST = 0.1  # the picture says how much of the weight this share of the episodes has, the best by return
@@ -44,16 +44,13 @@ class Weights(NamedTuple):
 
 def weights_of(w: Tensor, rows: TensorDict, episode_alpha: float, f: str) -> Weights:
     """Weights from a run's ratio w [T] and its two flags. Raises BadInput for a ratio that can't be used."""
-    returns = episode_returns(rows).cpu()
-    episode = rows["episode"][transition_rows(rows), 0].cpu()
-    step = w.double().cpu()
-    between = torch.ones_like(step)
-    if episode_alpha:
-        between = episode_ratio(returns, episode_alpha, DIVERGENCES[f])[episode]
+    episode, step = rows["episode"][transition_rows(rows), 0].cpu(), w.double().cpu()
+    between = episode_weights(rows, episode_alpha, f)
+    between = torch.ones_like(step) if between is None else between.double().cpu()
     total = step * between
     if not (torch.isfinite(step).all() and total.mean() > 0):
         raise BadInput(f"the ratio w* can't be drawn: its mean is {step.mean():.3g}")
-    return Weights(*(weight / weight.mean() for weight in (step, between, total)), episode, returns)
+    return Weights(*(weight / weight.mean() for weight in (step, between, total)), episode, episode_returns(rows).cpu())
 
 
 def correlation(weights: Weights) -> float:
@@ -168,9 +165,7 @@ def draw(state: dict, rows: TensorDict, metrics: list[dict], out: Path):
 
 
 def main(args: Args):
-    state = load_checkpoint(args.run)
-    if state["algo"] != "comadice" or state.get("w") is None:
-        raise BadInput(f"{args.run} holds no ratio: give a run of comadice_train.py whose critics are trained")
+    state = load_ratio_run(args.run)
     if args.out:
         check_new(args.out)
     config, card = state["config"], state["card"]

@@ -267,6 +267,14 @@ def load_checkpoint(run: str | Path) -> dict:
     return state
 
 
+def load_ratio_run(run: str | Path) -> dict:
+    """load_checkpoint of a ComaDICE run, with its ratio "w" [T]. Raises BadInput if it has none (yet)."""
+    state = load_checkpoint(run)
+    if state["algo"] != "comadice" or state.get("w") is None:
+        raise BadInput(f"{run} holds no ratio: give a run of comadice_train.py whose critics are trained")
+    return state
+
+
 def check_checkpoint(state: dict, card: dict, run: str | Path):
     """Raises BadInput if a checkpoint was made from another dataset than the card's."""
     for key in CARD_KEYS:

@@ -9,12 +9,11 @@ from conftest import ROOT
 from scipy.optimize import minimize
 from tensordict import TensorDict
 
-import comadice_bc
 import comadice_train
 from comadice_losses import DIVERGENCES, effective_sample_size, episode_ratio
 from offline_data.dataset import episode_returns, open_dataset
 from offline_data.facts import return_deviation
-from offline_data.replay import make_replay, transition_rows
+from offline_data.replay import episode_weights, make_replay, transition_rows
 
 FEW_GOOD = ROOT / "data" / "mamujoco" / "hopper" / "few-good"
 
@@ -61,8 +60,8 @@ def test_neither_shift_nor_scale_of_the_returns_matters():
 def test_transitions_are_drawn_in_proportion_to_their_episode_s_ratio():
     rows, card = open_dataset(FEW_GOOD)
     w = episode_ratio(episode_returns(rows), 0.2 * card["return_std"], DIVERGENCES["soft_chi2"])
-    weights = comadice_bc.episode_weights(rows, 0.2 * card["return_std"], "soft_chi2")
-    assert len(weights) == card["samples"] and comadice_bc.episode_weights(rows, 0.0, "soft_chi2") is None
+    weights = episode_weights(rows, 0.2 * card["return_std"], "soft_chi2")
+    assert len(weights) == card["samples"] and episode_weights(rows, 0.0, "soft_chi2") is None
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
     replay = make_replay(rows, ["episode", "done"], pairs=False, generators=generators, weights=weights)
     drawn = replay.sample(200_000)["episode"][..., 0]

@@ -20,13 +20,12 @@ from scipy.special import xlogy
 from tensordict import TensorDict
 from torch import nn
 
-import comadice_bc
 import comadice_losses as losses
 import comadice_train
 from comadice_mixer import Critics
 from comadice_train import DataFacts
 from offline_data.facts import return_deviation
-from offline_data.replay import as_transition, transition_rows
+from offline_data.replay import as_transition, episode_weights, transition_rows
 
 FS = ["kl", "chi2", "soft_chi2"]
 ALPHAS = [0.1, 1.0, 10.0]
@@ -658,7 +657,7 @@ def test_policy_of_the_default_tends_to_the_behaviour(seed, termination, advanta
             update(batch, init)
         w = comadice_train.dataset_ratio(target, rows, args, data).numpy()
         # how often Eq. 11 draws a transition
-        draws = comadice_bc.episode_weights(rows, args.episode_alpha, args.f).numpy()
+        draws = episode_weights(rows, args.episode_alpha, args.f).numpy()
         for far, weights in ((alone, w), (both, w * draws)):
             weighted = np.zeros((m.S, m.A))
             np.add.at(weighted, (s, a), weights)

@@ -14,8 +14,10 @@ import comadice_bc
 import comadice_train
 from environments.checks import BadInput
 from offline_data.dataset import open_dataset
+from offline_data.replay import episode_weights
 from support import ratio_picture
 from support.ratio_picture import correlation, share_of_best, verdict, weights_of
+from support.runs import load_checkpoint
 
 LENGTHS, RETURNS = [4, 2, 6, 3, 5], [10.0, -2.0, 30.0, 4.0, 8.0]
 
@@ -66,7 +68,7 @@ def test_both_factors_and_their_product():
     """The weight in Eq. 11 is what the policies' training uses: drawn by the episode's ratio, multiplied by w*."""
     rows, w = made_rows(), torch.rand(20, generator=torch.Generator().manual_seed(0))
     weights = weights_of(w, rows, 5.0, "soft_chi2")
-    drawn = comadice_bc.episode_weights(rows, 5.0, "soft_chi2")
+    drawn = episode_weights(rows, 5.0, "soft_chi2")
     torch.testing.assert_close(weights.between, drawn / drawn.mean())
     torch.testing.assert_close(weights.step, w.double() / w.double().mean())
     torch.testing.assert_close(weights.total, drawn * w / (drawn * w).mean())
@@ -111,7 +113,7 @@ def test_every_run_has_the_picture_and_it_is_drawn_again(run, capsys, tmp_path):
 
 def test_nu_at_the_initial_states_is_recorded(run, hopper_data):
     """metrics.csv's nu_init is the mean of nu_tot of the target networks over the dataset's initial states."""
-    state = ratio_picture.load_checkpoint(run)
+    state = load_checkpoint(run)
     rows, card = open_dataset(hopper_data)
     args = comadice_train.Args(**state["config"])
     critics = comadice_train.make_critics(card, args)
