@@ -41,11 +41,12 @@ class Args:
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a mistyped flag answer at once
     stops.catch(begun=False)
-    if REPORT := sys.argv[1:2] == ["report"]:
+    COMMAND = sys.argv[1] if len(sys.argv) > 1 else None
+    if COMMAND == "report":
         from support.report_args import Args as ReportArgs
 
         ARGS = tyro.cli(ReportArgs, args=sys.argv[2:], prog="comadice_eval.py report")
-    elif RATIO := sys.argv[1:2] == ["ratio"]:
+    elif COMMAND == "ratio":
         from support.ratio_args import Args as RatioArgs
 
         ARGS = tyro.cli(RatioArgs, args=sys.argv[2:], prog="comadice_eval.py ratio")
@@ -262,11 +263,11 @@ def main(args: Args):
 
 
 if __name__ == "__main__":
-    if REPORT:
+    if COMMAND == "report":
         from support import report
 
         run_script(report.main, ARGS)
-    elif RATIO:
+    elif COMMAND == "ratio":
         from support import ratio_picture
 
         run_script(ratio_picture.main, ARGS)
