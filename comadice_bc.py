@@ -38,7 +38,7 @@ class Args:
 
     # Method
     checkpoint: str | None = None
-    """a ComaDICE run whose saved ratio w* weights the data; plain BC without it"""
+    """a ComaDICE run whose saved ratio w* weights the data, which is drawn as in that run; plain BC without it"""
     best: float = 1.0
     """share of the episodes, the best by return, that are cloned; 1: all of them"""
 

@@ -1,7 +1,8 @@
 """ComaDICE's equations, one short function each. The numbers of equations are the paper's.
 
-Not in the paper: semi_loss, episode_ratio, effective_sample_size, KL_CAP, and the mass of dual_loss, which are this
-project's. lam of dual_loss is OptiDICE's, released_nu_* are the released code's. f* is derived from B.5's f.
+Not in the paper: semi_loss, episode_ratio, KL_CAP, and the mass of dual_loss, which are this project's. lam of
+dual_loss is OptiDICE's, released_nu_* are the released code's, effective_sample_size is Kish's. f* is derived from
+B.5's f.
 
 This file needs only torch. It can be copied into another project as it is.
 
@@ -54,17 +55,18 @@ def kl_f_prime_inverse(y: Tensor) -> Tensor:
 def kl_f_star(y: Tensor) -> Tensor:
     """exp(y) - 1 up to y = KL_CAP, and its tangent beyond.
 
-    This is the conjugate of f_KL with its domain cut to t <= exp(KL_CAP). So w_star stays at exp(KL_CAP) instead of
-    overflowing (in float32 from y = 89 on), and it is still the derivative of f_star.
+    This is the conjugate of f_KL with its domain cut to t <= exp(KL_CAP). So w_star is still its derivative.
     """
     return y.clamp(max=KL_CAP).expm1() + math.exp(KL_CAP) * (y - KL_CAP).relu()
 
 
 def chi2_f(t: Tensor) -> Tensor:
+    """(t - 1)^2 / 2."""
     return 0.5 * (t - 1) ** 2
 
 
 def chi2_f_prime_inverse(y: Tensor) -> Tensor:
+    """y + 1, negative below y = -1."""
     return y + 1
 
 
@@ -86,6 +88,7 @@ def soft_chi2_f_prime_inverse(y: Tensor) -> Tensor:
 
 
 def soft_chi2_f_star(y: Tensor) -> Tensor:
+    """exp(y) - 1 below y = 0, y + y^2/2 above."""
     return torch.where(y < 0, y.clamp(max=0).expm1(), chi2_f_star(y))
 
 
@@ -112,10 +115,10 @@ def td_advantage(reward: Tensor, terminated: Tensor, nu_tot: Tensor, nu_tot_next
 
 
 def q_loss(A_tot: Tensor, td: Tensor, rho: Tensor | None = None) -> Tensor:
-    """The MSE between A_tot = M[q - nu] and td = r + gamma nu_tot(s') - nu_tot(s) of td_advantage, which is held fixed.
+    """The MSE between A_tot = M[q - nu] [B] and td = r + gamma nu_tot(s') - nu_tot(s) [B] of td_advantage -> scalar.
 
-    It trains psi_q alone, if the caller holds nu and theta fixed in A_tot. The paper prints no brackets around td, but
-    the residual is A_tot - td.
+    td is held fixed here. The loss trains psi_q alone, if the caller holds nu and theta fixed in A_tot. The paper
+    prints no brackets around td, but the residual is A_tot - td.
     """
     return expectation((A_tot - td.detach()) ** 2, rho)  # Eq. 9
 
@@ -136,8 +139,8 @@ def dual_loss(
     This is the minimax problem of Eq. 6 with its inner maximum over w in closed form (Prop. 4.1).
 
     Objective `exact`: A_tot is the TD form. The gradient flows through nu_tot(s) and nu_tot(s'), as Prop. 4.1 says.
-    Objective `printed`: A_tot is M[q - nu] with q fixed, as Eq. 10 is printed. The gradient can only push nu up at
-    states that are not initial, and nothing balances the mixer's bias. So this loss has no minimum.
+    Objective `printed`: A_tot is M[q - nu], in which the caller holds q fixed, as Eq. 10 is printed. The gradient can
+    only push nu up at states that are not initial, and nothing balances the mixer's bias. So this loss has no minimum.
 
     nu_tot_init is [B0], A_tot is [B], the loss is a scalar. With a multiplier lam it is
     (1 - gamma) E_p0[nu_tot(s0)] + mass E_D[alpha f*((A_tot - lam) / alpha)] + lam.
@@ -158,6 +161,8 @@ def semi_loss(nu_tot: Tensor, A_tot: Tensor, alpha: float | Tensor, f: Divergenc
     """Objective `semi`: E_D[nu_tot(s) + alpha f*(A_tot / alpha)], with nu_tot(s') in A_tot held fixed.
 
     Its minimum has E[w | s] = 1: among the actions recorded in a state, some get more weight and others less.
+    nu_tot [B], A_tot [B] -> scalar. The caller holds nu_tot(s') fixed, for instance by taking it from target networks.
+    This function detaches nothing.
 
     Where it comes from: if D is rho^mu, Eq. 3 says (1 - gamma) E_p0[nu_tot] = E_D[nu_tot(s) - gamma nu_tot(s')]. The
     right side replaces the term of the initial states. nu_tot(s') is held fixed, so only E_D[nu_tot(s)] has a gradient.
@@ -191,7 +196,7 @@ def released_nu_loss(
 
 
 def occupancy_ratio(A_tot: Tensor, alpha: float | Tensor, f: Divergence, lam: float | Tensor = 0.0) -> Tensor:
-    """w_tot*(s, a) = max(0, (f')^-1((A_tot - lam) / alpha)).
+    """w_tot*(s, a) = max(0, (f')^-1((A_tot - lam) / alpha)), [B] -> [B].
 
     With `exact` it is rho^pi / rho^mu. With `semi` it is pi(a|s) / mu(a|s), since E[w | s] = 1. lam is 0 where
     --lambda-scale is 0, the default. (Section 5 prints the argument negated.)
@@ -222,7 +227,7 @@ def episode_ratio(returns: Tensor, alpha: float, f: Divergence) -> Tensor:
 
 
 def policy_loss(w: Tensor, log_prob: Tensor) -> Tensor:
-    """-E_D[w_tot*(s, a) log pi_i(a_i | o_i)], summed over agents: w [B], log_prob [B, n]. Plain BC is w = 1.
+    """-E_D[w_tot*(s, a) log pi_i(a_i | o_i)], summed over agents: w [B], log_prob [B, n] -> scalar. Plain BC is w = 1.
 
     The sum is the team's weighted BC, Eq. 8, since pi_tot is the product of the pi_i. By Prop. 4.3 the local
     optima together solve Eq. 8.
@@ -231,5 +236,8 @@ def policy_loss(w: Tensor, log_prob: Tensor) -> Tensor:
 
 
 def effective_sample_size(w: Tensor) -> Tensor:
-    """(sum w)^2 / (B sum w^2), from 1/B (one sample has all the weight) to 1 (uniform, that is plain BC)."""
+    """Kish's effective sample size over B, (sum w)^2 / (B sum w^2): w [B] >= 0 -> scalar.
+
+    It is 1 for uniform weights, which is plain BC, 1/B if one sample has all the weight, and 0 if all w are 0.
+    """
     return w.sum() ** 2 / (len(w) * (w**2).sum()).clamp(min=torch.finfo(w.dtype).tiny)

@@ -52,7 +52,7 @@ class Args:
     """how nu and theta are trained (docs/PAPER.md). It has its own defaults of --advantage, --alpha, --episode-alpha,
     --bound and --tau"""
     advantage: Literal["td", "q"] | None = None
-    """what w* is computed from: r + gamma nu_tot(s') - nu_tot(s), or M[q - nu], for which q is trained by Eq. 9"""
+    """what w* is computed from. td: r + gamma nu_tot(s') - nu_tot(s). q: M[q - nu] - M[0], where Eq. 9 trains q"""
     alpha: float | None = None
     """weight of the divergence from the data, in units of the reward (default with semi: 5 mean absolute rewards). If
     it is k > 1 times its default, the default of --episode-alpha is multiplied by k squared"""
@@ -69,8 +69,9 @@ class Args:
     mixer_layers: Literal[1, 2] = 1
     """layers of the mixer (Section B.6)"""
     lambda_scale: float | None = None
-    """learning rate of the multiplier of mass E[w] = 1, relative to --critic-lr; 0: off (mass is 1 except with
-    exact). Our reading of Table 4's lambda scale, which the paper does not explain"""
+    """learning rate of lambda, relative to --critic-lr; 0: no lambda. lambda is the multiplier that enforces
+    mass E[w] = 1, where mass is 1 except with exact. Our reading of Table 4's lambda scale, which the paper does not
+    explain"""
 
     # Optimisation
     steps: int = 200_000
@@ -260,7 +261,8 @@ def nu_loss(
 def critic_losses(critics, target, batch, init, alpha, args, facts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The losses of lines 5 to 7: (L_q, L(nu, theta), w [B], nu_tot(s) [B]). The last two are for metrics.csv.
 
-    L_q is 0 if w* does not come from q. In Eq. 9 the target networks give nu_tot(s'). No parameter gets a gradient from
+    batch is [B] transitions, init [B0] initial states, alpha a scalar in scaled rewards; both losses are scalars. L_q
+    is 0 if w* does not come from q. In Eq. 9 the target networks give nu_tot(s'). No parameter gets a gradient from
     both losses.
     """
     nu_s, with_q = nu_tot(critics, batch), args.advantage == "q"
@@ -344,6 +346,7 @@ def train_critics(rows: TensorDict, card: dict, args: Args, runs: list[Run], fac
     starts = starts.expand(len(seeds), *starts.shape) if len(seeds) > 1 else starts
     nu_at_starts = per_seed(lambda critics, states: (nu_tot(critics, states).mean(),), [target], len(seeds))
     update = Graph(make_critic_update(critics, target, optimizer, args, facts), args.graph)
+    # `semi` ignores the initial states. They are drawn for it too, so that all objectives see the same transitions.
     sources = (transitions, args.batch_size), (initial_states, args.init_batch_size)
     # line 3: training the occupancy ratio
     for step, batch, init in stage.steps(*sources):  # line 4: to step args.steps

@@ -36,7 +36,10 @@ def best_transitions(rows: TensorDict, share: float) -> torch.Tensor:
 
 
 def episode_weights(rows: TensorDict, alpha: float, f: str) -> torch.Tensor | None:
-    """The weights with which ComaDICE draws transitions, [T]: episode_ratio of their episodes. None with alpha 0."""
+    """The weights with which ComaDICE draws transitions, [T]: episode_ratio of their episodes. None with alpha 0.
+
+    alpha is in units of an episode's return, f is a key of DIVERGENCES.
+    """
     if not alpha:
         return None
     w = episode_ratio(episode_returns(rows), alpha, DIVERGENCES[f])
@@ -46,8 +49,8 @@ def episode_weights(rows: TensorDict, alpha: float, f: str) -> torch.Tensor | No
 class RowSampler(Sampler):
     """Draws rows t from `drawn_from`, with replacement, on their device: [B], or as pairs (t, t + 1) [B, 2].
 
-    It draws uniformly, or in proportion to `weights` [T]. TorchRL's SliceSampler draws trajectories uniformly, so it
-    would draw the steps of short episodes too often.
+    It draws uniformly, or in proportion to `weights`, one for each entry of `drawn_from`. TorchRL's SliceSampler draws
+    trajectories uniformly, so it would draw the steps of short episodes too often.
 
     With S > 1 generators each draws for one seed: [S, B] or [S, B, 2].
     """
@@ -109,7 +112,8 @@ def make_replay(
     """TorchRL replay of a dataset's transitions, or of the row numbers `drawn_from`. RowSampler draws them.
 
     Rows are read from the CPU's memory map or from the GPU's memory, and then moved to `device`. With `keys` only those
-    entries are read (if they exist). With pairs=False nothing of the next row is read.
+    entries are read (if they exist). With pairs=False nothing of the next row is read. sample(B) gives [B] transitions
+    (or rows), or [S, B] for S > 1 generators.
     """
     storage = RowStorage(rows if keys is None else rows.select(*keys, strict=False), device=rows["is_init"].device)
     sampler = RowSampler(transition_rows(rows) if drawn_from is None else drawn_from, pairs, generators, weights)

@@ -51,7 +51,7 @@ def check(args):
 
 
 def resolve(args, mean_abs_reward: float, return_deviation: float = 0.0):
-    """comadice_train.Args with every flag filled in. Raises BadInput for flags that contradict each other.
+    """comadice_train.Args with every flag filled in. Raises BadInput as check does.
 
     mean_abs_reward and return_deviation: see offline_data/facts.py. With a deviation of 0 all episodes count the same.
     """
