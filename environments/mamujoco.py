@@ -179,9 +179,9 @@ class MaMuJoCoEnv(EnvBase):
             obs = np.where(self.index < 0, 0.0, self.raw[:, self.index])
             state = self.raw
         obs, state = (torch.as_tensor(np.ascontiguousarray(x), dtype=torch.float32) for x in (obs, state))
-        return TensorDict({"agents": TensorDict({"observation": obs}, [B, self.n]), "state": state}, [B]).to(
-            self.device
-        )
+        # With device=, and not .to(): that would wait for all work of a GPU, the training's too, even on a CPU.
+        agents = TensorDict({"observation": obs}, [B, self.n], device=self.device)
+        return TensorDict({"agents": agents, "state": state}, [B], device=self.device)
 
     def _set_seed(self, seed: int | None):
         """Gives each robot its own seed, which takes effect at its next reset."""
@@ -217,7 +217,7 @@ class MaMuJoCoEnv(EnvBase):
             "truncated": truncated,
             "done": terminated | truncated,
         }
-        return self._view().update(TensorDict(out, [B]).to(self.device))
+        return self._view().update(TensorDict(out, [B], device=self.device))
 
     def close(self, **kwargs):
         for robot in self.robots:

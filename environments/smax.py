@@ -288,9 +288,8 @@ class SMAXEnv(EnvBase):
 
     def _to_torch(self, view: dict) -> TensorDict:
         view = {name: torch.from_dlpack(x).to(self.device) for name, x in view.items()}
-        agents = TensorDict(
-            {name: view.pop(name) for name in ("observation", "action_mask")}, [*self.batch_size, self.n]
-        )
+        agents = {name: view.pop(name) for name in ("observation", "action_mask")}
+        agents = TensorDict(agents, [*self.batch_size, self.n], device=self.device)
         return TensorDict(view | {"agents": agents}, self.batch_size, device=self.device)
 
     def _selected(self, tensordict: TensorDictBase | None, name: str):

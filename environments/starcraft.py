@@ -308,11 +308,9 @@ class StarCraftEnv(SMACv2Env):
             "action_mask": self._update_action_mask(),
         }
         flags = {"battle_won": torch.tensor([battle_won]), "game_died": torch.tensor([game_died])}
-        return TensorDict(
-            {"agents": TensorDict(agents, [self.n_agents]), "state": torch.as_tensor(state, dtype=torch.float32)}
-            | flags,
-            [],
-        ).to(self.device)
+        agents = TensorDict(agents, [self.n_agents], device=self.device)
+        state = torch.as_tensor(state, dtype=torch.float32)
+        return TensorDict({"agents": agents, "state": state} | flags, [], device=self.device)
 
     def _start_battle(self):
         """Starts a new battle, and the game if it must. Raises what smacv2 raises, and ConnectionError if the game

@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 import torch
 from gymnasium_robotics import mamujoco_v1
+from tensordict import TensorDict
 from torchrl.envs.utils import check_env_specs
 
+from comadice_eval import evaluate
+from comadice_mixer import make_policy
 from environments.checks import BadInput, NoSimulator
 from environments.mamujoco import MAMUJOCO_TASKS, MaMuJoCoEnv
 from environments.simulators import make_env
@@ -322,3 +325,10 @@ def test_distances_that_no_robot_has_are_refused_at_building(agent_obsk):
 
 def test_the_greatest_distance_is_all_joints(make):
     assert sizes(make("hopper", 1, agent_obsk=99)) == sizes(make("hopper", 1, agent_obsk=2))
+
+
+def test_playing_does_not_wait_for_a_gpu(make, monkeypatch):
+    """Evaluations run beside a GPU's updates. TensorDict's .to() would wait for these at every step, on a CPU too."""
+    monkeypatch.setattr(TensorDict, "_sync_all", lambda self: pytest.fail("TensorDict waits for the GPU here"))
+    env = make("hopper", 2)
+    evaluate(make_policy(3, 14, 1, False, 8), env, 2, 0)
