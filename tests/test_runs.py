@@ -787,7 +787,7 @@ def test_place_of_the_data_does_not_follow_free_memory(begun, fits, hopper_data,
     path = train("bc", hopper_data, tmp_path, **flags_)
     where = load_checkpoint(path)["where"]
     monkeypatch.setattr(support.runs, "FITS", fits)
-    train("bc", hopper_data, tmp_path, resume=True, **flags_ | {"steps": 40})
+    train("bc", hopper_data, tmp_path, resume=True, **flags_ | {"steps": 40, "evals": 4})
     assert load_checkpoint(path)["where"] == where and load_checkpoint(path)["step"] == 40
 
 
