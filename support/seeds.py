@@ -144,7 +144,8 @@ def adam(groups: list, lr: float, device: torch.device) -> torch.optim.Adam:
     """Adam as one fused kernel, which works in a CUDA graph. The learning rate is a tensor, so a graph sees changes."""
     # This warning is expected: Graph deliberately does not capture its first calls.
     warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
-    return torch.optim.Adam(groups, torch.tensor(lr, device=device), fused=True, capturable=device.type == "cuda")
+    lr = torch.tensor(lr, dtype=torch.float32, device=device)  # the CUDA kernel reads float32, with any parameters
+    return torch.optim.Adam(groups, lr, fused=True, capturable=device.type == "cuda")
 
 
 def target_update(target: nn.Module, networks: nn.Module, tau: float | torch.Tensor):
@@ -185,15 +186,15 @@ class Graph:
             return self.function(*batches)
         if self.inputs is None:
             self.inputs = [batch.clone() for batch in batches]
+            self.side = torch.cuda.Stream()  # one for all calls, since each stream gets a workspace of cuBLAS
         for mine, batch in zip(self.inputs, batches):
             mine.copy_(batch)
         self.calls += 1
         if self.calls <= EAGER_CALLS:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            self.side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.side):
                 results = self.function(*self.inputs)
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream().wait_stream(self.side)
             return results
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()

@@ -321,9 +321,11 @@ def test_a_step_of_the_graph_does_not_synchronise():
     args, card, rows = ARGS, CARD | {"discrete": False}, data(False, "cuda")
     _, _, update, batches = critics_of(SEEDS, rows, card, args, "cuda")
     graph = Graph(update)
-    for step, batch, init in batches(0, 64):
-        graph(batch, init)
-        if step == 10:
-            torch.cuda.synchronize()
-            torch.cuda.set_sync_debug_mode("error")
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        for step, batch, init in batches(0, 64):
+            graph(batch, init)
+            if step == 10:
+                torch.cuda.synchronize()
+                torch.cuda.set_sync_debug_mode("error")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
