@@ -7,6 +7,7 @@ Evaluations come on top: in comadice_train.py and comadice_bc.py they run beside
 import contextlib
 import importlib
 import io
+import math
 import sys
 import tempfile
 import time
@@ -38,12 +39,12 @@ def sizes(cell: Cell) -> tuple[int, int, int, int, bool] | None:
     return None
 
 
-def noise(path: Path, n: int, S: int, O: int, A: int, discrete: bool):
-    """Writes a dataset of noise."""
+def noise(path: Path, n: int, S: int, O: int, A: int, discrete: bool, transitions: int):
+    """Writes a dataset of noise with at least so many transitions."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator)
     writer, T = DatasetWriter(path), LENGTH
-    for _ in range(EPISODES):
+    for _ in range(max(EPISODES, math.ceil(transitions / LENGTH))):
         end = torch.zeros(T + 1, 1, dtype=torch.bool)
         end[T - 1] = True
         agents = {"observation": draw(T + 1, n, O), "action": draw(T + 1, n, A)}
@@ -99,9 +100,10 @@ def seconds_per_run(cells: list[Cell], device: str) -> dict[str, float | None]:
             kind = same(cell)
             if kind not in known and shapes[cell.name]:
                 print(f"\rmeasuring {len(known) + 1} of {kinds}", end="", file=sys.stderr, flush=True)
-                data = Path(folder, "-".join(map(str, shapes[cell.name])))
+                batch = cell.flags.get("batch_size", 0)
+                data = Path(folder, "-".join(map(str, (*shapes[cell.name], batch))))
                 if not data.is_dir():
-                    noise(data, *shapes[cell.name])
+                    noise(data, *shapes[cell.name], batch)
                 known[kind] = measure(cell, str(data), Path(folder, f"run{len(known)}"), device)
             seconds[cell.name] = cell.flags["steps"] * known[kind] if kind in known else None
         print(file=sys.stderr)

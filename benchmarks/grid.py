@@ -25,7 +25,7 @@ from offline_data.card import check_card, check_name, read_json
 from offline_data.durable import write_text
 from offline_data.lock import holder_of
 from offline_data.published import published
-from support.runs import has_summary
+from support.runs import FREE, has_summary
 
 # Method -> its script, and its flags. The paper's seven, and BC on the best 10% of episodes to compare with.
 METHODS = {
@@ -49,6 +49,8 @@ ABLATIONS = {
 OWN = {"env", "task", "quality", "data", "out", "seeds", "steps", "evals", "eval_episodes", "resume", "overwrite",
        "quiet", "device", "best", "checkpoint"}  # fmt: skip
 BUDGET = {"steps", "evals", "eval_episodes"}
+# Error lines of a script that another try may not meet: another machine, or later.
+PASSING = "not enough memory|in use by"
 PATIENCE = 60  # seconds to wait for a process that is about to end, for example on a machine that was lost
 
 
@@ -69,6 +71,11 @@ class Cell:
     seeds: list[int]
 
     @property
+    def setting(self) -> dict:
+        """The flags that change the result, without the budget and the dataset."""
+        return {name: value for name, value in self.flags.items() if name not in OWN | set(FREE)}
+
+    @property
     def name(self) -> str:
         return "/".join((self.part, *self.instance, self.method))
 
@@ -81,7 +88,8 @@ class Cell:
             config = read_json(self.path(seed) / "config.json")
         except BadInput:  # not there, or damaged
             return False
-        return all(config.get(name) == value for name, value in self.flags.items() if name not in OWN - BUDGET)
+        wanted = self.setting | {name: self.flags[name] for name in BUDGET}
+        return all(config.get(name) == value for name, value in wanted.items())
 
     def finished(self, seed: int) -> bool:
         return has_summary(self.path(seed)) and self.begun(seed)
@@ -184,23 +192,35 @@ def make_cells(out: str, instances: dict, methods: list[str], seeds: list[int], 
     return cells
 
 
-def read_plan(out: str | Path) -> dict[str, int]:
-    """Run directory below OUT -> its steps."""
+def read_plan(out: str | Path) -> tuple[dict[str, int], dict[str, dict]]:
+    """(run directory below OUT -> its steps, cell's name -> its setting)."""
     path = Path(out, "grid", "plan.json")
     plan = read_json(path) if path.is_file() else {"steps": {}}
-    if not isinstance(plan, dict) or not isinstance(plan.get("steps"), dict):
+    if not isinstance(plan, dict) or not all(isinstance(plan.get(key, {}), dict) for key in ("steps", "settings")):
         raise BadInput(f"{path} is not a plan of this command")
-    return plan["steps"]
+    return plan.get("steps", {}), plan.get("settings", {})
 
 
 def save_plan(out: str, cells: list[Cell]):
-    """OUT/grid/plan.json: the runs that were asked for, so that `status` knows what is waiting."""
+    """OUT/grid/plan.json: the runs that were asked for, so that `status` knows what is waiting, and their settings.
+
+    Raises BadInput if a cell had another setting in an earlier command. Its seeds would else be of two settings.
+    """
     path = Path(out, "grid", "plan.json")
-    known = read_plan(out)
+    known, settings = read_plan(out)
+    words = lambda setting: " ".join(f"--{k.replace('_', '-')} {v}" for k, v in setting.items()) or "none"
+    for cell in cells:
+        old = settings.get(cell.name, cell.setting)
+        if old != cell.setting:
+            raise BadInput(
+                f"{cell.name} was planned with other flags (then {words(old)}, now {words(cell.setting)}): give the "
+                "same words after --, or another --out"
+            )
     runs = known | {f"{cell.name}/seed{seed}": cell.flags["steps"] for cell in cells for seed in cell.seeds}
-    if runs != known:
+    own = settings | {cell.name: cell.setting for cell in cells}
+    if (runs, own) != (known, settings):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({"steps": runs}, indent=0) + "\n", shared=True)
+        write_text(path, json.dumps({"steps": runs, "settings": own}, indent=0) + "\n", shared=True)
 
 
 # ---------------------------------------------------------------- one task
@@ -215,13 +235,16 @@ def keep_failures(cell: Cell, lines: dict[int | None, str]) -> str:
     return next(iter(lines.values()))
 
 
+OUTCOMES = ["finished", "input", "failed", "stopped"]  # what of several seeds is said: the last that occurs
+
+
 def train(cell: Cell, seeds: list[int], device: str) -> tuple[str, str]:
     """Trains seeds of a cell in this process, from their last checkpoints, by the method's own script.
 
     Returns an outcome and a line that explains it. "finished"; the line says if it was not played. "stopped": by a
-    signal, or since another process does not end. "failed": these seeds only. "input": the input can't be used, so the
-    cell's other seeds can't run either. What the script prints goes to OUT/grid/logs. The cell's own failure is kept:
-    another seed may just have written it.
+    signal, by a lack of memory, or since another process does not end. "failed": these seeds only. "input": the input
+    can't be used, so the cell's other seeds can't run either. What the script prints goes to OUT/grid/logs. The cell's
+    own failure is kept: another seed may just have written it.
     """
     log = Path(cell.out, "grid", "logs", cell.name.replace("/", ".") + f".seed{'-'.join(map(str, seeds))}.txt")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -266,8 +289,15 @@ def train(cell: Cell, seeds: list[int], device: str) -> tuple[str, str]:
         return "failed", keep_failures(cell, diverged)
     if code:
         line = lines[-1] if lines else f"exit code {code} (see {log})"
-        if any(cell.begun(seed) for seed in seeds):  # for example a damaged checkpoint, or a full disk
-            return "failed", keep_failures(cell, dict.fromkeys(seeds, line))
-        return "input", keep_failures(cell, {None: line})
+        if re.search(PASSING, line):
+            return "stopped", line
+        if not any(cell.begun(seed) for seed in cell.seeds):
+            return "input", keep_failures(cell, {None: line})
+        if len(seeds) > 1:  # one damaged run stops all that are trained together
+            outcomes = [train(cell, [seed], device) for seed in seeds]
+            return max(outcomes, key=lambda outcome: OUTCOMES.index(outcome[0]))
+        if "was trained on" in line and device != "cpu":
+            line += " (here: --gpu-fraction 0)"
+        return "failed", keep_failures(cell, dict.fromkeys(seeds, line))  # a damaged checkpoint, a full disk, ...
     unplayed = [seed for seed in seeds if read_json(cell.path(seed) / "summary.json")["return"] is None]
     return "finished", f"trained, but not played: seeds {unplayed} (see {log})" if unplayed else ""

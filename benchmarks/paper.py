@@ -26,6 +26,7 @@ import shlex
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -65,7 +66,7 @@ class Args:
     gpu_fraction: float = 0.25
     """share of a GPU for each task, if there are GPUs; 0: use none"""
     retries: int = 3
-    """how often a task is started again after its worker or machine is lost"""
+    """how often a task is started again after its worker or machine is lost before it got on"""
     plan: bool = False
     """print what would run, with an estimate of the time, and run nothing"""
     index: int | None = None
@@ -134,10 +135,16 @@ def result(ray, ref) -> tuple[str, str]:
         return ray.get(ref)
     except ray.exceptions.TaskCancelledError:
         return "stopped", "cancelled before it began"
-    except ray.exceptions.RayTaskError as error:  # not an error of training; for example the code can't be loaded there
-        return "lost", str(error).strip().splitlines()[-1]
+    except ray.exceptions.RayTaskError as error:  # not of training: the code can't be loaded there, or its disk is full
+        return "stopped", str(error).strip().splitlines()[-1]
     except ray.exceptions.RayError as error:
         return "stopped", f"its worker was lost ({type(error).__name__})"
+
+
+def checkpoints(cell: Cell, seeds: list[int]) -> list[float | None]:
+    """When each seed's checkpoint was written. None if there is none."""
+    paths = [cell.path(seed) / "checkpoint.pt" for seed in seeds]
+    return [path.stat().st_mtime if path.exists() else None for path in paths]
 
 
 class Display:
@@ -190,21 +197,24 @@ def work(ray, cells: list[Cell], args: Args, train=grid.train):
             cell.failure(seed).unlink(missing_ok=True)  # of an earlier command
         seeds = [seed for seed in cell.seeds if not cell.finished(seed)]
         tasks += [(cell, seeds)] if gpus and seeds else [(cell, [seed]) for seed in seeds]
-    running = {remote.remote(*task, device): (*task, 0) for task in tasks}
+    running = {remote.remote(*task, device): (*task, 0, checkpoints(*task)) for task in tasks}
     board, display, failed, cancelled = Board(args.out), Display(), set(), False
     while running:
         ready, _ = ray.wait(list(running), timeout=SECONDS)
         for ref in ready:
-            cell, seeds, tries = running.pop(ref)
+            cell, seeds, tries, before = running.pop(ref)
             outcome, line = result(ray, ref)
             if outcome == "stopped" and not cancelled and cell.name not in failed:
+                now = checkpoints(cell, seeds)
+                tries = tries if now == before else 0  # it got on: a job that is pre-empted often is not given up
                 if tries < args.retries:
                     display.say(f"{cell.name}, seeds {seeds}: {line}; once more ({tries + 1} of {args.retries})")
-                    running[remote.remote(cell, seeds, device)] = (cell, seeds, tries + 1)
+                    running[remote.remote(cell, seeds, device)] = (cell, seeds, tries + 1, now)
                     continue
                 outcome, line = "lost", f"given up after {tries + 1} tries: {line}"
             if outcome == "lost":  # the task itself could not write its failure's file
-                grid.keep_failures(cell, {seed: line for seed in seeds})
+                with suppress(BadInput):  # nor can this process, if the disk is full; the line is printed below
+                    grid.keep_failures(cell, {seed: line for seed in seeds})
             if line and outcome != "stopped" and cell.name not in failed:
                 display.say(f"{cell.name}, seeds {seeds}: {line}")
             if outcome == "input":  # the other seeds of this cell would fail too
@@ -291,32 +301,51 @@ def as_default(run: report.Run) -> report.Run:
     return without_episodes(run._replace(config=tuple((k, "default" if k == "alpha" else v) for k, v in run.config)))
 
 
+def find_runs(out: str) -> tuple[dict[str, list[report.Run]], list[tuple[Path, str]]]:
+    """(part -> its finished runs, what is left out and why). A part is main, or an ablation's setting."""
+    runs, left_out = {}, []
+    for part in ("main", *(part for name in grid.ABLATIONS for part in grid.ablation_parts(name))):
+        # Each by itself: a value of an ablation may be the setting of main, and both charts need the run.
+        runs[part], its_own = report.find_runs(Path(out, part), []) if Path(out, part).is_dir() else ([], [])
+        left_out += its_own
+    return runs, left_out
+
+
+def not_there(out: str, runs: dict[str, list[report.Run]], left_out: list[tuple[Path, str]]) -> list[tuple[Path, str]]:
+    """The planned runs that are neither in the report nor in what is left out, with the reason if one is known."""
+    named = {run.path for own in runs.values() for run in own} | {path for path, _ in left_out}
+    missing = []
+    for path in (Path(out, name) for name in grid.read_plan(out)[0]):
+        if path not in named:
+            cell, _, seed = str(path.relative_to(out)).rpartition("/seed")
+            files = [grid.failure_file(out, cell, own) for own in (seed, None)]
+            why = next((file.read_text().strip() for file in files if file.is_file()), "not begun")
+            missing.append((path, why))
+    return missing
+
+
 def write_reports(out: str):
     """OUT/report of the runs in OUT/main, and OUT/report-ABLATION of each ablation beside ComaDICE's default."""
     if not Path(out).is_dir():
         raise BadInput(f"no folder at {out}")
-    runs, left_out = report.find_runs(Path(out), [Path(out, name) for name in ("grid", "report", *REPORTS)])
-    failed = [(path, path.read_text().strip()) for path in sorted(Path(out, "grid", "failed").glob("*.txt"))]
-    part = lambda run: run.path.relative_to(out).parts[0]
-    main = [run for run in runs if part(run) == "main"]
+    by_part, left_out = find_runs(out)
+    left_out += not_there(out, by_part, left_out)
+    of_parts = lambda parts: [(path, why) for path, why in left_out if path.relative_to(out).parts[0] in parts]
+    runs, main = [run for own in by_part.values() for run in own], by_part["main"]
     if not runs:
-        reasons = "".join(f"; {path}: {why}" for path, why in (left_out + failed)[:3])
+        reasons = "".join(f"; {path}: {why}" for path, why in left_out[:3])
         print(f"no report, since no finished run below {out} was played in a simulator{reasons}")
     if main:
-        report.publish(report.make_cells(main), left_out + failed, None, Path(out, "report"))
+        report.publish(report.make_cells(main), of_parts(["main"]), None, Path(out, "report"))
     for name, (flag, _) in grid.ABLATIONS.items():
         parts = grid.ablation_parts(name)
-        ablated = [run for run in runs if part(run) in parts]
+        ablated = [run for part in parts for run in by_part[part]]
         if ablated:
             instances = {run.instance for run in ablated}
             default = [run for run in main if run.method == "comadice" and run.instance in instances]
             if flag == "alpha":
                 default, ablated = [as_default(run) for run in default], [without_episodes(run) for run in ablated]
-            its_own = [(path, why) for path, why in failed if path.name.startswith(tuple(f"{p}." for p in parts))]
-            report.publish(report.make_cells(default + ablated), its_own, None, Path(out, f"report-{name}"))
-
-
-REPORTS = [f"report-{name}" for name in grid.ABLATIONS]
+            report.publish(report.make_cells(default + ablated), of_parts(parts), None, Path(out, f"report-{name}"))
 
 
 # ---------------------------------------------------------------- the command

@@ -4,6 +4,7 @@ A run is running while a process holds its LOCK. Its step is that of its last ch
 remaining steps take as long as the steps so far.
 """
 
+import os
 import time
 from collections import Counter
 from contextlib import suppress
@@ -37,8 +38,13 @@ class Board:
         self.out, self.done, self.checkpoints = Path(out), {}, {}
 
     def read(self) -> list[Progress]:
-        found = {str(path.parent.relative_to(self.out)) for path in self.out.rglob("seed*/config.json")}
-        plan = read_plan(self.out)
+        folders = os.walk(self.out)  # unlike rglob it takes no offence at a folder that vanishes meanwhile
+        found = {
+            os.path.relpath(folder, self.out)
+            for folder, _, files in folders
+            if "config.json" in files and os.path.basename(folder).startswith("seed")
+        }
+        plan, _ = read_plan(self.out)
         return [self.look(name, plan.get(name, 0)) for name in dict.fromkeys([*plan, *sorted(found)])]
 
     def look(self, name: str, planned: int) -> Progress:

@@ -32,6 +32,7 @@ from comadice_eval import eval_env, evaluation
 from comadice_mixer import make_policy
 from environments.checks import BadInput, pick_device, run_script
 from offline_data.dataset import open_dataset
+from offline_data.durable import check_new
 from offline_data.facts import data_facts, mean_abs_reward
 from offline_data.replay import initial_rows, make_replay, minibatches
 from support.flags import program
@@ -162,6 +163,7 @@ def main(args: Args):
             f"--steps {args.steps} is too small for {args.last} evaluations in its last fifth: give at least "
             f"{5 * args.last}"
         )
+    check_new(args.out)
     device = pick_device(args.device)
     rows, card = open_dataset(args.data)
     if device.type == "cuda":

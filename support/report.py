@@ -483,9 +483,12 @@ def publish(cells: list[Cell], left_out: list[tuple[Path, str]], last: float | N
     try:
         partial.mkdir(parents=True)
         names = write_report(cells, left_out, last, partial)
+        old = out.with_name(out.name + ".old")
         if out.exists():
-            shutil.rmtree(out)
+            shutil.rmtree(old, ignore_errors=True)
+            out.rename(old)
         partial.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
     except (OSError, UnicodeEncodeError) as error:
         raise BadInput(f"can't write the report to {out}: {error}") from None
     finally:

@@ -129,6 +129,25 @@ def test_the_plan_is_printed_and_nothing_is_written(tmp_path, monkeypatch, capsy
     assert "smacv1/" in said.split("note: ")[1] and "26 more can be trained here, but not played" in said
 
 
+def test_the_plan_of_a_large_batch_is_estimated(tmp_path):
+    """More than the transitions of the noise that is otherwise trained on."""
+    (cell,) = cells_of(tmp_path, data=[DEMO], methods=["bc"], extra={"bc": {"hidden": 8, "batch_size": 2048}})
+    assert estimate.seconds_per_run([cell], "cpu")[cell.name] > 0
+
+
+def test_a_cell_has_one_setting(tmp_path):
+    """Seeds that are added later must have the flags of those before."""
+    cells = lambda **extra: cells_of(tmp_path, data=[DEMO], methods=["bc"], extra={"bc": extra})
+    grid.save_plan(str(tmp_path), cells(hidden=8))
+    before = (tmp_path / "grid/plan.json").read_bytes()
+    for extra, now in (({}, "none"), ({"hidden": 16}, "--hidden 16")):
+        why = f"main/mamujoco/hopper/demo/bc was planned with other flags .then --hidden 8, now {now}.: give the same"
+        with pytest.raises(BadInput, match=why):
+            grid.save_plan(str(tmp_path), cells(**extra))
+    grid.save_plan(str(tmp_path), cells(hidden=8, workers=2, quiet=True))  # these change no result
+    assert (tmp_path / "grid/plan.json").read_bytes() == before
+
+
 def test_runs_of_unknown_sizes_are_in_the_plan_but_not_in_its_hours(tmp_path, monkeypatch, capsys):
     times = {"hopper": 3600.0, "no_such": None}
     monkeypatch.setattr(
@@ -255,6 +274,39 @@ def test_what_becomes_of_a_task(tmp_path, monkeypatch):
     assert grid.train(cell, [1], "cpu") == ("stopped", f"{cell.path(1)} is in use by process 5 on moon")
 
 
+def test_flags_that_change_no_result_leave_a_run_finished(tmp_path):
+    (cell,) = cells_of(tmp_path, data=[DEMO], methods=["bc"], seeds=[0], extra={"bc": SMALL})
+    assert grid.train(cell, [0], "cpu") == ("finished", "")
+    for name, value in (("workers", 2), ("graph", False), ("logger", "csv"), ("data_device", "device")):
+        (other,) = cells_of(tmp_path, data=[DEMO], methods=["bc"], seeds=[0], extra={"bc": SMALL | {name: value}})
+        assert other.finished(0)
+    (other,) = cells_of(tmp_path, data=[DEMO], methods=["bc"], seeds=[0], extra={"bc": SMALL | {"hidden": 16}})
+    assert not other.finished(0)
+
+
+def test_one_damaged_run_stops_none_of_those_beside_it(tmp_path):
+    """On a GPU the seeds of a cell are trained together."""
+    (cell,) = cells_of(tmp_path, data=[DEMO], methods=["bc"], seeds=[0, 1, 2], extra={"bc": SMALL})
+    assert grid.train(cell, [0], "cpu") == ("finished", "")
+    (cell.path(0) / "summary.json").unlink()
+    (cell.path(0) / "checkpoint.pt").write_bytes(b"damaged")
+    outcome, line = grid.train(cell, [0, 1, 2], "cpu")
+    assert outcome == "failed" and "seed0/checkpoint.pt" in line
+    assert [cell.finished(seed) for seed in cell.seeds] == [False, True, True]
+    assert [cell.failure(seed).exists() for seed in cell.seeds] == [True, False, False]
+
+
+@pytest.mark.parametrize("line, outcome", [("not enough memory for it", "stopped"), ("no such dataset", "input")])
+def test_what_may_pass_is_tried_again(line, outcome, tmp_path, monkeypatch):
+    def fails(args):
+        raise BadInput(line)
+
+    (cell,) = cells_of(tmp_path, data=[DEMO], methods=["bc"], seeds=[0, 1])
+    monkeypatch.setattr(comadice_bc, "main", fails)
+    assert grid.train(cell, [0], "cpu") == (outcome, line)
+    assert cell.failure().exists() == (outcome == "input")
+
+
 def test_the_demonstrations_data_are_data_like_any_other(tmp_path):
     """comadice_train.py given that folder's full path runs the demonstration, with BC beside it."""
     data = str(ROOT / "data/mamujoco/hopper/few-good")
@@ -342,6 +394,32 @@ def test_ablation_reports_have_the_default_beside_them(tmp_path, capsys):
     again = {path: path.read_bytes() for path in tmp_path.rglob("report*/*.csv")}
     paper.write_reports(str(tmp_path))
     assert again == {path: path.read_bytes() for path in tmp_path.rglob("report*/*.csv")}
+
+
+def test_an_ablation_may_have_the_setting_of_main(tmp_path):
+    for part, alpha in (("main", 10.0), ("alpha10", 10.0), ("alpha1", 1.0)):
+        make_run(tmp_path / part, seed=0, returns=[alpha], alpha=alpha, episode_alpha=5.0)
+    make_run(tmp_path / "main", "bc", seed=0, returns=[1.0])
+    shutil.copytree(tmp_path / "main", tmp_path / "backup")
+    paper.write_reports(str(tmp_path))
+    assert "| instance | data | bc | comadice |" in (tmp_path / "report/report.md").read_text()
+    columns = "| instance | data | comadice alpha=1 | comadice alpha=10 | comadice alpha=default |"
+    assert columns in (tmp_path / "report-alpha/report.md").read_text()
+
+
+def test_the_report_names_the_runs_that_are_not_in_it(tmp_path):
+    """A run that never began, one that failed, and not one that failed and was trained later."""
+    path = make_run(tmp_path / "main", "bc", seed=0, returns=[1.0])
+    cell = str(path.parent.relative_to(tmp_path))
+    (tmp_path / "grid/failed").mkdir(parents=True)
+    plan = {f"{cell}/seed{seed}": 30 for seed in range(3)} | {f"{cell.replace('main', 'f-kl')}/seed0": 30}
+    (tmp_path / "grid/plan.json").write_text(json.dumps({"steps": plan}))
+    for seed in (0, 1):
+        grid.failure_file(tmp_path, cell, seed).write_text(f"seed {seed}: given up\n")
+    paper.write_reports(str(tmp_path))
+    notes = (tmp_path / "report/report.md").read_text().partition("## Missing and left out")[2].split("\n")
+    wanted = [(1, "seed 1: given up"), (2, "not begun")]
+    assert [line for line in notes if line] == [f"- left out {tmp_path}/{cell}/seed{s}: {why}" for s, why in wanted]
 
 
 def test_durations():
@@ -441,6 +519,42 @@ def test_a_task_is_given_up_after_its_retries(tmp_path, capsys):
     assert not cell.failure(1).exists() and "once more (2 of 2)" in capsys.readouterr().out
     paper.work(StandIn(), [cell], paper.Args(out=str(tmp_path)), lambda *_: ("finished", ""))
     assert not cell.failure(0).exists()
+
+
+def test_a_task_that_gets_on_is_not_given_up(tmp_path, capsys):
+    """Six pre-emptions, each after another checkpoint, then an error of its machine, then none."""
+    (cell,) = cells_of(tmp_path, data=[DEMO], methods=["bc"], seeds=[0])
+    tries = []
+
+    def train(cell, seeds, device):
+        tries.append(1)
+        cell.path(0).mkdir(parents=True, exist_ok=True)
+        (cell.path(0) / "checkpoint.pt").touch()
+        os.utime(cell.path(0) / "checkpoint.pt", (min(len(tries), 6),) * 2)
+        if len(tries) == 7:
+            raise StandIn.exceptions.RayTaskError("no module\nModuleNotFoundError: no module")
+        return ("stopped", "stopped by a signal") if len(tries) < 7 else ("finished", "")
+
+    paper.work(StandIn(), [cell], paper.Args(out=str(tmp_path), retries=2), train)
+    printed = capsys.readouterr().out
+    assert len(tries) == 8 and not cell.failure(0).exists()
+    assert printed.count("once more (1 of 2)") == 6 and "ModuleNotFoundError: no module; once more (2 of 2)" in printed
+
+
+def test_a_full_disk_does_not_stop_the_other_cells(tmp_path, monkeypatch, capsys):
+    cells = cells_of(tmp_path, data=[DEMO], methods=["bc", "omiga"], seeds=[0])
+
+    def train(cell, *_):
+        if cell.method == "bc":
+            raise StandIn.exceptions.RayTaskError("OSError: no space left")
+        return "finished", ""
+
+    def full(*_):
+        raise BadInput("can't write: no space left")
+
+    monkeypatch.setattr(grid, "keep_failures", full)
+    paper.work(StandIn(), cells, paper.Args(out=str(tmp_path), retries=0), train)
+    assert "given up after 1 tries: OSError: no space left" in capsys.readouterr().out
 
 
 def test_on_gpus_the_seeds_of_a_cell_are_one_task(tmp_path):
