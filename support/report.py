@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 
 from environments.checks import BadInput
+from environments.simulators import engine
 from offline_data.card import DEEPEST, read_json, sound
 from offline_data.durable import write_figure
 from offline_data.published import published
@@ -445,7 +446,7 @@ def write_report(cells: list[Cell], left_out: list[tuple[Path, str]], last: floa
             lines += [
                 f"## {env}: {metric}{unit}",
                 "",
-                f"Mean ± standard deviation over seeds, engine {', '.join(engines)}.",
+                f"Mean ± standard deviation over seeds, played in {', '.join(engines)}.",
                 "",
             ]
             lines += [*table(measured, metric, last, paper), ""]
@@ -551,7 +552,8 @@ def report(curves: dict[str, list[list[dict]]], card: dict, args, picture: str):
     evaluated = {name: [last_evaluations(metrics) for metrics in seeds] for name, seeds in curves.items()}
     counts = {len(rows) for seeds in evaluated.values() for rows in seeds}
     said = f"mean of the last {max(counts)} evaluations, ± standard deviation over seeds" if max(counts) else ""
-    print(f"\n{args.env} {args.task} {args.quality}, {args.steps:,} steps, seeds {args.seeds}, {card.get('engine')}")
+    simulator = card.get("engine") if 0 in counts else engine(args.env)  # what the policies were played in
+    print(f"\n{args.env} {args.task} {args.quality}, {args.steps:,} steps, seeds {args.seeds}, {simulator}")
     print(f"{'':<24}{'return':>12}   {said}")
     print(f"{'behaviour data':<24}{card['return_mean']:>12.2f} ± {card['return_std']:.2f} (over episodes)")
     if 0 in counts:

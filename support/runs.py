@@ -30,7 +30,7 @@ from torch import nn
 
 from environments import stops
 from environments.checks import BadInput, check_positive, fail_at_end, pick_device
-from environments.simulators import check_task
+from environments.simulators import check_task, engine
 from offline_data import sealed
 from offline_data.card import DATA_ROOT, DEEPEST, check_name, dataset_path, read_json, short, sound
 from offline_data.dataset import open_dataset
@@ -479,7 +479,7 @@ def finish_run(run: Run, args, card: dict, together: int):
         "update_share": seconds / wall,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "engine": card.get("engine"),
+        "engine": engine(card["env"]) if last else card.get("engine"),  # of the evaluations; the card's is the data's
     }
     write_text(run.path / "summary.json", json.dumps(summary, indent=2) + "\n", AGAIN)
     run.finished = True

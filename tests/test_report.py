@@ -1,6 +1,7 @@
 """The report: means over known numbers, what it leaves out and says so, and the paper's tables against each other."""
 
 import csv
+import importlib.metadata
 import json
 import math
 from collections import defaultdict
@@ -423,7 +424,10 @@ def test_training_ends_with_what_all_seeds_have(tmp_path, capsys):
     (tmp_path / "mamujoco/hopper/demo").mkdir(parents=True)
     card = {"engine": "x", "return_mean": 0.0, "return_std": 1.0}
     support.report.report({"BC": seeds}, card, args, "curve.png")
-    assert f"{'BC':<24}{'4.00':>12} ± 1.41" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{'BC':<24}{'4.00':>12} ± 1.41" in printed
+    # The simulator that played, and not that of the data: converted data say "as the source was recorded".
+    assert f"mujoco {importlib.metadata.version('mujoco')}, " in printed and ", x" not in printed
     assert (tmp_path / "mamujoco/hopper/demo/curve.png").exists()
     support.report.report({"BC": [*seeds, [{"stage": "policy", "step": 2}]]}, card, args, "other.png")
     said = "not all policies were played, so no results are shown; comadice_eval.py --run RUN"

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import importlib.metadata
 import json
 import math
 import os
@@ -134,6 +135,7 @@ def test_summary(run, bc_run, algo, hopper_data):
     }
     assert {k: summary[k] for k in wanted} == wanted
     assert summary["dataset_return"] == card["return_mean"] and summary["updates_per_second"] > 0
+    assert f"gymnasium {importlib.metadata.version('gymnasium')}," in summary["engine"]
     assert 50 < summary["peak_rss_mb"] < 20_000
     last = table(path)[-1]
     assert (summary["return"], summary["evaluations"]) == (float(last["return"]), 1)  # the last half of two
