@@ -51,6 +51,7 @@ class Run(NamedTuple):
     seed: int
     steps: list[int]
     curves: dict[str, list[float]]  # metric -> one value per evaluation
+    data_std: float  # standard deviation of the dataset's returns, 0 for a run that is too old to have it
 
 
 class Cell(NamedTuple):
@@ -130,18 +131,19 @@ def read_run(path: Path) -> Run:
             curves["winrate"] = [100 * float(row["winrate"]) for row in rows]
         instance = tuple(config[key] for key in ("env", "task", "quality"))
         instance += (str(summary["engine"]), float(summary["dataset_return"]))
+        data_std = float(summary.get("dataset_std", 0.0))
     except BadInput:
         raise
     except (KeyError, ValueError, TypeError, OverflowError, OSError, csv.Error) as error:
         raise BadInput(f"metrics.csv or summary.json is damaged ({type(error).__name__}: {error})") from None
-    if not all(abs(v) < 1e12 for v in (*instance[4:], *curves["return"])) or not all(
+    if not all(abs(v) < 1e12 for v in (*instance[4:], data_std, *curves["return"])) or not all(
         0 <= v <= 100 for v in curves.get("winrate", [])
     ):
         raise BadInput("metrics.csv or summary.json holds a number that can't be a return or winrate")
     settings = {k: show(v) for k, v in config.items() if k in ("steps", "evals") or k not in (*FREE, *kinds)}
     if "checkpoint" in settings:  # weighted BC: each seed has the ratio of another run
         settings["checkpoint"] = re.sub(r"seed\d+$", "seed*", settings["checkpoint"])
-    return Run(path, instance, config["algo"], tuple(sorted(settings.items())), config["seed"], steps, curves)
+    return Run(path, instance, config["algo"], tuple(sorted(settings.items())), config["seed"], steps, curves, data_std)
 
 
 def find_runs(root: Path, skip: list[Path]) -> tuple[list[Run], list[tuple[Path, str]]]:
@@ -241,7 +243,7 @@ def all_scores(cells: list[Cell], last: float | None) -> list[scores.Score]:
         for metric in cell.runs[0].curves:
             for run, value in zip(cell.runs, seed_scores(cell, metric, last)):
                 about = cell.instance, metric, column, run.seed, value, budget
-                found.append(scores.Score(*about, run.steps, run.curves[metric]))
+                found.append(scores.Score(*about, run.steps, run.curves[metric], run.data_std))
     return found
 
 

@@ -474,6 +474,7 @@ def finish_run(run: Run, args, card: dict, together: int):
         "evaluations": len(last),
         **{name: getattr(args, name) for name in METHOD_FLAGS if hasattr(args, name)},
         "dataset_return": card["return_mean"],
+        "dataset_std": card["return_std"],
         "seeds_together": together,
         "updates_per_second": stages * args.steps / seconds,
         "update_share": seconds / wall,

@@ -5,7 +5,8 @@ Methods are compared on the instances that all of them have, and only at equal b
 
 A win rate is compared as it is. A return is divided by the mean return of its dataset: 1 is as good as what was
 recorded. This needs no other method and no expert, so a method's number does not change when another one is added. It
-can't be done if the data's mean return is not positive: such an instance is left out, and named.
+can't be done if the data's mean return is not positive, and near 0 it would outweigh all other instances. So an
+instance whose mean is below SMALL standard deviations of its returns is left out, and named.
 """
 
 import csv
@@ -20,6 +21,7 @@ from support.statistics import DRAWS, interval, iqm, probability_of_improvement,
 
 YARDSTICKS = ("bc", "omiga")  # columns that all others are compared with
 MARL_EVAL = {"return": ("return", 1.0), "winrate": ("win_rate", 0.01)}  # its name of a metric, and its unit
+SMALL = 0.1  # a mean return below so many standard deviations can't be divided by
 UNIT = {"return": "return / mean return of the data", "winrate": "battles won (%)"}
 
 
@@ -34,13 +36,15 @@ class Score(NamedTuple):
     budget: tuple  # steps, evaluations, episodes of each
     steps: list[int]
     curve: list[float]  # the metric at each of these steps
+    data_std: float  # of the dataset's returns
 
     @property
     def normalised(self) -> float | None:
-        """The score in UNIT. None if the data's mean return is not positive."""
+        """The score in UNIT. None if the data's mean return is not positive, or near 0."""
         if self.metric == "winrate":
             return self.score
-        return self.score / self.instance[4] if self.instance[4] > 0 else None
+        mean = self.instance[4]
+        return self.score / mean if mean > 0 and mean >= SMALL * self.data_std else None
 
 
 def write_seeds(scores: list[Score], path: Path):
@@ -85,18 +89,18 @@ def groups(scores: list[Score]) -> tuple[list[Group], list[str]]:
     found, nothing_shared = [], []
     for (env, metric, budget), columns in cells.items():
         every = sorted({instance for own in columns.values() for instance in own})
-        usable = [instance for instance in every if metric == "winrate" or instance[4] > 0]
+        usable = [i for i in every if not any(None in own.get(i, ()) for own in columns.values())]
         shared = [instance for instance in usable if all(instance in own for own in columns.values())]
         if len(columns) < 2:
             continue
         if not shared:
-            why = "no instance has runs of them all and a positive mean return of the data"
+            why = f"no instance has runs of them all and a mean return of the data of at least {SMALL:g} deviations"
             nothing_shared.append(f"{env} {metric}, {said(budget)}: {', '.join(columns)} are not compared, since {why}")
             continue
         notes = []
         if len(usable) < len(every):
             names = ", ".join(" ".join(i[1:3]) for i in every if i not in usable)
-            notes.append(f"left out, the data's mean return is not positive: {names}")
+            notes.append(f"left out, the data's mean return is below {SMALL:g} of its standard deviation: {names}")
         if len(shared) < len(usable):
             names = ", ".join(" ".join(i[1:3]) for i in usable if i not in shared)
             notes.append(f"left out, not every method has runs: {names}")

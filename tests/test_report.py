@@ -27,6 +27,7 @@ def make_run(
     winrates=None,
     engine="MuJoCo",
     data_return=234.5,
+    data_std=100.0,
     steps=100,
     **config,
 ) -> Path:
@@ -62,6 +63,7 @@ def make_run(
         "winrate": winrates and winrates[-1],
         "engine": engine,
         "dataset_return": data_return,
+        "dataset_std": data_std,
     }
     (run / "summary.json").write_text(json.dumps(summary))
     return run

@@ -189,11 +189,12 @@ def test_methods_are_compared_while_runs_are_extended(tmp_path):
 
 def test_instances_that_are_not_shared_or_have_no_unit_are_named(tmp_path):
     for algo in ("bc", "comadice", "omiga"):
-        for quality, data in (("medium", 10.0), ("expert", -1.0), ("medium-replay", 5.0)):
+        for quality, data in (("medium", 10.0), ("expert", -1.0), ("medium-replay", 5.0), ("near-zero", 0.9)):
             if (algo, quality) != ("omiga", "medium-replay"):
-                make_run(tmp_path, algo, 0, [3.0], quality=quality, data_return=data)
+                make_run(tmp_path, algo, 0, [3.0], quality=quality, data_return=data, data_std=10.0)
     text = report(tmp_path)[0]
-    assert "- left out, the data's mean return is not positive: hopper expert" in text
+    why = "the data's mean return is below 0.1 of its standard deviation"
+    assert f"- left out, {why}: hopper expert, hopper near-zero" in text
     assert "- left out, not every method has runs: hopper medium-replay" in text
     assert "| method | interquartile mean | better than bc | better than omiga |" in text and "1 instance," in text
 
