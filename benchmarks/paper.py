@@ -262,10 +262,12 @@ def print_plan(cells: list[Cell], args: Args):
     """Prints every run with its time, and the sums."""
     device = own_device(args)
     seconds, machine = estimate.seconds_per_run(cells, device), "GPU" if device == "cuda" else "core"
-    number, unknown, parts = 0, 0, {}
+    number, unknown, parts, board = 0, 0, {}, Board(args.out)
     for cell in cells:
-        own = seconds[cell.name]
+        steps = cell.flags["steps"] * (2 if cell.method == "comadice" else 1)
         for seed in cell.seeds:
+            done = board.step(cell.path(seed))[0]  # of a run that was stopped
+            own = None if seconds[cell.name] is None else seconds[cell.name] * max(1 - done / steps, 0.0)
             state = "finished" if cell.finished(seed) else "?" if own is None else duration(own)
             print(f"{number:>5}  {cell.name}/seed{seed}  {state}")
             number += 1

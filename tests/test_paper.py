@@ -318,6 +318,20 @@ def test_the_demonstrations_data_are_data_like_any_other(tmp_path):
 # ---------------------------------------------------------------- progress
 
 
+def test_the_plan_counts_what_is_left_of_a_stopped_run(undisturbed, tmp_path, monkeypatch, capsys):
+    shutil.copytree(undisturbed / "main", tmp_path / "main")
+    run = tmp_path / "main/mamujoco/hopper/demo/comadice/seed0"
+    (run / "summary.json").unlink()
+    torch.save(load_checkpoint(run) | {"step": 0, "critic_step": 30}, run / "checkpoint.pt")  # after its first stage
+    monkeypatch.setattr(estimate, "seconds_per_run", lambda cells, device: {cell.name: 7200.0 for cell in cells})
+    extra = {"comadice": SMALL}
+    cells = cells_of(tmp_path, data=[DEMO], methods=["comadice"], seeds=[0, 1, 2], extra=extra)
+    paper.print_plan(cells, paper.Args(out=str(tmp_path)))
+    said = capsys.readouterr().out
+    states = [line.rsplit("  ", 1)[1] for line in said.splitlines() if "comadice/seed" in line]
+    assert states == ["60.0 min", "finished", "2.0 h"] and "main: 2 runs, 3.0 " in said
+
+
 def test_progress_is_read_from_the_run_directories(undisturbed, tmp_path):
     shutil.copytree(undisturbed / "main", tmp_path / "main")
     folder = tmp_path / "main/mamujoco/hopper/demo"
