@@ -12,7 +12,7 @@ discrete actions: the log-sum-exp, the maximum in the target and the arg max tha
     the policy is the arg max of q_i (w_i >= 0: local maxima are the team's). So the "policy" of a checkpoint holds all
     parameters, as BCQ's does.
 continuous actions: the log-sum-exp is estimated by importance sampling (Kumar et al., Appendix F) with actions drawn
-    uniformly and around the policy's, within the box; the policy is a Gaussian that maximises q_tot and its entropy, as
+    uniformly and around the policy's (baselines/conservative.py); the policy is a Gaussian that maximises q_tot and its entropy, as
     in SAC, on which CQL is built.
 """
 
@@ -29,9 +29,9 @@ from support.flags import parse
 class Args(RunArgs):
     """Train CQL."""
 
-    cql_alpha: float = 1.0
-    """weight of the conservative term beside the squared Bellman error (OMIGA's experiments); Eq. 4 has half of that
-    error, so 1 is its alpha = 0.5"""
+    cql_alpha: float | None = None
+    """weight of the conservative term beside the squared Bellman error, in units of the reward (default: 0.5 mean
+    absolute rewards)"""
     cql_samples: int = 10
     """continuous actions: samples of each kind in the log-sum-exp (Kumar et al., Appendix F)"""
     mixer_hidden: int = 64
@@ -52,6 +52,15 @@ from comadice_mixer import LinearMixer, Q, make_policy
 from environments.checks import run_script
 
 KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
+
+
+def defaults(card: dict, unit: float) -> dict[str, float]:
+    """cql_alpha is half a mean absolute reward (`unit`).
+
+    OMIGA's experiments have 1 at unscaled rewards, whose mean is about 2 (Table 3: 0.7 to 3.7). The Bellman error is a
+    square of rewards, and the conservative term is a sum of q. So cql_alpha has the unit of a reward.
+    """
+    return {"cql_alpha": 0.5 * unit}
 
 
 # ------------------------------------------- the losses; w, q and log_prob are [B, n], reward, terminated and *_tot [B]
@@ -158,7 +167,8 @@ def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) 
         q_tot_next = target.mixer(q_next, batch["next", "state"])
     L_td = td_loss(networks.mixer(q, state, (w, b)), reward, terminated, q_tot_next, args.gamma)
     L_cql = conservative_loss(total, w, q)
-    values = {"loss": L_td + args.cql_alpha * L_cql, "td_loss": L_td, "conservative_loss": L_cql, "mean_q": q.mean()}
+    cql_alpha = args.cql_alpha * args.reward_scale  # scaled as the batch's rewards are
+    values = {"loss": L_td + cql_alpha * L_cql, "td_loss": L_td, "conservative_loss": L_cql, "mean_q": q.mean()}
     if not networks.q.discrete:
         values |= {"loss": values["loss"] + L_pi + L_t, "policy_loss": L_pi, "entropy": -log_prob.mean()}
     return values
@@ -169,7 +179,7 @@ def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) 
 
 def main(args: Args):
     check(args, "cql_alpha", "cql_samples", "mixer_hidden")
-    train(Method("cql", Networks, losses, KEYS, noise=noise), args)
+    train(Method("cql", Networks, losses, KEYS, defaults=defaults, noise=noise), args)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ class Args(RunArgs):
     """continuous actions: samples in a step of the search (Pan et al.)"""
     search_std: float = 2.0
     """continuous actions: standard deviation at the start of the search (Pan et al.)"""
-    cql_alpha: float = 1.0
-    """weight of the conservative term (OMIGA's experiments)"""
+    cql_alpha: float | None = None
+    """weight of the conservative term, in units of the reward (default: 0.5 mean absolute rewards, as CQL's)"""
     cql_samples: int = 10
     """continuous actions: samples of each kind in the log-sum-exp"""
     cql_std: float = 0.2
@@ -177,7 +177,8 @@ def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) 
         a_hat = search(networks.q[0], obs, clipped.detach(), normal, args.search_std)
         L_pi = actor_loss(q_pi, mean, a_hat, args.rectification)
     L_td, L_cql = td_loss(q_j, reward, terminated, q_next_j, args.gamma), conservative_loss(total, q_j)
-    values = {"loss": L_td + args.cql_alpha * L_cql + L_pi, "td_loss": L_td, "conservative_loss": L_cql}
+    cql_alpha = args.cql_alpha * args.reward_scale  # scaled as the batch's rewards are
+    values = {"loss": L_td + cql_alpha * L_cql + L_pi, "td_loss": L_td, "conservative_loss": L_cql}
     return values | {"policy_loss": L_pi, "mean_q": q_j.mean()}
 
 
@@ -185,7 +186,8 @@ def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) 
 
 
 def defaults(card: dict, unit: float) -> dict[str, float]:
-    return {"rectification": RECTIFICATION.get(card["quality"], 0.5)}
+    """The coefficient of the data's quality, and CQL's weight, half a mean absolute reward (`unit`), see cql.py."""
+    return {"rectification": RECTIFICATION.get(card["quality"], 0.5), "cql_alpha": 0.5 * unit}
 
 
 def main(args: Args):
