@@ -12,8 +12,8 @@ discrete actions: the log-sum-exp, the maximum in the target and the arg max tha
     the policy is the arg max of q_i (w_i >= 0: local maxima are the team's). So the "policy" of a checkpoint holds all
     parameters, as BCQ's does.
 continuous actions: the log-sum-exp is estimated by importance sampling (Kumar et al., Appendix F) with actions drawn
-    uniformly and around the policy's (baselines/conservative.py); the policy is a Gaussian that maximises q_tot and its entropy, as
-    in SAC, on which CQL is built.
+    uniformly and around the policy's (baselines/conservative.py); the policy is a Gaussian that maximises q_tot and its
+    entropy, as in SAC, on which CQL is built.
 """
 
 from dataclasses import dataclass

@@ -292,12 +292,9 @@ def omar_losses(net, target, batch, args, calls) -> dict:
                 q = [q_value(q, i, o[i], a[i].clip(-1, 1)) for q in net.q]
                 mean = local(net.policy.net, i, o[i])[:A]
                 samples, candidates = calls["q.0"][1], calls["q.0"][-1]  # of the log-sum-exp, of the search's end
-                total = [
-                    sampled_total(
-                        calls["noise"], b, i, mean, args.cql_std, lambda x, q=q: q_value(q, i, o[i], x), samples[:, b, i]
-                    )
-                    for q in net.q
-                ]
+                values = [lambda x, q=q, i=i: q_value(q, i, o[i], x) for q in net.q]
+                fed = samples[:, b, i]
+                total = [sampled_total(calls["noise"], b, i, mean, args.cql_std, value, fed) for value in values]
                 # the policy's own action is a candidate
                 np.testing.assert_allclose(candidates[-1, b, i], mean.clip(-1, 1))
                 a_hat = max(candidates[:, b, i], key=lambda x: q_value(net.q[0], i, o[i], x))
