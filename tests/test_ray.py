@@ -77,7 +77,9 @@ def test_a_lost_worker_and_bad_input(undisturbed, tmp_path):
     shutil.rmtree(tmp_path / "main/smax", ignore_errors=True)
     assert_same_runs(undisturbed, tmp_path)
     assert Counter(run.state for run in Board(tmp_path).read()) == {"done": 4, "failed": 4}
-    assert f"- left out {tmp_path}/grid/failed/" in (tmp_path / "report/report.md").read_text()
+    left_out = f"- left out {tmp_path}/main/smax/no_such_task/medium/"
+    notes = [line for line in (tmp_path / "report/report.md").read_text().splitlines() if line.startswith(left_out)]
+    assert len(notes) == 4 and all("no_such_task" in note.partition(": ")[2] for note in notes)
     assert not holders(tmp_path) and not list((tmp_path / "main").rglob("learning_curve*"))
 
 
