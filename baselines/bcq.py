@@ -10,7 +10,7 @@ continuous actions: a variational auto-encoder of the recorded actions proposes 
     phi moves them towards a higher q_i. The candidate with the highest q_i is played. In training, new latents are
     drawn at each step. For playing they are drawn once (a buffer), so that an action depends only on the observation.
 discrete actions: a behaviour-cloned policy G_i. An action is a candidate if it is available and G_i(a) > threshold
-    max_b G_i(b).
+    max_b G_i(b). The authors' code also adds 0.01 times the squared logits of G_i to the loss; that is left out.
 
 The policy is implicit: make_policy has no network for it. ContinuousBCQ and DiscreteBCQ have their own `act`, and the
 "policy" of a checkpoint holds all of their parameters. `policy_of_run` builds the module for them.

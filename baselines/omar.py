@@ -11,7 +11,8 @@ towards it while it climbs q.
 
 continuous actions: as published. The policy is deterministic (the mean of a Gaussian whose standard deviation is not
     trained). The search samples actions from a Gaussian, which moves to their softmax-weighted mean. It takes the best
-    of the last samples and the policy's own action.
+    of the last samples and the policy's own action. The numbers of steps and samples are the paper's for its particle
+    environments.
 discrete actions (OMAR is published for continuous ones only): the search tries all A actions, so it is exact: a_hat =
     arg max of q_i over available actions. The policy gradient climbs the exact expectation sum_a pi_i(a) q_i(a). The
     squared distance to a_hat becomes -log pi_i(a_hat). The target takes the target policy's most likely action.

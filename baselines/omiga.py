@@ -8,6 +8,8 @@ w_i(s) v_i + b(s) this splits into one problem per agent, at the temperature alp
 mu_i exp(w_i (q_i - v_i) / alpha), extracted by weighted behavioural cloning. Only recorded actions are evaluated, so
 only the policy needs the mask.
 
+Left out: the authors' code also bounds the exponent from below, at -10, and clips the norm of gradients at 1.
+
 It is the same for continuous and discrete actions, except for the heads of q_i and pi_i. make_policy makes the policy.
 """
 

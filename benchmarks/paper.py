@@ -142,7 +142,7 @@ def result(ray, ref) -> tuple[str, str]:
 
 
 def checkpoints(cell: Cell, seeds: list[int]) -> list[float | None]:
-    """When each seed's checkpoint was written. None if there is none."""
+    """The time at which each seed's checkpoint was written. None for a seed without one."""
     paths = [cell.path(seed) / "checkpoint.pt" for seed in seeds]
     return [path.stat().st_mtime if path.exists() else None for path in paths]
 
