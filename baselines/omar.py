@@ -41,7 +41,7 @@ class Args(RunArgs):
     search_std: float = 2.0
     """continuous actions: standard deviation at the start of the search (Pan et al.)"""
     cql_alpha: float | None = None
-    """weight of the conservative term, in units of the reward (default: 0.5 mean absolute rewards, as CQL's)"""
+    """weight of the conservative term, in units of the reward (default: 5 mean absolute rewards, as CQL's)"""
     cql_samples: int = 10
     """continuous actions: samples of each kind in the log-sum-exp"""
     cql_std: float = 0.2
@@ -187,8 +187,8 @@ def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) 
 
 
 def defaults(card: dict, unit: float) -> dict[str, float]:
-    """The coefficient of the data's quality, and CQL's weight, half a mean absolute reward (`unit`), see cql.py."""
-    return {"rectification": RECTIFICATION.get(card["quality"], 0.5), "cql_alpha": 0.5 * unit}
+    """The coefficient of the data's quality, and CQL's weight, 5 mean absolute rewards (`unit`), see cql.py."""
+    return {"rectification": RECTIFICATION.get(card["quality"], 0.5), "cql_alpha": 5 * unit}
 
 
 def main(args: Args):
