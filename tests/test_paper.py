@@ -296,14 +296,26 @@ def test_one_damaged_run_stops_none_of_those_beside_it(tmp_path):
     assert [cell.failure(seed).exists() for seed in cell.seeds] == [True, False, False]
 
 
-@pytest.mark.parametrize("line, outcome", [("not enough memory for it", "stopped"), ("no such dataset", "input")])
-def test_what_may_pass_is_tried_again(line, outcome, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error, outcome",
+    [
+        (MemoryError("no 9 GB"), "stopped"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB."), "stopped"),
+        (BadInput("the run is in use by process 5: wait for it or stop it"), "stopped"),
+        (BadInput("no such dataset"), "input"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else value,
+)
+def test_what_may_pass_is_tried_again(error, outcome, tmp_path, monkeypatch):
+    """A lack of memory, and a lock that another process was quicker to take."""
+
     def fails(args):
-        raise BadInput(line)
+        raise error
 
     (cell,) = cells_of(tmp_path, data=[DEMO], methods=["bc"], seeds=[0, 1])
     monkeypatch.setattr(comadice_bc, "main", fails)
-    assert grid.train(cell, [0], "cpu") == (outcome, line)
+    said, line = grid.train(cell, [0], "cpu")
+    assert said == outcome and str(error) in line
     assert cell.failure().exists() == (outcome == "input")
 
 
