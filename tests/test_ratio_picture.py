@@ -17,6 +17,7 @@ from offline_data.dataset import open_dataset
 from offline_data.replay import episode_weights
 from support import ratio_picture
 from support.ratio_picture import correlation, share_of_best, verdict, weights_of
+from support.report import RUN_FILES
 from support.runs import load_checkpoint
 
 LENGTHS, RETURNS = [4, 2, 6, 3, 5], [10.0, -2.0, 30.0, 4.0, 8.0]
@@ -109,6 +110,25 @@ def test_every_run_has_the_picture_and_it_is_drawn_again(run, capsys, tmp_path):
     assert capsys.readouterr().out.startswith(f"{run}/ratio.png: correlation of episode weight and episode return: ")
     ratio_picture.main(ratio_picture.Args(str(run), out=str(tmp_path / "again.png")))
     assert (tmp_path / "again.png").read_bytes() == first
+
+
+def test_a_run_stopped_while_it_is_drawn_is_not_finished(hopper_data, tmp_path, monkeypatch):
+    """A kill may leave a part of the picture. --resume draws it again, since summary.json comes after the picture."""
+
+    def killed(path, figure, dpi):
+        path.with_name("ratio.png.partial").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    args = {"data": str(hopper_data), "out": str(tmp_path), "steps": 4, "evals": 1, "eval_episodes": 1, "hidden": 8}
+    args |= {"quiet": True, "device": "cpu", "seeds": [0]}
+    with monkeypatch.context() as patch:
+        patch.setattr(ratio_picture, "write_figure", killed)
+        with pytest.raises(KeyboardInterrupt):
+            comadice_train.main(comadice_train.Args(**args))
+    folder = tmp_path / "mamujoco/hopper/random/comadice/seed0"
+    assert (folder / "ratio.png.partial").exists() and not (folder / "summary.json").exists()
+    comadice_train.main(comadice_train.Args(**args, resume=True))
+    assert {path.name for path in folder.iterdir()} == RUN_FILES | {"ratio.png"}
 
 
 def test_nu_at_the_initial_states_is_recorded(run, hopper_data):
