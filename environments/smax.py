@@ -75,8 +75,8 @@ def import_jaxmarl():
         sys.stdout, sys.stderr, sys.__stdout__ = streams
 
 
-def check_task(task: str):
-    """Raises NoSimulator for a task that SMAX does not have, or if jaxmarl is not installed."""
+def check_name(task: str):
+    """Raises NoSimulator for a task that SMAX does not have."""
     if task == "2c_vs_64zg":
         raise NoSimulator("smax can't play 2c_vs_64zg: it has no colossus")
     if task not in TASKS:
@@ -84,6 +84,11 @@ def check_task(task: str):
             f"unknown smax task '{task}': use RACE_SIZE with {', '.join(RACES)} and {', '.join(SIZES)}, or one of "
             f"{', '.join(SMACV1_TASKS)}"
         )
+
+
+def check_task(task: str):
+    """Raises NoSimulator for a task that SMAX does not have, or if jaxmarl is not installed."""
+    check_name(task)
     try:
         import_jaxmarl()
     except ImportError as error:

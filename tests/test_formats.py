@@ -554,6 +554,9 @@ def test_other_input_that_is_refused(tmp_path, monkeypatch):
     for kwargs, message in (
         ({"env": "smacv2", "task": "zerg_5_vs_5"}, "no action masks"),
         ({"env": "atari"}, "unknown env"),
+        ({"task": "hoper"}, "unknown mamujoco task 'hoper'"),
+        ({"env": "smacv2", "task": "zerg_5"}, "unknown smacv2 task 'zerg_5'"),
+        ({"env": "smax", "task": "zerg_5"}, "unknown smax task 'zerg_5'"),
         ({"env": "smacv1", "task": "3m", "limit": None}, "give it with --limit"),
     ):
         with pytest.raises(BadInput, match=message):
