@@ -258,7 +258,10 @@ def nu_loss(
     return loss, losses.occupancy_ratio(A_tot, alpha, f, lam)
 
 
-def critic_losses(critics, target, batch, init, alpha, args, facts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def critic_losses(
+    critics: Critics, target: Critics, batch: TensorDict, init: TensorDict, alpha: float | Tensor, args: Args,
+    facts: DataFacts,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The losses of lines 5 to 7: (L_q, L(nu, theta), w [B], nu_tot(s) [B]). The last two are for metrics.csv.
 
     batch is [B] transitions, init [B0] initial states, alpha a scalar in scaled rewards; both losses are scalars. L_q
@@ -302,7 +305,10 @@ def make_optimizer(critics: Critics, args: Args) -> torch.optim.Adam:
     return adam(groups, args.critic_lr, critics.lam.device)
 
 
-def make_critic_update(critics, target, optimizer, args: Args, facts: DataFacts, alpha: Tensor | None = None):
+def make_critic_update(
+    critics: Critics, target: Critics, optimizer: torch.optim.Adam, args: Args, facts: DataFacts,
+    alpha: Tensor | None = None,
+):  # fmt: skip
     """Lines 5 to 7 as a function of (batch, init): one Adam step for all at once, then a step of the target networks.
 
     It returns what critic_losses does. With stacked critics of S seeds, batches are [S, B], losses [S], w and nu_s
