@@ -1,4 +1,4 @@
-"""The baselines: their losses against NumPy, two games with known optima, and their scripts at toy sizes."""
+"""The baselines: their losses against NumPy, games with known optima, and their scripts at toy sizes."""
 
 import copy
 import dataclasses
@@ -943,6 +943,53 @@ def test_continuous_game(name, data_of, tmp_path):
             action = policy.act(torch.ones(1, 2, 1))[0, :, 0]
         wanted = torch.zeros(2) if name == "bc" else torch.tensor([0.4, -0.3])
         assert (action - wanted).abs().max() < 0.3, action
+
+
+@pytest.mark.parametrize("discrete", [True, False])
+@pytest.mark.parametrize("name", MODULES)
+def test_reward_comes_one_step_later(name, discrete, tmp_path):
+    """Both games again, in two steps: the first actions decide the reward, which comes at the second step.
+
+    Agents see at the second step which reward is to come. What they do there changes nothing. So only values that are
+    backed up say which first action is good. ComaDICE has no ratio between episodes here, which would say it as well.
+    """
+    g, size = torch.Generator().manual_seed(0), 4 if discrete else 1  # the fourth action is never available
+    if discrete:
+        firsts = [torch.tensor([i, j]) for i in range(3) for j in range(3)] * 12
+        second = lambda: torch.randint(3, (2,), generator=g)
+        value = lambda a: float(REWARDS[a[0]][a[1]])
+    else:
+        firsts = list(2 * torch.rand(400, 2, 1, generator=g) - 1)
+        second = lambda: 2 * torch.rand(2, 1, generator=g) - 1
+        value = lambda a: (10 * (1 - (a[0] - 0.4) ** 2 - (a[1] + 0.3) ** 2)).item()
+    writer, end = DatasetWriter(tmp_path / "data"), torch.tensor([[False], [True], [False]])
+    mask = (torch.arange(size) < 3).expand(3, 2, size).clone()
+    for first in firsts:
+        r, a = value(first), second()
+        seen = torch.tensor([[1.0, 0.0], [0.0, r / 5], [0.0, r / 5]])
+        agents = {"observation": seen.unsqueeze(1).repeat(1, 2, 1), "action": torch.stack([first, a, a])}
+        agents |= {"action_mask": mask} if discrete else {}
+        team = {"state": seen, "reward": torch.tensor([[0.0], [r], [0.0]]), "terminated": end, "done": end.clone()}
+        writer.append(TensorDict(team | {"agents": TensorDict(agents, [3, 2])}, [3]))
+    data = writer.close(GAME)
+    flags = QUICK | FLAGS[name] | {"hidden": 32, "batch_size": 64, "steps": 400}
+    flags |= {"alpha": 1.0} if name in ("icq", "comadice") else {}
+    flags |= {"episode_alpha": 0.0} if name == "comadice" else {}
+    flags |= {"cql_alpha": 0.8} if name in ("cql", "omar") else {}
+    MODULES[name].main(MODULES[name].Args(**flags, data=str(data), out=str(tmp_path), seeds=[0, 1]))
+    for seed in (0, 1):
+        policy, _ = comadice_eval.load_policy(tmp_path / f"nowhere/game/made/{name}/seed{seed}")
+        obs = torch.tensor([1.0, 0.0]).expand(1, 2, 2)
+        with torch.no_grad():
+            action = policy.act(obs, *([mask[:1]] if discrete else []))[0]
+        if name == "bc" and discrete:
+            chances = policy.logits(obs, mask[:1]).softmax(-1)[0, :, :3]
+            torch.testing.assert_close(chances, torch.full((2, 3), 1 / 3), atol=0.03, rtol=0)
+        elif discrete:
+            assert tuple(action.tolist()) == BEST
+        else:
+            wanted = torch.zeros(2) if name == "bc" else torch.tensor([0.4, -0.3])
+            assert (action[:, 0] - wanted).abs().max() < 0.3, action
 
 
 # ---------------------------------------------------------------- the scripts
