@@ -142,11 +142,12 @@ class ContinuousBCQ(nn.Module):
 
     def losses(self, target, batch: TensorDict, args: Args) -> dict[str, Tensor]:
         """The losses and their sum. frozen() keeps L_xi, which trains the perturbation, from training q."""
-        obs, action, next_obs = (
+        obs, recorded, next_obs = (
             batch["agents", "observation"],
-            batch["agents", "action"].clamp(-BOX, BOX),
+            batch["agents", "action"],
             batch["next", "agents", "observation"],
         )
+        action = recorded.clamp(-BOX, BOX)  # the auto-encoder imitates what the simulator played
         mean, log_std = self.encoder(torch.cat([obs, action], -1)).chunk(2, -1)
         log_std = log_std.clamp(-4, 15)
         reconstruction = self.decode(obs, mean + log_std.exp() * batch["noise", "reconstruction"])
@@ -157,7 +158,7 @@ class ContinuousBCQ(nn.Module):
             q_next = soft_clipped(target.q_j(next_obs, next_action), args.clip_lambda).amax(0)
             q_tot_next = target.mixer(q_next, batch["next", "state"])
             proposal = self.decode(obs, latent)
-        q_tot = self.mixer(self.q_j(obs, action), batch["state"])  # [2, B]
+        q_tot = self.mixer(self.q_j(obs, recorded), batch["state"])  # [2, B]
         L_q = q_loss(q_tot, q_target(batch["reward"][:, 0], batch["terminated"][:, 0], q_tot_next, args.gamma))
         L_xi = -frozen(self.q[0])(obs, self.perturb(obs, proposal)).sum(-1).mean()  # Fujimoto et al. 2019a, Eq. 12
         L_vae = vae_loss(reconstruction, action, mean, log_std, args.kl_weight)

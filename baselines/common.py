@@ -35,7 +35,9 @@ from support.runs import (
 from support.seeds import Graph, adam, make_generators, make_stacked, per_seed, set_gradients, target_update
 from support.stages import Evaluations, Stage
 
-BOX = 1.0  # the simulator clips continuous actions to [-1, 1], so recorded actions are clipped too
+# The simulator clips continuous actions to [-1, 1]. So policies play clipped actions, and q is asked for these.
+# Recorded actions are given to q unclipped, since the reward's cost of control is that of the unclipped action.
+BOX = 1.0
 
 
 class Method(NamedTuple):

@@ -47,7 +47,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from baselines.common import BOX, Method, check, frozen, train
-from baselines.conservative import box_samples, sample_noise, sampled_log_sum_exp
+from baselines.conservative import sample_noise, sampled_log_sum_exp, span_samples
 from comadice_mixer import LinearMixer, Q, make_policy
 from environments.checks import run_script
 
@@ -151,13 +151,13 @@ def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) 
             q_next = target.q.net(next_obs).masked_fill(~batch["next", "agents", "action_mask"], -torch.inf).amax(-1)
         total = log_sum_exp(w, q_all, batch["agents", "action_mask"])
     else:
-        q = networks.q(obs, action.clamp(-BOX, BOX))
+        q = networks.q(obs, action)
         pi = networks.policy.distribution(obs)
         with torch.no_grad():
             next_pi = networks.policy.distribution(next_obs)
             next_action = next_pi.loc + next_pi.scale * batch["noise", "next_action"]
             q_next = target.q(next_obs, next_action.clamp(-BOX, BOX))
-        samples, log_density = box_samples(pi.loc, pi.scale, batch["noise"])
+        samples, log_density = span_samples(pi.loc, pi.scale, batch["noise"])
         total = sampled_log_sum_exp(w * networks.q(obs.expand(len(samples), *obs.shape), samples), log_density)
         new_action = pi.loc + pi.scale * batch["noise", "new_action"]
         log_prob = pi.log_prob(new_action).sum(-1)

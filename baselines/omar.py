@@ -57,7 +57,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from baselines.common import BOX, Method, check, frozen, train
-from baselines.conservative import box_samples, sample_noise, sampled_log_sum_exp
+from baselines.conservative import sample_noise, sampled_log_sum_exp, span_samples
 from comadice_mixer import Q, make_policy
 from environments.checks import BadInput, run_script
 
@@ -84,10 +84,10 @@ def conservative_loss(log_sum_exp: Tensor, q_j: Tensor) -> Tensor:
 
 
 def actor_loss(q: Tensor, action: Tensor, a_hat: Tensor, rectification: float) -> Tensor:
-    """E_D[-(1 - c) q_i(o_i, pi_i(o_i)) + c |pi_i(o_i) - a_hat_i|^2]: q [B, n] of the policy's action, action and a_hat
-    [B, n, A]."""
+    """E_D[-(1 - c) q_i(o_i, pi_i(o_i)) + c |pi_i(o_i) - a_hat_i|^2 / A]: q [B, n] of the policy's action, action and
+    a_hat [B, n, A]. The authors' code too has the mean over the action's A entries."""
     # Pan et al. 2022, Eq. 2
-    return (-(1 - rectification) * q + rectification * (action - a_hat).square().sum(-1)).mean()
+    return (-(1 - rectification) * q + rectification * (action - a_hat).square().mean(-1)).mean()
 
 
 def discrete_actor_loss(q_all: Tensor, logits: Tensor, a_hat: Tensor, rectification: float) -> Tensor:
@@ -169,8 +169,8 @@ def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) 
         with torch.no_grad():
             q_next_j = target.q_j(next_obs, target.policy.act(next_obs).clamp(-BOX, BOX))
         std = torch.full_like(mean, args.cql_std)
-        samples, log_density = box_samples(mean, std, batch["noise"])
-        q_j = networks.q_j(obs, action.clamp(-BOX, BOX))
+        samples, log_density = span_samples(mean, std, batch["noise"])
+        q_j = networks.q_j(obs, action)
         total = sampled_log_sum_exp(networks.q_j(obs.expand(len(samples), *obs.shape), samples), log_density)
         # clipped as in the simulator; a_hat pulls a mean outside of the box back
         clipped = mean.clamp(-BOX, BOX)

@@ -22,7 +22,7 @@ import comadice_train
 import support.runs
 import support.seeds
 from baselines import bcq, cql, icq, omar, omiga
-from baselines.conservative import box_samples, sampled_log_sum_exp
+from baselines.conservative import sampled_log_sum_exp, span_samples
 from environments.checks import BadInput
 from offline_data.dataset import open_dataset
 from offline_data.replay import as_transition
@@ -216,16 +216,15 @@ def icq_losses(net, target, batch, args, calls) -> dict:
 def sampled_total(noise, b: int, i: int, mean, std, value, fed) -> float:
     """log of the mean of exp(value(x)) / density over uniform samples in [-2, 2] and samples around the mean.
 
-    x is the sample clipped to the box, the density that of the sample before, and samples beyond 2 add nothing. `fed`
-    are the actions that q saw.
+    Samples beyond 2 add nothing. `fed` are the actions that q saw.
     """
     mean = mean.clip(-1, 1)
     uniform, drawn = noise["uniform"][b, :, i].numpy(), mean + std * noise["near"][b, :, i].numpy()
     log_density = (-((drawn - mean) ** 2) / (2 * std**2) - np.log(std) - 0.5 * math.log(2 * math.pi)).sum(-1)
     assert (np.abs(uniform) <= 2).all() and (np.abs(uniform) > 1).any()
-    terms = [math.exp(value(x.clip(-1, 1))) * 4**A for x in uniform]
-    terms += [math.exp(value(x.clip(-1, 1)) - d) if (abs(x) <= 2).all() else 0.0 for x, d in zip(drawn, log_density)]
-    np.testing.assert_allclose(fed, np.concatenate([uniform, drawn]).clip(-1, 1))
+    terms = [math.exp(value(x)) * 4**A for x in uniform]
+    terms += [math.exp(value(x) - d) if (abs(x) <= 2).all() else 0.0 for x, d in zip(drawn, log_density)]
+    np.testing.assert_allclose(fed, np.concatenate([uniform, drawn]))
     return math.log(np.mean(terms))
 
 
@@ -248,7 +247,7 @@ def cql_losses(net, target, batch, args, calls) -> dict:
             ]
         else:
             samples, noise = calls["q"][1], calls["noise"]
-            q = [q_value(net.q, i, o[i], a[i].clip(-1, 1)) for i in range(n)]
+            q = [q_value(net.q, i, o[i], a[i]) for i in range(n)]
             draw = lambda agent, obs, normal: drawn_action(net.policy, agent, obs, normal[b, agent].numpy())
             new = [draw(i, o[i], noise["new_action"]) for i in range(n)]
             next_action = [draw(i, o2[i], noise["next_action"]).clip(-1, 1) for i in range(n)]
@@ -289,7 +288,7 @@ def omar_losses(net, target, batch, args, calls) -> dict:
                 actor.append(-(1 - c) * np.exp(log_pi) @ values - c * log_pi[a_hat])
             else:
                 q_next = min(q_value(q, i, o2[i], local(target.policy.net, i, o2[i])[:A].clip(-1, 1)) for q in target.q)
-                q = [q_value(q, i, o[i], a[i].clip(-1, 1)) for q in net.q]
+                q = [q_value(q, i, o[i], a[i]) for q in net.q]
                 mean = local(net.policy.net, i, o[i])[:A]
                 samples, candidates = calls["q.0"][1], calls["q.0"][-1]  # of the log-sum-exp, of the search's end
                 values = [lambda x, q=q, i=i: q_value(q, i, o[i], x) for q in net.q]
@@ -298,7 +297,8 @@ def omar_losses(net, target, batch, args, calls) -> dict:
                 # the policy's own action is a candidate
                 np.testing.assert_allclose(candidates[-1, b, i], mean.clip(-1, 1))
                 a_hat = max(candidates[:, b, i], key=lambda x: q_value(net.q[0], i, o[i], x))
-                actor.append(-(1 - c) * q_value(net.q[0], i, o[i], mean.clip(-1, 1)) + c * ((mean - a_hat) ** 2).sum())
+                pull = ((mean - a_hat) ** 2).mean()
+                actor.append(-(1 - c) * q_value(net.q[0], i, o[i], mean.clip(-1, 1)) + c * pull)
             td.append(sum((r + (0 if terminated else GAMMA * q_next) - x) ** 2 for x in q))
             gap.append(sum(total) - sum(q))
     return {"td_loss": np.mean(td), "conservative_loss": np.mean(gap), "policy_loss": np.mean(actor)}
@@ -334,7 +334,7 @@ def bcq_losses(net, target, batch, args, calls) -> dict:
                     values.append(args.clip_lambda * min(twins) + (1 - args.clip_lambda) * max(twins))
                 q_next.append(max(values))
             assert np.abs(latents).max() == 0.5
-            totals = [mix(net.mixer, [q_value(q, i, o[i], a[i].clip(-1, 1)) for i in range(n)], s) for q in net.q]
+            totals = [mix(net.mixer, [q_value(q, i, o[i], a[i]) for i in range(n)], s) for q in net.q]
             proposal = [np.tanh(local(net.decoder, i, o[i], latent[b, i])) for i in range(n)]
             policy_loss.append(-sum(q_value(net.q[0], i, o[i], perturbed(net, i, o[i], proposal[i])) for i in range(n)))
         errors = [r + (0 if terminated else GAMMA * mix(target.mixer, q_next, s2)) - x for x in totals]
@@ -446,12 +446,11 @@ def test_sampled_log_sum_exp_is_the_integral():
 
 
 def test_the_integral_reaches_beyond_the_box():
-    """log of the integral of exp(3 clip(x)) over [-2, 2]: the box, and what is clipped to each of its edges."""
+    """log of the integral of exp(x) over [-2, 2], though the simulator's box ends at 1."""
     noise = cql.sample_noise({"n_agents": 1, "action_dim": 1}, 1, 200_000, torch.Generator().manual_seed(0))
-    samples, log_density = box_samples(torch.tensor([[[0.3]]]), torch.tensor([[[0.8]]]), noise)
-    exact = math.log((math.exp(3) - math.exp(-3)) / 3 + math.exp(3) + math.exp(-3))
-    assert samples.abs().max() == 1
-    assert sampled_log_sum_exp(3 * samples[..., 0], log_density).item() == pytest.approx(exact, abs=0.01)
+    samples, log_density = span_samples(torch.tensor([[[0.3]]]), torch.tensor([[[0.8]]]), noise)
+    exact = math.log(math.exp(2) - math.exp(-2))
+    assert sampled_log_sum_exp(samples[..., 0], log_density).item() == pytest.approx(exact, abs=0.01)
 
 
 def test_value_of_omiga_is_the_soft_maximum():
