@@ -287,7 +287,7 @@ def begin(args, algo: str, card: dict, where: str, seed: int, path: Path, first:
     config = asdict(args) | {"algo": algo}
     state = {"algo": algo, "card": card, "where": where, "policy": {}, "step": 0, "seconds": 0.0, "wall": 0.0} | first
     run = Run(seed, path, state | {"config": asdict(args)}, [], False)
-    if not (path / "config.json").exists() or args.overwrite:
+    if args.overwrite or not any((path / name).exists() for name in ("config.json", "checkpoint.pt")):
         return run
     if not args.resume:
         raise BadInput(

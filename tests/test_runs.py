@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import json
 import math
 import multiprocessing
@@ -474,6 +475,17 @@ def test_disk_that_is_full_or_read_only(call, error, hopper_data, wholes, tmp_pa
     assert same_run(folder(tmp_path, "comadice"), wholes["comadice"])
 
 
+def test_a_run_without_its_config_is_left_alone(hopper_data, tmp_path, capsys):
+    run = train("bc", hopper_data, tmp_path)
+    (run / "config.json").unlink()
+    state = (run / "checkpoint.pt").read_bytes()
+    ends(capsys, "bc", hopper_data, tmp_path, 2, "^error: .* already holds a run")
+    ends(capsys, "bc", hopper_data, tmp_path, 2, "^error: .*config.json is missing", resume=True)
+    assert (run / "checkpoint.pt").read_bytes() == state
+    train("bc", hopper_data, tmp_path, overwrite=True)
+    assert (run / "config.json").exists()
+
+
 FULL = "mount -t tmpfs -o size=SIZEk tmpfs OUT || exit 77; COMMAND; code=$?; cp -r OUT KEPT; exit $code"
 
 
@@ -614,7 +626,7 @@ def test_one_of_three_seeds_diverges(module, name, step, value, hopper_data, tmp
 def test_the_demonstration_without_its_first_seed(hopper_data, tmp_path, monkeypatch, capsys):
     """The picture of the ratio is then that of the first seed that did not diverge."""
     diverging(monkeypatch, comadice_train, "make_critic_update", 0, 10)
-    monkeypatch.setattr(comadice_train, "DEMO", dataclasses.replace(comadice_train.DEMO, data=str(hopper_data)))
+    monkeypatch.setattr(comadice_train, "main", functools.partial(comadice_train.main, is_demo=True))
     printed = ends(capsys, "comadice", hopper_data, tmp_path, 1, "^error: seed 3 diverged", seeds=[3, 4, 5])
     picture = folder(tmp_path, "comadice", 4).parents[1] / "ratio.png"
     assert f"{picture}: correlation" in printed
