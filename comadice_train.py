@@ -137,10 +137,18 @@ DEMO = Args(
     seeds=[0, 1, 2], steps=3000, evals=6, eval_episodes=10, resume=True,
 )  # fmt: skip
 
+
+def demonstration(args: Args) -> Args:
+    """DEMO with the method's own --episode-alpha if the flags that it depends on are given in `args`."""
+    other = args.preset != "comadice" or args.objective is not None or args.alpha is not None
+    return replace(DEMO, resume=not args.overwrite, episode_alpha=None if other else DEMO.episode_alpha)
+
+
 if __name__ == "__main__":  # before the slow imports, so that --help and a mistyped flag answer at once
     ARGS = parse(Args)
-    if ARGS.env is ARGS.task is ARGS.quality is ARGS.data is None:
-        ARGS = parse(Args, replace(DEMO, resume=not ARGS.overwrite))  # again: the other flags override DEMO's
+    IS_DEMO = ARGS.env is ARGS.task is ARGS.quality is ARGS.data is None
+    if IS_DEMO:
+        ARGS = parse(Args, demonstration(ARGS))  # again: the other flags override DEMO's
 
 # isort: split
 from dataclasses import asdict
@@ -439,7 +447,7 @@ def demonstrate(args: Args, rows: TensorDict, card: dict, env):
     ratio_picture.draw(first, rows, first["metrics"], folder / "ratio.png")
 
 
-def main(args: Args):
+def main(args: Args, is_demo: bool = False):
     check_args(args)
     device = pick_device(args.device, args.tf32)
     rows, card = load_dataset(args, device, "comadice")  # line 1: the offline data D
@@ -447,11 +455,11 @@ def main(args: Args):
     alphas = f"alpha {args.alpha:g}, episode alpha {args.episode_alpha:g}"
     print(f"preset {args.preset}: objective {args.objective}, w* from {args.advantage}, {alphas}, tau {args.tau:g}")
     env = try_eval_env(card, args.eval_episodes, args.workers)
-    if args.data == DEMO.data:
+    if is_demo:
         demonstrate(args, rows, card, env)
     else:
         report({"ComaDICE": train_seeds(args, rows, card, env)}, card, args, "learning_curve.png")
 
 
 if __name__ == "__main__":
-    run_script(main, ARGS)
+    run_script(main, ARGS, IS_DEMO)

@@ -263,9 +263,6 @@ def train(cell: Cell, seeds: list[int], device: str) -> tuple[str, str]:
         print(time.strftime("%Y-%m-%d %H:%M:%S"), f"process {os.getpid()}", flush=True)
         script = importlib.import_module(METHODS[cell.method][0])
         flags = cell.flags | {"seeds": seeds, "device": device, "resume": True, "quiet": True}
-        if flags["data"] is not None:
-            # With the full path of the demonstration's dataset, comadice_train.py would also train BC.
-            flags["data"] = os.path.relpath(flags["data"])
         try:
             run_script(script.main, script.Args(**flags))
         except SystemExit as end:

@@ -320,7 +320,7 @@ def test_what_may_pass_is_tried_again(error, outcome, tmp_path, monkeypatch):
 
 
 def test_the_demonstrations_data_are_data_like_any_other(tmp_path):
-    """comadice_train.py given that folder's full path runs the demonstration, with BC beside it."""
+    """Only comadice_train.py without a task and data runs the demonstration, with BC beside it."""
     data = str(ROOT / "data/mamujoco/hopper/few-good")
     (cell,) = cells_of(tmp_path, data=[data], methods=["comadice"], seeds=[0], extra={"comadice": SMALL})
     assert grid.train(cell, [0], "cpu")[0] == "finished"

@@ -298,11 +298,10 @@ def test_demonstration(hopper_data, tmp_path, monkeypatch, capsys):
         device="cpu",
         out=str(tmp_path / "runs"),
     )
-    monkeypatch.setattr(comadice_train, "DEMO", demo)
     runs = tmp_path / "runs/mamujoco/hopper/random"
     hashes = []
     for _ in range(2):
-        comadice_train.main(demo)
+        comadice_train.main(demo, is_demo=True)
         printed = capsys.readouterr().out
         lines = {line.split("  ")[0]: line for line in printed.splitlines() if "±" in line}
         assert printed.startswith("preset comadice: objective semi, w* from td, ")
@@ -316,6 +315,15 @@ def test_demonstration(hopper_data, tmp_path, monkeypatch, capsys):
     assert "behaviour data" in lines and (runs / "demonstration.png").stat().st_size > 5000
     assert f"{runs}/ratio.png: correlation of episode weight and episode return: " in printed.splitlines()[-1]
     assert (runs / "ratio.png").read_bytes() == (runs / "comadice/seed0/ratio.png").read_bytes()
+
+
+def test_the_demonstration_has_an_episode_alpha_of_its_own_only_with_its_own_method():
+    """Otherwise --preset paper would draw by episodes, which the paper does not."""
+    chosen = lambda **flags: comadice_train.demonstration(comadice_train.Args(**flags)).episode_alpha
+    assert chosen() == chosen(steps=5) == comadice_train.DEMO.episode_alpha
+    assert chosen(preset="paper") is chosen(objective="exact") is chosen(alpha=1e6) is None
+    paper = comadice_train.demonstration(comadice_train.Args(preset="paper"))
+    assert comadice_train.resolve(dataclasses.replace(paper, preset="paper"), 0.4).episode_alpha == 0
 
 
 @pytest.mark.parametrize(
