@@ -40,7 +40,7 @@ def sizes(cell: Cell) -> tuple[int, int, int, int, bool] | None:
 
 
 def noise(path: Path, n: int, S: int, O: int, A: int, discrete: bool, transitions: int):
-    """Writes a dataset of noise with at least so many transitions."""
+    """Writes a dataset of noise with at least that many transitions."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator)
     writer, T = DatasetWriter(path), LENGTH

@@ -38,7 +38,6 @@ METHODS = {
     "comadice": ("comadice_train", {}),
     "bc-best10": ("comadice_bc", {"best": 0.1}),
 }
-PAPER_METHODS = list(METHODS)[:-1]
 # Ablation -> (flag, the values of Tables 10 to 24). ComaDICE's default values are missing: those runs are in OUT/main.
 ABLATIONS = {
     "alpha": ("alpha", [0.01, 0.1, 1.0, 10.0, 100.0]),
@@ -49,17 +48,20 @@ ABLATIONS = {
 OWN = {"env", "task", "quality", "data", "out", "seeds", "steps", "evals", "eval_episodes", "resume", "overwrite",
        "quiet", "device", "best", "checkpoint"}  # fmt: skip
 BUDGET = {"steps", "evals", "eval_episodes"}
-# Error lines of a script that another try may not meet: another machine, or later.
+# Errors that may not come again later or on another machine. The task is tried again.
 PASSING = "not enough memory|in use by"
 PATIENCE = 60  # seconds to wait for a process that is about to end, for example on a machine that was lost
 
 
-def failure_file(out: str | Path, name: str, seed: int | None) -> Path:
+def failure_file(out: str | Path, name: str, seed: int | str | None) -> Path:
+    """Where the line is kept that says why a seed of the cell `name` failed; with None, why the whole cell did."""
     return Path(out, "grid", "failed", name.replace("/", ".") + ("" if seed is None else f".seed{seed}") + ".txt")
 
 
 @dataclass
 class Cell:
+    """All seeds of one method on one instance with one setting."""
+
     out: str
     part: str
     """main, or an ablation's setting"""
@@ -177,9 +179,7 @@ def ablation_parts(ablation: str) -> dict[str, float | str]:
 
 def make_cells(out: str, instances: dict, methods: list[str], seeds: list[int], ablations: list[str], budget: dict,
                extra: dict[str, dict]) -> list[Cell]:  # fmt: skip
-    """All cells, in the order in which they are begun. An ablation needs ComaDICE's default beside it."""
-    if ablations and "comadice" not in methods:
-        methods = [*methods, "comadice"]
+    """All cells, in the order in which they are begun. Ablations have ComaDICE's default among the methods."""
     settings = [("main", method, {}) for method in methods]
     for key in ablations:
         settings += [(part, "comadice", {ABLATIONS[key][0]: value}) for part, value in ablation_parts(key).items()]
@@ -235,7 +235,7 @@ def keep_failures(cell: Cell, lines: dict[int | None, str]) -> str:
     return next(iter(lines.values()))
 
 
-OUTCOMES = ["finished", "input", "failed", "stopped"]  # what of several seeds is said: the last that occurs
+OUTCOMES = ["finished", "input", "failed", "stopped"]  # of several seeds' outcomes the one furthest right is returned
 
 
 def train(cell: Cell, seeds: list[int], device: str) -> tuple[str, str]:
@@ -243,8 +243,8 @@ def train(cell: Cell, seeds: list[int], device: str) -> tuple[str, str]:
 
     Returns an outcome and a line that explains it. "finished"; the line says if it was not played. "stopped": by a
     signal, by a lack of memory, or since another process does not end. "failed": these seeds only. "input": the input
-    can't be used, so the cell's other seeds can't run either. What the script prints goes to OUT/grid/logs. The cell's
-    own failure is kept: another seed may just have written it.
+    can't be used, so the cell's other seeds can't run either. What the script prints goes to OUT/grid/logs. The failure
+    file of the whole cell is not deleted here: another seed may just have written it.
     """
     log = Path(cell.out, "grid", "logs", cell.name.replace("/", ".") + f".seed{'-'.join(map(str, seeds))}.txt")
     log.parent.mkdir(parents=True, exist_ok=True)

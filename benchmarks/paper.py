@@ -54,7 +54,8 @@ class Args:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     """seeds of every cell"""
     ablation: list[Literal["alpha", "f", "mixer"]] = field(default_factory=list)
-    """also ComaDICE with the other values of Tables 10 to 14 (alpha), 15 to 19 (f), 20 to 24 (mixer)"""
+    """also ComaDICE with the values of Tables 10 to 14 (alpha: all five), and with those of 15 to 19 (f) and 20 to 24
+    (mixer) that are not the default"""
     steps: int = 200_000
     """gradient steps of each stage"""
     evals: int = 100
@@ -66,7 +67,7 @@ class Args:
     gpu_fraction: float = 0.25
     """share of a GPU for each task, if there are GPUs; 0: use none"""
     retries: int = 3
-    """how often a task is started again after its worker or machine is lost before it got on"""
+    """how often a task is started again after its worker or machine was lost; a new checkpoint sets the count back"""
     plan: bool = False
     """print what would run, with an estimate of the time, and run nothing"""
     index: int | None = None
@@ -206,7 +207,7 @@ def work(ray, cells: list[Cell], args: Args, train=grid.train):
             outcome, line = result(ray, ref)
             if outcome == "stopped" and not cancelled and cell.name not in failed:
                 now = checkpoints(cell, seeds)
-                tries = tries if now == before else 0  # it got on: a job that is pre-empted often is not given up
+                tries = tries if now == before else 0  # a job that makes progress is never given up
                 if tries < args.retries:
                     display.say(f"{cell.name}, seeds {seeds}: {line}; once more ({tries + 1} of {args.retries})")
                     running[remote.remote(cell, seeds, device)] = (cell, seeds, tries + 1, now)

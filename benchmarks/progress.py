@@ -1,4 +1,5 @@
-"""The progress of the runs below a folder, read from their directories. OUT/grid says which runs have not begun.
+"""The progress of the runs below a folder, read from their directories. OUT/grid/plan.json lists the runs that
+were asked for.
 
 A run is running while a process holds its LOCK. Its step is that of its last checkpoint. The time left assumes that the
 remaining steps take as long as the steps so far.
@@ -21,6 +22,8 @@ STATES = ("done", "running", "failed", "waiting")
 
 
 class Progress(NamedTuple):
+    """The state of one run."""
+
     name: str
     """the run's directory below OUT"""
     state: str
@@ -50,7 +53,7 @@ class Board:
     def look(self, name: str, planned: int) -> Progress:
         """The state of a run. It is done if its summary is of `planned` steps or more."""
         path = self.out / name
-        if self.done.get(name, -1) < planned or name not in self.done:
+        if self.done.get(name, -1) < planned:
             with suppress(BadInput, KeyError):  # no complete summary yet
                 self.done[name] = read_json(path / "summary.json")["steps"]
         holder = holder_of(path)
@@ -95,8 +98,8 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def show(runs: list[Progress], details: bool = True) -> list[str]:
-    """The table, one row per instance. With details also a line for each running run and each reason of failures."""
+def show(runs: list[Progress]) -> list[str]:
+    """The table, one row per instance, and a line for each running run and each reason of failures."""
     groups = {}
     for run in runs:
         groups.setdefault(run.name.rsplit("/", 2)[0], []).append(run)
@@ -106,17 +109,16 @@ def show(runs: list[Progress], details: bool = True) -> list[str]:
         f"{Counter(run.state for run in members)[state] or '':>9}" for state in STATES
     )
     lines += [row(name, members) for name, members in groups.items()] + [row("together", runs)]
-    if details:
-        for run in runs:
-            if run.state == "running":
-                left = "" if run.left is None else f", about {duration(run.left)} left"
-                lines.append(f"running  {run.name}: {run.text}{left}")
-            elif run.state == "waiting" and run.text:
-                lines.append(f"waiting  {run.name}: {run.text}")
-        reasons = {}
-        for run in runs:
-            if run.state == "failed":
-                reasons.setdefault(run.text, []).append(run.name)
-        for text, names in reasons.items():
-            lines.append(f"failed   {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {text}")
+    for run in runs:
+        if run.state == "running":
+            left = "" if run.left is None else f", about {duration(run.left)} left"
+            lines.append(f"running  {run.name}: {run.text}{left}")
+        elif run.state == "waiting" and run.text:
+            lines.append(f"waiting  {run.name}: {run.text}")
+    reasons = {}
+    for run in runs:
+        if run.state == "failed":
+            reasons.setdefault(run.text, []).append(run.name)
+    for text, names in reasons.items():
+        lines.append(f"failed   {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {text}")
     return lines
