@@ -140,12 +140,13 @@ def with_ratios(rows: TensorDict, ratios: dict[int, Tensor | None]) -> TensorDic
     is_transition = (~last_rows(rows)).to(rows["reward"].dtype)
     columns = []
     for seed, w in ratios.items():
-        columns.append(is_transition.clone())
+        column = is_transition.clone()
         if w is not None:
             if not (torch.isfinite(w).all() and w.mean() > 0):
                 why = f"the ratio w* can't be used (its mean is {w.mean():.3g}), the critics diverged"
                 raise Diverged([seed], f"{why}: use a larger --alpha or another --objective, or leave this seed out")
-            columns[-1][is_transition > 0] = w / w.mean()
+            column[is_transition > 0] = w / w.mean()
+        columns.append(column)
     rows = rows.clone(recurse=False).unlock_()
     rows["w"] = torch.stack(columns, -1) if len(columns) > 1 else columns[0]
     return rows.lock_()

@@ -5,9 +5,9 @@
     python comadice_eval.py report runs/                                                  # see support/report.py
     python comadice_eval.py ratio runs/mamujoco/hopper/medium-replay/comadice/seed0       # see support/ratio_picture.py
 
-The first command plays the mean action (continuous), or the most likely available one (discrete). It prints the mean
-and standard deviation of the return over episodes, and the share of battles won. For several runs of one setting it
-also prints mean and standard deviation over the runs.
+The first command plays the mean action, clipped to the simulator's box (continuous), or the most likely available one
+(discrete). It prints the mean and standard deviation of the return over episodes, and the share of battles won. For
+several runs of one setting it also prints mean and standard deviation over the runs.
 """
 
 import sys
@@ -23,7 +23,7 @@ class Args:
     """Play saved policies in the simulator. Two more commands, each with its own --help: report RUNS, and ratio RUN."""
 
     run: list[str] = field(default_factory=list)
-    """run directories, one or several"""
+    """run directories, one or several; with --video also dataset directories"""
     episodes: int = 32
     """episodes for each run"""
     seed: int = 0
@@ -97,7 +97,8 @@ def try_eval_env(card: dict, episodes: int, workers: int = 1) -> EnvBase | None:
 
 @torch.no_grad()
 def evaluate(policy: torch.nn.Module, env: EnvBase, episodes: int, seed: int) -> dict:
-    """Plays `episodes` whole episodes. Returns their returns, mean and standard deviation, and the winrate in battles.
+    """Plays `episodes` whole episodes. The result has their returns and mean length in steps, mean and sample standard
+    deviation of the returns, and the winrate (0 to 1; None without battles).
 
     A battle whose game died is played again, and counted ("replayed"). The result depends only on the policy, the
     number of episodes, the env's width and the seed, and on no global random state. Raises BadInput if games keep

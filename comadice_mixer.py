@@ -177,7 +177,7 @@ class GaussianPolicy(nn.Module):
         return self.distribution(obs).log_prob(action).sum(-1)
 
     def act(self, obs: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The mean action [..., n, A], as played in evaluations."""
+        """The mean action [..., n, A]. Evaluations clip it to the simulator's box before it is played."""
         return self.net(obs).chunk(2, -1)[0]
 
 

@@ -10,9 +10,9 @@ comadice_losses.py, the networks in comadice_mixer.py.
 
 By default (objective `semi`, w* from the TD form) there is no q: line 5 has nothing to do, and lines 6 and 7 minimise
 semi_loss in the place of Eq. 10. Not in the paper: transitions of episodes with a higher return are drawn more often
-(--episode-alpha). `--preset paper` runs the algorithm as printed. docs/PAPER.md says why. Where the default of a flag
-is None, `resolve` in support/presets.py fills it in. --env, --task and --quality are filled in by `load_dataset` in
-support/runs.py.
+(--episode-alpha). `--preset paper` runs the algorithm as printed. docs/PAPER.md says why. `resolve` in
+support/presets.py fills in the flags of the groups Method and Optimisation whose default is None. --env, --task and
+--quality are filled in by `load_dataset` in support/runs.py.
 """
 
 import environments.cpu  # noqa: F401 -- before torch
@@ -41,7 +41,8 @@ class Args:
     task: str | None = None
     """task of that simulator (default: hopper or zerg_5_vs_5, or that of --data)"""
     quality: str | None = None
-    """quality of the dataset (default: medium-replay for robots, medium for battles, or that of --data)"""
+    """quality of the dataset (default: that of --data, or medium-replay for robots and medium for battles; demo if that
+    is missing and a demo comes with the code)"""
     data: str | None = None
     """a dataset directory, instead of data/ENV/TASK/QUALITY"""
 
@@ -52,7 +53,8 @@ class Args:
     """how nu and theta are trained (docs/PAPER.md). It has its own defaults of --advantage, --alpha, --episode-alpha,
     --bound and --tau"""
     advantage: Literal["td", "q"] | None = None
-    """what w* is computed from. td: r + gamma nu_tot(s') - nu_tot(s). q: M[q - nu] - M[0], where Eq. 9 trains q"""
+    """what w* is computed from. td: r + gamma nu_tot(s') - nu_tot(s). q: M[q - nu] - M[0], with q trained by Eq. 9
+    (printed: M[q - nu]; released_nu: from W_i (q_i - nu_i) of each agent)"""
     alpha: float | None = None
     """weight of the divergence from the data, in units of the reward (default with semi: 5 mean absolute rewards). If
     it is k > 1 times its default, the default of --episode-alpha is multiplied by k squared"""
@@ -220,7 +222,7 @@ def td_form(critics_next: Critics, batch: TensorDict, nu_s: Tensor, args: Args, 
 def q_form(critics: Critics, batch: TensorDict, args: Args, trains_q: bool) -> Tensor:
     """A_tot(s, a) = M_theta^s[q - nu] - M_theta^s[0] -> [B]; with `printed` M_theta^s[q - nu].
 
-    The gradient flows to psi_q if it trains q, else to psi_nu and theta.
+    The gradient flows to psi_q with `trains_q`, else to psi_nu and theta.
     """
     obs, state = batch["agents", "observation"], batch["state"]
     nu, q = critics.nu(obs), critics.q(obs, batch["agents", "action"])

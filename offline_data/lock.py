@@ -35,7 +35,7 @@ def lock(folder: Path, beside: bool = False, again: str = AGAIN):
     """Locks the folder by FOLDER/LOCK, or with `beside` by FOLDER.LOCK. Missing folders above that file are made.
 
     Raises BadInput if another process has the lock, or if the file can't be written; `again` says what to do then. A
-    process that has the lock already keeps it.
+    process that has the lock already keeps it. On a disk without locks it prints a line and locks nothing.
     """
     folder = folder.absolute()
     if folder in HELD and _is_there(HELD[folder][0]):

@@ -6,7 +6,7 @@ import time
 from tqdm import tqdm
 
 SECONDS = 10  # between two lines
-# columns of metrics.csv that are shown, and their names there
+# column of metrics.csv -> its name in the bar
 SHOWN = {"nu_loss": "loss", "policy_loss": "loss", "mean_nu": "nu_tot", "ess": "ess"}
 SHOWN |= {"return": "return", "winrate": "winrate"}
 

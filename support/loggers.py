@@ -79,7 +79,8 @@ def log_row(logger: "Logger | None", row: dict, known: set[tuple[str, int]] = fr
 
 
 def open_logger(kind: Kind, run: Path, rows: list[dict]) -> "Logger | None":
-    """A run's logger, whose record already holds `rows`; None with --logger none. Raises BadInput as check does."""
+    """Opens a run's logger; None with --logger none. It first adds those of `rows` that the record lacks (not for
+    wandb, whose record can't be read). Raises BadInput as check does."""
     check(kind)
     if kind == "none":
         return None

@@ -66,7 +66,7 @@ def share_of_best(weights: Weights) -> tuple[float, float]:
 
 
 def verdict(weights: Weights) -> str:
-    """Two short sentences: does the weight go to the better episodes?"""
+    """One line: how far the weight goes to the better episodes."""
     r, (weight, transitions) = correlation(weights), share_of_best(weights)
     said = "undefined, one of them is the same everywhere" if math.isnan(r) else f"{r:.2f}"
     return (

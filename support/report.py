@@ -1,6 +1,6 @@
 """Makes the paper's tables, learning curves and ablation charts from run directories. Prints a script's final summary.
 
-    python comadice_eval.py report runs/        # -> runs/report/report.md, report.csv, seeds.csv and PNGs
+    python comadice_eval.py report runs/        # -> runs/report: report.md, report.csv, seeds.csv, marl_eval.json, PNGs
 
 Every finished run below RUNS is one seed of a cell. A cell is an instance (simulator, task, quality, data), a method
 and its arguments. Runs with different arguments are never averaged. If a method ran with several settings, as in an
@@ -28,12 +28,12 @@ from offline_data.durable import write_figure
 from offline_data.published import published
 from support import loggers, scores
 from support.report_args import Args
-from support.runs import FREE, eval_steps, judged, last_evaluations
+from support.runs import FREE, eval_steps, evaluations_that_count, last_evaluations
 
 METHODS = ["bc", "bc-best10", "bcq", "cql", "icq", "omar", "omiga", "comadice"]  # the paper's order, with bc-best10
 ABLATIONS = {"alpha": "alpha", "f": "f-divergence", "mixer_layers": "layers of the mixer"}  # Sections B.4, B.5, B.6
 AXIS = {"return": "return", "winrate": "winrate (%)"}
-COLOURED = 4  # so many curves are in colour in a figure of six or more
+COLOURED = 4  # curves in colour, in a figure of six or more
 DASHES = ["--", "-.", ":", (0, (9, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (2, 4))]  # of the grey curves
 RUN_FILES = {"config.json", "metrics.csv", "summary.json", "checkpoint.pt"}
 # The files that a report consists of.
@@ -222,7 +222,7 @@ def missing_seeds(cells: list[Cell]) -> list[str]:
 def seed_scores(cell: Cell, metric: str, last: float | None) -> list[float]:
     """Each seed's score: its mean over the last evaluations."""
     evaluations = len(cell.runs[0].steps)
-    count = judged(evaluations) if last is None else max(round(last * evaluations), 1)
+    count = evaluations_that_count(evaluations) if last is None else max(round(last * evaluations), 1)
     return [sum(run.curves[metric][-count:]) / count for run in cell.runs]
 
 
@@ -321,13 +321,13 @@ def write_csv(cells: list[Cell], last: float | None, paper: dict, path: Path):
                 writer.writerow([*cell.instance, metric, cell.method, cell.label, *numbers])
 
 
-def panels(count: int, width: float = 4.2, height: float = 3.1):
+def panels(count: int):
     """A figure with `count` panels, at most three in a row."""
     from matplotlib.figure import Figure
 
     across = min(count, 3)
     down = math.ceil(count / across)
-    figure = Figure(figsize=(width * across, height * down))
+    figure = Figure(figsize=(4.2 * across, 3.1 * down))
     axes = figure.subplots(down, across, squeeze=False)
     for axis in axes.flat[count:]:
         axis.axis("off")
@@ -362,7 +362,7 @@ def draw_curves(cells: list[Cell], metric: str, last: float | None, path: Path):
     dashes = {column: DASHES[i % len(DASHES)] for i, column in enumerate(c for c in columns if c not in color)}
     for axis, instance in zip(axes, instances):
         for cell in (cell for cell in cells if cell.instance == instance):
-            steps, label = cell.runs[0].steps, cell.column.replace("$", r"\$")
+            steps, label = cell.runs[0].steps, scores.escape(cell.column)
             points = [mean_std(list(values)) for values in zip(*(run.curves[metric] for run in cell.runs))]
             mean, error = zip(*((m, s / math.sqrt(len(cell.runs))) for m, s in points))
             if cell.column not in color:
@@ -417,7 +417,7 @@ def draw_ablation(cells: list[Cell], key: str, metric: str, last: float | None, 
             x, m, s = zip(*numbers)
             axis.errorbar(x, m, yerr=s, fmt="o", color="C1", capsize=3, label="the paper, on its data, likewise")
         others = " ".join(f"{k}={v}" for k, v in group[0].setting if k != key)
-        name = f"{title(instance, instances)} {others}".strip().replace("$", r"\$")
+        name = scores.escape(f"{title(instance, instances)} {others}".strip())
         axis.set(title=name, xlabel=ABLATIONS[key], ylabel=AXIS[metric])
         if metric == "winrate":
             axis.set_ylim(0, 100)

@@ -9,7 +9,7 @@
         csv, tensorboard, wandb    with --logger, see loggers.py
         LOCK             while a process trains there
 
-The checkpoint holds everything: the other files can be written again from it. A stopped run that goes on with --resume
+The checkpoint holds the whole state of training, and the rows of metrics.csv. A stopped run that goes on with --resume
 ends with the same bits as one that was not stopped. With more --steps, --resume extends a run. Its critics go on where
 they were, w* is computed again, and then its policies go on. The learning rate falls to 0 at the last step, which is
 later now. So the rate is larger again when the run goes on.
@@ -56,7 +56,7 @@ AGAIN = "run the same command again with --resume"
 LARGEST = 2**31  # of counts and seeds
 SMALL_BATCH = 1024  # a batch of this size is accepted for any dataset
 LIMIT = 1e4  # a larger parameter has diverged: Adam moves it by about --lr per step, so by at most some hundreds
-LOOK = 2000  # parameters are checked after so many steps, and at evaluations
+LOOK = 2000  # parameters are checked every LOOK steps, and at evaluations
 
 
 def check_seeds(seeds: list[int]):
@@ -440,7 +440,7 @@ def save_checkpoints(runs: list[Run], progress: list[dict], rows: list[dict | No
         save_checkpoint(run, state, row)
 
 
-def judged(evaluations: int) -> int:
+def evaluations_that_count(evaluations: int) -> int:
     """How many of a run's evaluations make its score."""
     return min(10, (evaluations + 1) // 2)
 
@@ -448,7 +448,7 @@ def judged(evaluations: int) -> int:
 def last_evaluations(metrics: list[dict]) -> list[dict]:
     """The evaluations that make a run's score: the last half of them, at most ten. Empty if rollouts were off."""
     evaluated = [row for row in metrics if row["stage"] == "policy" and row.get("return") is not None]
-    return evaluated[-judged(len(evaluated)) :] if evaluated else []
+    return evaluated[-evaluations_that_count(len(evaluated)) :] if evaluated else []
 
 
 def finish_run(run: Run, args, card: dict, together: int):

@@ -21,7 +21,7 @@ from support.statistics import DRAWS, interval, iqm, probability_of_improvement,
 
 YARDSTICKS = ("bc", "omiga")  # columns that all others are compared with
 MARL_EVAL = {"return": ("return", 1.0), "winrate": ("win_rate", 0.01)}  # its name of a metric, and its unit
-SMALL = 0.1  # a mean return below so many standard deviations can't be divided by
+SMALL = 0.1  # in standard deviations: a mean return below it can't be divided by
 UNIT = {"return": "return / mean return of the data", "winrate": "battles won (%)"}
 
 

@@ -1,4 +1,5 @@
-"""Trains several seeds as one computation. On a GPU an update is replayed as one CUDA graph. Losses know of neither.
+"""Trains several seeds as one computation. On a GPU an update is replayed as one CUDA graph. Loss functions need not
+know about either.
 
     critics, target = make_stacked(make_critics, seeds)   # parameters [S, ...]; for one seed the module as it is
     losses = per_seed(losses, [critics], len(seeds))      # takes batches [S, B]; for one seed [B]

@@ -27,7 +27,7 @@ from offline_data.durable import write_bytes
 
 SIDE = 240  # pixels of a panel's picture, and below it CAPTION for two lines of text; MP4 wants multiples of 16
 CAPTION = 32
-FPS = {".gif": 10, ".mp4": 25}  # at most so many pictures a second
+FPS = {".gif": 10, ".mp4": 25}  # pictures a second, at most
 GIF_SECONDS = 6  # robots only: their moving floor makes each picture's file size large
 BATTLE_STEP = 1 / 8  # seconds that a step of a battle is shown; in the game it is half a second
 COLORS = 64  # of a GIF's palette
