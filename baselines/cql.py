@@ -14,6 +14,10 @@ discrete actions: the log-sum-exp, the maximum in the target and the arg max tha
 continuous actions: the log-sum-exp is estimated by importance sampling (Kumar et al., Appendix F) with actions drawn
     uniformly and around the policy's (baselines/conservative.py); the policy is a Gaussian that maximises q_tot and its
     entropy, as in SAC, on which CQL is built.
+
+Left out of Kumar et al.'s code: a second q and the minimum of both, the tanh of the policy, samples from the policy at
+s', the multiplier that adapts the weight, and imitation in the first steps. The code behind OMIGA's experiments has
+another policy loss: it maximises q_i times log pi_i of the recorded action.
 """
 
 from dataclasses import dataclass

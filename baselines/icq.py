@@ -19,7 +19,8 @@ w_i instead.
 On robots the default temperatures make it almost BC with a value beside it: on halfcheetah medium-replay the policies'
 weights have an effective sample size of 0.99.
 
-The paper's TD(lambda) needs trajectories. With single transitions, as here, lambda is 0.
+The paper's TD(lambda) needs trajectories. With single transitions, as here, lambda is 0. In ICQ-MA's code the mixing
+weights w_i sum to 1 and there is no b, and the policies are recurrent. OMIGA's experiments take the minimum of two q.
 """
 
 from dataclasses import dataclass

@@ -16,6 +16,9 @@ continuous actions: as published. The policy is deterministic (the mean of a Gau
 discrete actions (OMAR is published for continuous ones only): the search tries all A actions, so it is exact: a_hat =
     arg max of q_i over available actions. The policy gradient climbs the exact expectation sum_a pi_i(a) q_i(a). The
     squared distance to a_hat becomes -log pi_i(a_hat). The target takes the target policy's most likely action.
+
+Left out of the authors' code: the tanh of the policy, normalised inputs, a penalty on large actions, clipped gradients,
+and networks of each agent's own. On halfcheetah their search takes 2 steps of 20 samples, each from the best 5.
 """
 
 from dataclasses import dataclass
