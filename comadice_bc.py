@@ -171,7 +171,7 @@ def policy_losses(policy, batch: TensorDict) -> tuple[Tensor]:
 def make_policy_update(policy, average, optimizer, average_step: Tensor, n_seeds: int = 1, compiled: bool = False):
     """Line 11 as a function of a batch [B]: one Adam step, then the average moves towards the policy by `average_step`.
 
-    Stacked policies of S seeds take batches [S, B], with w [S, B, S].
+    It returns the loss, a scalar. Stacked policies of S seeds take batches [S, B] with w [S, B, S], and return [S].
     """
     parameters = list(policy.parameters())
     losses_of = per_seed(policy_losses, [policy], n_seeds, compiled)
@@ -211,8 +211,8 @@ def train_policies(
     """Lines 9 to 12 for runs at the same step: args.steps gradient steps on Eq. 11, with args.evals evaluations.
 
     "w" [T] in a run's state is the transitions' ratio, None for BC. Transitions are drawn from the row numbers
-    `drawn_from`, by default from all, in proportion to `weights`, by default equally. Each evaluation is saved in the
-    runs' directories.
+    `drawn_from` [K], by default from all T, in proportion to `weights` [K], by default equally. Each evaluation is
+    saved in the runs' directories.
     """
     device, seeds = pick_device(args.device), [run.seed for run in runs]
     sizes = card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], args.hidden

@@ -52,10 +52,11 @@ Z_MAX = 10.0  # bound of the exponent, as in the authors' code
 def defaults(card: dict, unit: float) -> dict[str, float]:
     """alpha is 5 mean absolute rewards (`unit`), the same number as ComaDICE's.
 
-    The same number regularises more here: agent i's exponent is w_i (q_i - v_i) / alpha, about A_tot / (n alpha), where
-    ComaDICE gives every agent the ratio of A_tot / alpha. On the tuning's hopper replay 5 returned 1229 on average, 1.5
-    of them 1042 and 0.5 of them 292 (docs/tuning.csv). The authors have 10 everywhere. In MaMuJoCo the mean reward is 0.7 to 3.7 (Table 3: return over length), so 10 is
-    about 5 of them. In SMAX it is about 0.02, so 10 would be 500 of them, and the method would become plain BC.
+    The authors have 10 everywhere. In MaMuJoCo the mean reward is 0.7 to 3.7 (Table 3: return over length), so 10 is
+    about 5 of them. In SMAX it is about 0.02, so 10 would be 500 of them, and the method would become plain BC. The
+    number regularises more here than in ComaDICE: agent i's exponent w_i (q_i - v_i) / alpha is about A_tot / (n
+    alpha), where ComaDICE gives every agent the ratio of A_tot / alpha. But less was not better on the tuning's hopper
+    replay: 5 returned 1229 on average, 1.5 returned 1042 and 0.5 returned 292 (docs/tuning.csv).
     """
     return {"alpha": 5 * unit}
 

@@ -74,6 +74,7 @@ class RowSampler(Sampler):
         return torch.searchsorted(self.cumulated, uniform, right=True).clamp(max=n - 1)
 
     def sample(self, storage, batch_size: int) -> tuple[torch.Tensor, dict]:
+        """Row numbers, shaped as the class says, and the information that TorchRL wants beside them: none."""
         drawn = [self.draw(batch_size, generator) for generator in self.generators]
         t = self.drawn_from[torch.stack(drawn) if len(drawn) > 1 else drawn[0]]
         return torch.stack([t, t + 1], -1) if self.pairs else t, {}
@@ -88,6 +89,7 @@ class RowStorage(TensorStorage):
     """Reads whole rows by index_select, which is several times faster than indexing."""
 
     def get(self, index: torch.Tensor) -> TensorDict:
+        """The rows [...] with these numbers [...]."""
         flat = index.flatten()
         return self._storage.apply(lambda x: x.index_select(0, flat).unflatten(0, index.shape), batch_size=index.shape)
 
