@@ -1,6 +1,7 @@
 """What the five baselines share: checks of their flags, training that can be stopped and resumed, and the script."""
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -14,9 +15,9 @@ from torchrl.envs import EnvBase
 from baselines.run_args import RunArgs
 from comadice_bc import set_schedule
 from comadice_eval import evaluation, try_eval_env
-from environments.checks import check_positive, pick_device
+from environments.checks import BadInput, check_positive, pick_device
 from offline_data.facts import mean_abs_reward
-from offline_data.replay import make_replay
+from offline_data.replay import episode_weights, make_replay
 from support.presets import four_digits
 from support.report import report
 from support.runs import (
@@ -71,6 +72,8 @@ def check(args: RunArgs, *positive: str):
     check_args(args)
     check_policy_stage(args)
     check_positive(args, *(name for name in (*positive, "reward_scale") if getattr(args, name) is not None))
+    if not 0 <= args.episode_alpha < math.inf:
+        raise BadInput(f"--episode-alpha must be 0 or more, it is {args.episode_alpha}")
     check_discount(args)
 
 
@@ -135,8 +138,14 @@ def make_update(networks, target, average, optimizer, average_step: Tensor, loss
     return update
 
 
-def train_runs(method: Method, rows: TensorDict, args: RunArgs, runs: list[Run], card: dict, env: EnvBase | None):
-    """Trains runs at the same step from their last checkpoints to their end."""
+def train_runs(
+    method: Method, rows: TensorDict, args: RunArgs, runs: list[Run], card: dict, env: EnvBase | None,
+    weights: Tensor | None,
+):  # fmt: skip
+    """Trains runs at the same step from their last checkpoints to their end.
+
+    The T transitions are drawn in proportion to `weights` [T], or equally often for None.
+    """
     device, seeds = pick_device(args.device), [run.seed for run in runs]
     networks, target = make_stacked(lambda: method.make_networks(card, args).to(device), seeds)
     average = copy.deepcopy(played(networks)).requires_grad_(False)
@@ -144,7 +153,7 @@ def train_runs(method: Method, rows: TensorDict, args: RunArgs, runs: list[Run],
     generators = make_generators(seeds, 1, rows)
     parts = {"networks": networks, "target": target, "policy": average, "optimizer": optimizer}  # "policy" is played
     stage = Stage("training", method.name, args, runs, parts, generators)
-    replay = make_replay(rows, method.keys, generators=generators, device=device)
+    replay = make_replay(rows, method.keys, generators=generators, device=device, weights=weights)
     update = make_update(networks, target, average, optimizer, average_step, method.losses, args, len(seeds))
     update = Graph(update, args.graph)
 
@@ -174,11 +183,12 @@ def train(method: Method, args: RunArgs):
     args = resolve(args, unit, own)
     print(f"{method.name}: {', '.join(f'{name} {getattr(args, name):g}' for name in ('tau', 'reward_scale', *own))}")
     env = try_eval_env(card, args.eval_episodes, args.workers)
+    weights = episode_weights(rows, args.episode_alpha, "soft_chi2")
     rows = method.prepare(scaled(rows, args.reward_scale))
     runs = start_runs(args, method.name, card, rows, {})
     while group := next_group(runs):
         try:
-            train_runs(method, rows, args, group, card, env)
+            train_runs(method, rows, args, group, card, env, weights)
         except Diverged as error:
             give_up(runs, error)
     report({method.name.upper(): end_runs(runs)}, card, args, f"learning_curve_{method.name}.png")

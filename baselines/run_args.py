@@ -54,6 +54,9 @@ class RunArgs:
     """factor on the rewards (default: 0.2 / mean absolute reward, as in comadice_train.py)"""
     layer_norm: bool = True
     """LayerNorm in q and v, as in comadice_train.py"""
+    episode_alpha: float = 0.0
+    """transitions of better episodes are drawn more often, as in comadice_train.py; in units of the return. 0: all
+    equally often, as published"""
     batch_size: int = 128
     """transitions in a batch (Table 4)"""
     hidden: int = 256

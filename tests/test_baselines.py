@@ -849,6 +849,15 @@ def test_matrix_game(name, tmp_path):
         assert actions == [BEST] * 6
 
 
+def test_better_episodes_can_be_drawn_more_often(tmp_path):
+    """With a large alpha OMIGA imitates, so its policy is uniform as the data are. Drawing decides what it imitates."""
+    data = game(tmp_path / "data", [(i, j) for i in range(3) for j in range(3)], lambda i, j: REWARDS[i][j], 3)
+    _, differ = solve("omiga", data, tmp_path / "equally", 1, alpha=1e6)
+    assert differ == pytest.approx([2 / 3], abs=0.02)
+    actions, differ = solve("omiga", data, tmp_path / "better", 2, alpha=1e6, episode_alpha=0.3)
+    assert actions == [BEST] * 2 and max(differ) < 0.1
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_xor_game(name, tmp_path):
     """Reward 1 if the actions differ. The data hold (0, 1) and (1, 0) equally often. No method here passes.
@@ -1119,6 +1128,7 @@ def test_next_actions_of_icq(hopper_data):
         ("omar", {"rectification": 1.5}, "--rectification"),
         ("omar", {"search_std": 0.0}, "--search-std"),
         ("omiga", {"alpha": math.nan}, "--alpha"),
+        ("omiga", {"episode_alpha": -1.0}, "--episode-alpha"),
     ],
 )
 def test_bad_flags(name, flags, match, hopper_data, tmp_path):
