@@ -775,20 +775,26 @@ def test_actions_of_bcq(discrete):
 # ---------------------------------------------------------------- games with known optima
 
 
+def write_episode(writer: DatasetWriter, seen: torch.Tensor, actions: list, rewards: list[float], n_actions: int = 0):
+    """An episode of T steps that two agents play. Both see the state, `seen` [T + 1, O].
+
+    Actions are discrete if there are `n_actions`. One action more than that is never available.
+    """
+    T = len(rewards)
+    end = (torch.arange(T + 1) == T - 1).unsqueeze(-1)
+    agents = {"observation": seen.unsqueeze(1).repeat(1, 2, 1), "action": torch.stack([*actions, actions[-1]])}
+    if n_actions:
+        agents["action_mask"] = (torch.arange(n_actions + 1) < n_actions).expand(T + 1, 2, -1).clone()
+    reward = torch.tensor([*rewards, 0.0]).unsqueeze(-1)
+    team = {"state": seen, "reward": reward, "terminated": end, "done": end.clone()}
+    writer.append(TensorDict(team | {"agents": TensorDict(agents, [T + 1, 2])}, [T + 1]))
+
+
 def game(path, joint_actions: list, reward, n_actions: int) -> str:
-    """One-step episodes of two agents that see nothing. One action more than the game has is never available."""
+    """One-step episodes of two agents that see nothing."""
     writer = DatasetWriter(path)
-    mask = (torch.arange(n_actions + 1) < n_actions).expand(2, 2, -1).clone()
-    end = torch.tensor([[True], [False]])
     for a in joint_actions:
-        agents = {"observation": torch.ones(2, 2, 1), "action": torch.tensor([a, a]), "action_mask": mask}
-        team = {
-            "state": torch.ones(2, 1),
-            "reward": torch.tensor([[float(reward(*a))], [0.0]]),
-            "terminated": end,
-            "done": end.clone(),
-        }
-        writer.append(TensorDict(team | {"agents": TensorDict(agents, [2, 2])}, [2]))
+        write_episode(writer, torch.ones(2, 1), [torch.tensor(a)], [float(reward(*a))], n_actions)
     return str(writer.close(GAME))
 
 
@@ -830,6 +836,12 @@ def solve(name: str, data: str, out, seeds: int, **flags) -> tuple[list[tuple], 
 
 REWARDS = [[0, 2, 1], [3, 8, 4], [1, 5, 2]]
 BEST = (1, 1)
+PEAK = torch.tensor([0.4, -0.3])
+
+
+def peaked(actions: torch.Tensor) -> float:
+    """The reward of the continuous games, 10 at the actions PEAK: actions [2, 1], clipped to the box."""
+    return (10 * (1 - (actions[:, 0].clamp(-1, 1) - PEAK).square().sum())).item()
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -923,19 +935,9 @@ def test_continuous_game(name, data_of, tmp_path):
     absolute reward here: their default pulls them too far towards the data.
     """
     writer, g = DatasetWriter(tmp_path / "data"), torch.Generator().manual_seed(0)
-    end = torch.tensor([[True], [False]])
     uniform, gaussian = 2 * torch.rand(400, 2, 1, generator=g) - 1, torch.randn(400, 2, 1, generator=g)
     for a in uniform if data_of == "uniform" else gaussian:
-        clipped = a.clamp(-1, 1)
-        reward = 10 * (1 - (clipped[0] - 0.4) ** 2 - (clipped[1] + 0.3) ** 2)
-        agents = {"observation": torch.ones(2, 2, 1), "action": torch.stack([a, a])}
-        team = {
-            "state": torch.ones(2, 1),
-            "reward": torch.stack([reward, reward]),
-            "terminated": end,
-            "done": end.clone(),
-        }
-        writer.append(TensorDict(team | {"agents": TensorDict(agents, [2, 2])}, [2]))
+        write_episode(writer, torch.ones(2, 1), [a], [peaked(a)])
     data = writer.close(GAME)
     module, flags = (
         MODULES[name],
@@ -949,7 +951,7 @@ def test_continuous_game(name, data_of, tmp_path):
         policy, _ = comadice_eval.load_policy(tmp_path / f"nowhere/game/made/{name}/seed{seed}")
         with torch.no_grad():
             action = policy.act(torch.ones(1, 2, 1))[0, :, 0]
-        wanted = torch.zeros(2) if name == "bc" else torch.tensor([0.4, -0.3])
+        wanted = torch.zeros(2) if name == "bc" else PEAK
         assert (action - wanted).abs().max() < 0.3, action
 
 
@@ -961,7 +963,7 @@ def test_reward_comes_one_step_later(name, discrete, tmp_path):
     Agents see at the second step which reward is to come. What they do there changes nothing. So only values that are
     backed up say which first action is good. ComaDICE has no ratio between episodes here, which would say it as well.
     """
-    g, size = torch.Generator().manual_seed(0), 4 if discrete else 1  # the fourth action is never available
+    g, mask = torch.Generator().manual_seed(0), (torch.arange(4) < 3).expand(1, 2, 4)
     if discrete:
         firsts = [torch.tensor([i, j]) for i in range(3) for j in range(3)] * 12
         second = lambda: torch.randint(3, (2,), generator=g)
@@ -969,16 +971,12 @@ def test_reward_comes_one_step_later(name, discrete, tmp_path):
     else:
         firsts = list(2 * torch.rand(400, 2, 1, generator=g) - 1)
         second = lambda: 2 * torch.rand(2, 1, generator=g) - 1
-        value = lambda a: (10 * (1 - (a[0] - 0.4) ** 2 - (a[1] + 0.3) ** 2)).item()
-    writer, end = DatasetWriter(tmp_path / "data"), torch.tensor([[False], [True], [False]])
-    mask = (torch.arange(size) < 3).expand(3, 2, size).clone()
+        value = peaked
+    writer = DatasetWriter(tmp_path / "data")
     for first in firsts:
-        r, a = value(first), second()
+        r = value(first)
         seen = torch.tensor([[1.0, 0.0], [0.0, r / 5], [0.0, r / 5]])
-        agents = {"observation": seen.unsqueeze(1).repeat(1, 2, 1), "action": torch.stack([first, a, a])}
-        agents |= {"action_mask": mask} if discrete else {}
-        team = {"state": seen, "reward": torch.tensor([[0.0], [r], [0.0]]), "terminated": end, "done": end.clone()}
-        writer.append(TensorDict(team | {"agents": TensorDict(agents, [3, 2])}, [3]))
+        write_episode(writer, seen, [first, second()], [0.0, r], 3 if discrete else 0)
     data = writer.close(GAME)
     flags = QUICK | FLAGS[name] | {"hidden": 32, "batch_size": 64, "steps": 400}
     flags |= {"alpha": 1.0} if name in ("icq", "comadice") else {}
@@ -989,14 +987,14 @@ def test_reward_comes_one_step_later(name, discrete, tmp_path):
         policy, _ = comadice_eval.load_policy(tmp_path / f"nowhere/game/made/{name}/seed{seed}")
         obs = torch.tensor([1.0, 0.0]).expand(1, 2, 2)
         with torch.no_grad():
-            action = policy.act(obs, *([mask[:1]] if discrete else []))[0]
+            action = policy.act(obs, *([mask] if discrete else []))[0]
         if name == "bc" and discrete:
-            chances = policy.logits(obs, mask[:1]).softmax(-1)[0, :, :3]
+            chances = policy.logits(obs, mask).softmax(-1)[0, :, :3]
             torch.testing.assert_close(chances, torch.full((2, 3), 1 / 3), atol=0.03, rtol=0)
         elif discrete:
             assert tuple(action.tolist()) == BEST
         else:
-            wanted = torch.zeros(2) if name == "bc" else torch.tensor([0.4, -0.3])
+            wanted = torch.zeros(2) if name == "bc" else PEAK
             assert (action[:, 0] - wanted).abs().max() < 0.3, action
 
 
