@@ -40,16 +40,24 @@ INTERFACES = {
 }
 
 
-def check_task(env: str, task: str):
-    """Raises NoSimulator for an unknown env or task. For mamujoco and smax also if the simulator is not installed."""
+def check_task_name(env: str, task: str):
+    """Raises NoSimulator for an unknown env or task, and for mamujoco also if it is not installed."""
     if env not in INTERFACES:
         raise NoSimulator(f"unknown env '{env}': there are {', '.join(INTERFACES)}")
     if env == "mamujoco":
         mamujoco.mamujoco_scenario(task)
     elif env == "smax":
-        smax.check_task(task)
+        smax.check_task_name(task)
     else:
         starcraft.check_task(env, task)
+
+
+def check_task(env: str, task: str):
+    """Raises NoSimulator for an unknown env or task. For mamujoco and smax also if the simulator is not installed."""
+    if env == "smax":
+        smax.check_task(task)
+    else:
+        check_task_name(env, task)
 
 
 def check_playable(env: str, task: str):

@@ -75,7 +75,7 @@ def import_jaxmarl():
         sys.stdout, sys.stderr, sys.__stdout__ = streams
 
 
-def check_name(task: str):
+def check_task_name(task: str):
     """Raises NoSimulator for a task that SMAX does not have."""
     if task == "2c_vs_64zg":
         raise NoSimulator("smax can't play 2c_vs_64zg: it has no colossus")
@@ -88,7 +88,7 @@ def check_name(task: str):
 
 def check_task(task: str):
     """Raises NoSimulator for a task that SMAX does not have, or if jaxmarl is not installed."""
-    check_name(task)
+    check_task_name(task)
     try:
         import_jaxmarl()
     except ImportError as error:

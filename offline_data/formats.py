@@ -70,9 +70,9 @@ import torch
 from tensordict import TensorDict
 from tqdm import tqdm
 
-from environments import smax, starcraft
 from environments.checks import BadInput, run_script
-from environments.mamujoco import benchmark_observation, mamujoco_scenario, mamujoco_team
+from environments.mamujoco import benchmark_observation, mamujoco_team
+from environments.simulators import check_task_name
 from offline_data.card import INTERFACE, check_name, read_json
 from offline_data.writer import DatasetWriter
 
@@ -715,12 +715,8 @@ def convert_here(
         raise BadInput(f"unknown env '{env}': there are mamujoco, smacv1, smacv2, smax")
     for what, name in (("--task", task), ("--quality", quality)):
         check_name(what, name)
-    if env == "mamujoco":
-        mamujoco_scenario(task)
-    elif env == "smacv2":
-        starcraft.check_task(env, task)
-    elif env == "smax":
-        smax.check_name(task)  # of smacv1 every map will do
+    if env != "smacv1":  # there every map will do, whether smacv2 is installed or not
+        check_task_name(env, task)
     if limit is None:
         limit = LIMITS.get(task if env == "smacv1" else env)
     if limit is not None and limit < 1:
