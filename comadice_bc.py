@@ -32,7 +32,8 @@ class Args:
     task: str | None = None
     """task of that simulator (default: hopper or zerg_5_vs_5, or that of --data)"""
     quality: str | None = None
-    """quality of the dataset (default: medium-replay for robots, medium for battles, or that of --data)"""
+    """quality of the dataset (default: that of --data, or medium-replay for robots and medium for battles; demo if that
+    is missing and a demo comes with the code)"""
     data: str | None = None
     """a dataset directory, instead of data/ENV/TASK/QUALITY"""
 

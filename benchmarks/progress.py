@@ -1,5 +1,5 @@
-"""The progress of the runs below a folder, read from their directories. OUT/grid/plan.json lists the runs that
-were asked for.
+"""The progress of the runs below a folder, read from their directories. OUT/grid/plan.json lists the runs
+that were asked for.
 
 A run is running while a process holds its LOCK. Its step is that of its last checkpoint. The time left assumes that the
 remaining steps take as long as the steps so far.
