@@ -6,7 +6,8 @@
         --checkpoint runs/mamujoco/hopper/medium-replay/comadice/seed0    # with w* of that run
 
 The policy that is played is an average of the trained policy's weights over the last steps, and the learning rate falls
-to 0. Neither is in the paper. They make neighbouring evaluations more alike.
+to 0. Neither is in the paper. They make neighbouring evaluations more alike. Nor is --action-scale in the paper: robots
+play 0.85 times the mean action (docs/PAPER.md).
 """
 
 import environments.cpu  # noqa: F401 -- before torch
@@ -42,6 +43,8 @@ class Args:
     """a ComaDICE run whose saved ratio w* weights the data, which is drawn as in that run; plain BC without it"""
     best: float = 1.0
     """share of the episodes, the best by return, that are cloned; 1: all of them"""
+    action_scale: float = 0.85
+    """robots' policies play this multiple of their mean action, clipped to the simulator's box; 1: the mean"""
 
     # Optimisation
     steps: int = 200_000
@@ -216,7 +219,7 @@ def train_policies(
     saved in the runs' directories.
     """
     device, seeds = pick_device(args.device), [run.seed for run in runs]
-    sizes = card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], args.hidden
+    sizes = card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], args.hidden, args.action_scale
     policy, average = make_stacked(lambda: make_policy(*sizes).to(device), seeds)  # line 1: eta, shared by all agents
     optimizer, average_step = adam(list(policy.parameters()), args.lr, device), torch.ones((), device=device)
     generators = make_generators(seeds, 2, rows)

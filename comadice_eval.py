@@ -5,9 +5,9 @@
     python comadice_eval.py report runs/                                                  # see support/report.py
     python comadice_eval.py ratio runs/mamujoco/hopper/medium-replay/comadice/seed0       # see support/ratio_picture.py
 
-The first command plays the mean action, clipped to the simulator's box (continuous), or the most likely available one
-(discrete). It prints the mean and standard deviation of the return over episodes, and the share of battles won. For
-several runs of one setting it also prints mean and standard deviation over the runs.
+The first command plays the run's --action-scale times the mean action, clipped to the simulator's box (continuous), or
+the most likely available one (discrete). It prints the mean and standard deviation of the return over episodes, and the
+share of battles won. For several runs of one setting it also prints mean and standard deviation over the runs.
 """
 
 import sys
@@ -180,7 +180,8 @@ def load_policy(run: str | Path, device="cpu") -> tuple[torch.nn.Module, dict]:
             policy = (bcq if state["algo"] == "bcq" else cql).policy_of_run(card, config)
         else:
             sizes = (card[key] for key in ("n_agents", "obs_dim", "action_dim", "discrete"))
-            policy = make_policy(*sizes, config["hidden"])
+            # OMAR has no --action-scale. Nor had older runs of other methods. They play their mean action.
+            policy = make_policy(*sizes, config["hidden"], config.get("action_scale", 1.0))
         policy.load_state_dict(state["policy"])
     except (RuntimeError, TypeError, KeyError):
         raise BadInput(f"{run}/checkpoint.pt: the policy's parameters are not those of this task's network") from None

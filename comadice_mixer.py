@@ -160,12 +160,14 @@ class GaussianPolicy(nn.Module):
     """pi_i(a_i | o_i; eta) = Normal(mean(o_i), std(o_i)) with independent entries, for continuous actions (Section
     B.2).
 
-    The mean is not squashed: recorded actions may exceed the simulator's bounds. The simulator clips them.
+    The mean is not squashed: recorded actions may exceed the simulator's bounds. The simulator clips them. What is
+    played is `action_scale` times the mean. Not in the paper: a little less than the mean returns more (docs/PAPER.md).
     """
 
-    def __init__(self, n_agents: int, obs_dim: int, action_dim: int, hidden: int = 256):
+    def __init__(self, n_agents: int, obs_dim: int, action_dim: int, hidden: int = 256, action_scale: float = 1.0):
         super().__init__()
         self.net = LocalMLP(n_agents, obs_dim, 2 * action_dim, hidden)
+        self.action_scale = action_scale
 
     def distribution(self, obs: Tensor) -> Normal:
         """obs [..., n, O] -> a normal distribution of each entry of the actions [..., n, A]."""
@@ -177,8 +179,8 @@ class GaussianPolicy(nn.Module):
         return self.distribution(obs).log_prob(action).sum(-1)
 
     def act(self, obs: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The mean action [..., n, A]. Evaluations clip it to the simulator's box before it is played."""
-        return self.net(obs).chunk(2, -1)[0]
+        """action_scale times the mean, [..., n, A]. Evaluations clip it to the simulator's box before it is played."""
+        return self.action_scale * self.net(obs).chunk(2, -1)[0]
 
 
 class CategoricalPolicy(nn.Module):
@@ -229,6 +231,13 @@ class Critics(nn.Module):
         self.lam = nn.Parameter(torch.zeros(()))
 
 
-def make_policy(n_agents: int, obs_dim: int, action_dim: int, discrete: bool, hidden: int = 256) -> nn.Module:
-    """The local policies pi_i(a_i | o_i; eta): act(obs [..., n, O], mask [..., n, A] or None) -> actions."""
-    return (CategoricalPolicy if discrete else GaussianPolicy)(n_agents, obs_dim, action_dim, hidden)
+def make_policy(
+    n_agents: int, obs_dim: int, action_dim: int, discrete: bool, hidden: int = 256, action_scale: float = 1.0
+) -> nn.Module:
+    """The local policies pi_i(a_i | o_i; eta): act(obs [..., n, O], mask [..., n, A] or None) -> actions.
+
+    Only continuous actions have a scale.
+    """
+    if discrete:
+        return CategoricalPolicy(n_agents, obs_dim, action_dim, hidden)
+    return GaussianPolicy(n_agents, obs_dim, action_dim, hidden, action_scale)

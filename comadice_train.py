@@ -62,6 +62,9 @@ class Args:
     """transitions of better episodes are drawn more often. A smaller value prefers them more; 0 switches this off. It
     is the alpha of a ratio between episodes, in units of the return (default with semi: the mean absolute deviation of
     the episodes' returns, clipped to their 10th and 90th percentile)"""
+    action_scale: float | None = None
+    """robots' policies play this multiple of their mean action, clipped to the simulator's box (default 0.85; 1: the
+    mean)"""
     f: Literal["soft_chi2", "chi2", "kl"] = "soft_chi2"
     """f-divergence (Section B.5)"""
     gamma: float = 0.99

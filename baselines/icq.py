@@ -39,6 +39,8 @@ class Args(RunArgs):
     alpha: float | None = None
     """temperature of the policies' weights, in units of the reward (default: 0.4 mean absolute rewards for discrete
     actions, 50 for continuous ones)"""
+    action_scale: float = 0.85
+    """robots' policies play this multiple of their mean action, as in comadice_bc.py; 1: the mean"""
     alpha_q: float | None = None
     """temperature of the weights in q's target, in units of the reward (default: 4000 mean absolute rewards)"""
     mixer_hidden: int = 64
@@ -129,7 +131,7 @@ class Networks(nn.Module):
         n, O, S, A, discrete = (card[k] for k in ("n_agents", "obs_dim", "state_dim", "action_dim", "discrete"))
         self.q = Q(n, O, A, args.hidden, discrete, args.layer_norm)
         self.mixer = LinearMixer(n, S, args.mixer_hidden)
-        self.policy = make_policy(n, O, A, discrete, args.hidden)
+        self.policy = make_policy(n, O, A, discrete, args.hidden, args.action_scale)
 
 
 def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) -> dict[str, Tensor]:

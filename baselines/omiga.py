@@ -29,6 +29,8 @@ class Args(RunArgs):
 
     alpha: float | None = None
     """weight of the KL divergence from the data, in units of the reward (default: 5 mean absolute rewards)"""
+    action_scale: float = 0.85
+    """robots' policies play this multiple of their mean action, as in comadice_bc.py; 1: the mean"""
     mixer_hidden: int = 64
     """hidden units of the mixer's hyper-networks"""
 
@@ -102,7 +104,7 @@ class Networks(nn.Module):
         self.q = Q(n, O, A, args.hidden, discrete, args.layer_norm)
         self.v = Nu(n, O, args.hidden, args.layer_norm)
         self.mixer = LinearMixer(n, S, args.mixer_hidden)
-        self.policy = make_policy(n, O, A, discrete, args.hidden)
+        self.policy = make_policy(n, O, A, discrete, args.hidden, args.action_scale)
 
 
 def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) -> dict[str, Tensor]:

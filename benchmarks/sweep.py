@@ -108,12 +108,12 @@ def train_critics(objective: str, rows: TensorDict, card: dict, args: Args) -> l
     return results
 
 
-def play(card: dict, parameters: dict, hidden: int, episodes: int, seed: int, step: int) -> tuple[float, float]:
+def play(card: dict, sizes: tuple, parameters: dict, episodes: int, seed: int, step: int) -> tuple[float, float]:
     """A policy's mean return and its winrate in percent (nan if there are no battles). Runs in a worker process."""
     torch.set_num_threads(1)
     if not ENVS:
         ENVS["env"] = eval_env(card, episodes)
-    policy = make_policy(card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], hidden)
+    policy = make_policy(*sizes)
     policy.load_state_dict(parameters)
     result = evaluation(policy, ENVS["env"], episodes, seed, step)
     return result["return"], math.nan if result["winrate"] is None else 100 * result["winrate"]
@@ -124,14 +124,14 @@ def train_policies(
 ) -> list[dict]:
     """Lines 9 to 12 for members with the same learning rate at once. Returns one row per member."""
     device, seeds = rows["state"].device, [name["seed"] for name, _ in members]
-    sizes = card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], args.train.hidden
+    train = replace(resolved(args.train, rows), lr=members[0][0]["lr"], steps=args.steps)
+    sizes = card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], train.hidden, train.action_scale
     policy, average = make_stacked(lambda: make_policy(*sizes).to(device), seeds)
     # comadice_train.py refuses a ratio that is zero everywhere or not finite. Here such a member is trained with w = 1,
     # and not played.
     finite = [bool(torch.isfinite(w).all()) and bool(w.mean() > 0) for _, w in members]
     weighted = with_ratios(rows, {m: members[m][1] if ok else None for m, ok in enumerate(finite)})
     generators = make_generators(seeds, 2, rows)
-    train = replace(resolved(args.train, rows), lr=members[0][0]["lr"], steps=args.steps)
     optimizer, weight = adam(list(policy.parameters()), train.lr, device), torch.ones((), device=device)
     update = Graph(make_policy_update(policy, average, optimizer, weight, len(members)))
     at = {args.steps - round(i * args.steps / 5 / args.last) for i in range(args.last)}
@@ -145,7 +145,7 @@ def train_policies(
             states = seed_states({"policy": average}, generators)
             parameters = [{k: v.cpu() for k, v in state["policy"].items()} for state in states]
             each = [(p, name["seed"]) for p, (name, _) in zip(parameters, members)]
-            jobs.append([pool.submit(play, card, p, train.hidden, args.episodes, seed, step) for p, seed in each])
+            jobs.append([pool.submit(play, card, sizes, p, args.episodes, seed, step) for p, seed in each])
     table = []
     for m, (name, w) in enumerate(tqdm(members, desc="evaluations", mininterval=2)):
         played = torch.tensor([job[m].result() if finite[m] else (math.nan, math.nan) for job in jobs])

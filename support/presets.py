@@ -13,7 +13,7 @@ PRESETS = {
     "comadice": {"objective": "semi"},
     "paper": {  # Table 4; Eq. 10 as it is printed
         "objective": "printed", "alpha": 10.0, "lambda_scale": 1.0, "tau": 0.005, "critic_lr": 1e-4, "lr": 1e-4,
-        "lr_decay": False, "ema": 0.0, "layer_norm": False, "reward_scale": 1.0,
+        "lr_decay": False, "ema": 0.0, "layer_norm": False, "reward_scale": 1.0, "action_scale": 1.0,
     },
 }  # fmt: skip
 # alpha is in units of the data's mean_abs_reward, and episode_alpha in units of its return_deviation, both in
@@ -26,7 +26,7 @@ OBJECTIVES = {
 }
 COMMON = {
     "episode_alpha": 0.0, "lambda_scale": 0.0, "critic_lr": 3e-4, "layer_norm": True, "lr": 1e-3, "lr_decay": True,
-    "ema": 0.999,
+    "ema": 0.999, "action_scale": 0.85,
 }  # fmt: skip
 
 

@@ -42,7 +42,7 @@ from support.flags import ABOUT, commit, versions
 from support.seeds import name_seeds
 
 # Flags of a run that its summary.json repeats.
-METHOD_FLAGS = ("preset", "objective", "advantage", "alpha", "episode_alpha", "tau", "lr")
+METHOD_FLAGS = ("preset", "objective", "advantage", "alpha", "episode_alpha", "action_scale", "tau", "lr")
 FITS = 0.7  # share of a GPU's free memory that a dataset may take; training needs the rest
 # Arguments that may differ when a run is resumed.
 FREE = ("seeds", "data", "out", "resume", "overwrite", "device", "data_device", "workers", "graph", "quiet", "logger",
@@ -87,7 +87,7 @@ def check_discount(args):
 
 def check_policy_stage(args):
     """Raises BadInput for a flag of the policies' training out of its range."""
-    check_positive(args, "lr")
+    check_positive(args, "lr", *(["action_scale"] if hasattr(args, "action_scale") else []))  # not in CQL, OMAR and BCQ
     if not 0 <= args.ema < 1:
         raise BadInput(f"--ema is {args.ema}: give a number in [0, 1)")
 

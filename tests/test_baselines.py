@@ -1122,6 +1122,7 @@ def test_next_actions_of_icq(hopper_data):
         ("bcq", {"phi": -1.0}, "--phi"),
         ("cql", {"cql_alpha": -1.0}, "--cql-alpha"),
         ("icq", {"alpha": 0.0}, "--alpha"),
+        ("icq", {"action_scale": -1.0}, "--action-scale"),
         ("icq", {"alpha_q": math.inf}, "--alpha-q"),
         ("omar", {"rectification": 1.5}, "--rectification"),
         ("omar", {"search_std": 0.0}, "--search-std"),

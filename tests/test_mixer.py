@@ -170,6 +170,9 @@ def test_gaussian_log_prob_in_closed_form(shift, std):
     expected = (-0.5 * ((action - mean) / std) ** 2 - np.log(std) - 0.5 * np.log(2 * np.pi)).sum(-1)
     np.testing.assert_allclose(pi.log_prob(obs, torch.tensor(action)).detach(), expected, rtol=1e-10)
     np.testing.assert_array_equal(pi.act(obs).detach(), mean)
+    pi.action_scale = 0.85
+    np.testing.assert_allclose(pi.log_prob(obs, torch.tensor(action)).detach(), expected, rtol=1e-10)
+    np.testing.assert_allclose(pi.act(obs).detach(), 0.85 * mean, rtol=1e-12)
 
 
 # ---------------------------------------------------------------- mixers

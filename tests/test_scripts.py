@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
@@ -418,6 +419,32 @@ def test_evaluate_plays_whole_episodes_of_the_plain_simulator():
     env.close()
 
 
+@pytest.mark.parametrize(
+    "module, algo", [(comadice_train, "comadice"), (comadice_bc, "bc"), (icq, "icq"), (omiga, "omiga")]
+)
+def test_action_scale_reaches_the_simulator(module, algo, hopper_data, tmp_path):
+    """The evaluations of a run, and later ones of its checkpoint, play --action-scale times the mean action."""
+    run = train(hopper_data, tmp_path, module, algo, action_scale=0.4, lr=0.03, steps=10, evals=1)
+    mean = make_policy(3, 14, 1, False, 16)
+    mean.load_state_dict(checkpoint(run)["policy"])
+    env = make_env("mamujoco", "hopper", 2)
+    env.set_seed(int(np.random.SeedSequence((0, 10)).generate_state(1)[0]))
+    scores = {}
+    for scale in (0.4, 1.0):
+        policy = SimpleNamespace(act=lambda obs: scale * mean.act(obs))
+        scores[scale] = np.mean([play(policy, seed)[0] for seed in env.seeds])
+    env.close()
+    assert abs(scores[0.4] / scores[1.0] - 1) > 1e-3
+    assert float(table(run)[-1]["return"]) == pytest.approx(scores[0.4], rel=1e-5)
+    assert json.loads((run / "summary.json").read_text())["action_scale"] == 0.4
+    obs = torch.randn(5, 3, 14)
+    torch.testing.assert_close(comadice_eval.load_policy(run)[0].act(obs), 0.4 * mean.act(obs))
+    state = checkpoint(run)
+    del state["config"]["action_scale"]  # a run that was made before this flag played its mean
+    torch.save(state, run / "checkpoint.pt")
+    torch.testing.assert_close(comadice_eval.load_policy(run)[0].act(obs), mean.act(obs))
+
+
 def test_evaluate_more_episodes_than_robots():
     policy, env = wobbly_policy(), make_env("mamujoco", "hopper", 2)
     five = comadice_eval.evaluate(policy, env, 5, 5)
@@ -716,10 +743,12 @@ TRAIN_FLAGS = [
     ({"objective": "printed", "advantage": "td"}, "--advantage q"),
     ({"objective": "released_nu", "advantage": "td"}, "--advantage q"),
     ({"critic_lr": 0.0}, "--critic-lr"),
+    ({"action_scale": 0.0}, "--action-scale"),
     ({"ema": 1.0}, "--ema"),
 ]
 BC_FLAGS = [
     ({"ema": -0.1}, "--ema"),
+    ({"action_scale": math.inf}, "--action-scale"),
     ({"best": 0.0}, "--best"),
     ({"best": 1.1}, "--best"),
     ({"best": 0.5, "checkpoint": "runs"}, "--best and --checkpoint"),
@@ -1262,6 +1291,7 @@ def test_preset_paper_is_table_4():
     # Eq. 10 as it is printed, and nothing that the paper does not have.
     assert (args.objective, args.advantage, args.bound) == ("printed", "q", False)
     assert (args.reward_scale, args.layer_norm, args.lr_decay, args.ema) == (1.0, False, False, 0.0)
+    assert args.action_scale == 1
     assert comadice_train.resolve(comadice_train.Args(preset="paper", objective="printed"), 2.0) == args
     # Other flags override it. Another objective brings its own alpha and tau, what is left of Table 4 stays.
     assert comadice_train.resolve(comadice_train.Args(preset="paper", tau=0.5), 2.0) == dataclasses.replace(
