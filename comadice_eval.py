@@ -28,6 +28,8 @@ class Args:
     """episodes for each run"""
     seed: int = 0
     """seeds the simulator's initial states"""
+    action_scale: float | None = None
+    """robots' policies play this multiple of their mean action (default: the run's own)"""
     workers: int = 1
     """number of processes that simulate"""
     device: str = "auto"
@@ -64,8 +66,8 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import step_mdp
 from tqdm import tqdm
 
-from comadice_mixer import make_policy
-from environments.checks import BadInput, NoSimulator, pick_device, run_script
+from comadice_mixer import GaussianPolicy, make_policy
+from environments.checks import BadInput, NoSimulator, check_positive, pick_device, run_script
 from environments.simulators import check_playable, check_sizes, make_env
 from offline_data.dataset import open_dataset
 from offline_data.durable import check_new, write_text
@@ -167,8 +169,11 @@ def evaluation(policy: torch.nn.Module, env: EnvBase | None, episodes: int, seed
     return {name: result[key] for name, key in names.items()}
 
 
-def load_policy(run: str | Path, device="cpu") -> tuple[torch.nn.Module, dict]:
-    """A run's policy and its checkpoint. Raises BadInput if the run has no policy yet, or one that does not fit."""
+def load_policy(run: str | Path, device="cpu", action_scale: float | None = None) -> tuple[torch.nn.Module, dict]:
+    """A run's policy and its checkpoint. `action_scale` replaces the run's own.
+
+    Raises BadInput if the run has no policy yet, one that does not fit, or one that has no scale.
+    """
     state = load_checkpoint(run)
     card, config = state["card"], state["config"]
     if not state["policy"]:
@@ -185,6 +190,10 @@ def load_policy(run: str | Path, device="cpu") -> tuple[torch.nn.Module, dict]:
         policy.load_state_dict(state["policy"])
     except (RuntimeError, TypeError, KeyError):
         raise BadInput(f"{run}/checkpoint.pt: the policy's parameters are not those of this task's network") from None
+    if action_scale is not None:
+        if not isinstance(policy, GaussianPolicy):
+            raise BadInput(f"{run}: only policies that imitate continuous actions have an --action-scale")
+        policy.action_scale = action_scale
     return policy.to(device), state
 
 
@@ -199,6 +208,8 @@ def check(args: Args):
         raise BadInput("give the run directories with --run")
     if args.seed < 0:
         raise BadInput(f"--seed is {args.seed}: give 0 or a positive number")
+    if args.action_scale is not None:
+        check_positive(args, "action_scale")
     if args.out:
         check_new(args.out)
     if args.video:
@@ -217,7 +228,7 @@ def film(args: Args):
             rows, card = open_dataset(run)
             shown.append((f"data {card['quality']}", card, rows))
         else:
-            policy, state = load_policy(run, device)
+            policy, state = load_policy(run, device, args.action_scale)
             shown.append((f"{state['algo']} {Path(run).resolve().name}", state["card"], policy))
     play = lambda policy, env: evaluate(policy, env, env.batch_size[0], args.seed)["returns"]
     video.film(args.video, shown, lambda card: eval_env(card, args.episodes), play)
@@ -246,7 +257,8 @@ def main(args: Args):
         film(args)
         return
     device = pick_device(args.device)
-    loaded = [load_policy(run, device) for run in args.run]  # all first, so that a bad run is reported at once
+    # All are loaded first, so that a bad run is reported at once.
+    loaded = [load_policy(run, device, args.action_scale) for run in args.run]
     for _, state in loaded:
         check_playable(state["card"]["env"], state["card"]["task"])
     rows, env, last = [], None, None

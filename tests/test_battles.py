@@ -99,6 +99,8 @@ def test_training_reports_winrates_that_evaluation_repeats(collected, tmp_path, 
     assert (summary["winrate"], summary["return"]) == (again["winrate"], again["return_mean"])
     assert again["replayed"] == 0
     comadice_eval.main(comadice_eval.Args(run=[str(run)], episodes=6, device="cpu", seed=seed))
+    with pytest.raises(BadInput, match="--action-scale"):
+        load_policy(run, action_scale=0.9)
     assert f"{100 * again['winrate']:.1f}%" in capsys.readouterr().out
     comadice_bc.main(comadice_bc.Args(**common))
 

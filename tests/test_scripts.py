@@ -443,6 +443,7 @@ def test_action_scale_reaches_the_simulator(module, algo, hopper_data, tmp_path)
     del state["config"]["action_scale"]  # a run that was made before this flag played its mean
     torch.save(state, run / "checkpoint.pt")
     torch.testing.assert_close(comadice_eval.load_policy(run)[0].act(obs), mean.act(obs))
+    torch.testing.assert_close(comadice_eval.load_policy(run, action_scale=0.4)[0].act(obs), 0.4 * mean.act(obs))
 
 
 def test_evaluate_more_episodes_than_robots():
@@ -942,6 +943,7 @@ def test_run_without_a_policy_yet(hopper_data, tmp_path, monkeypatch, capsys):
         ({"run": []}, "--run"),
         ({"run": ["/nothing"]}, "no checkpoint at /nothing"),
         ({"episodes": 0}, "--episodes"),
+        ({"action_scale": 0.0}, "--action-scale"),
         ({"workers": 0}, "--workers"),
         ({"device": "nonsense"}, "--device nonsense"),
         ({"out": "FILE/result.json"}, "--out"),
