@@ -23,8 +23,8 @@ from support.flags import parse
 class Args:
     """Train BC, BC on the best episodes, or the policies of a ComaDICE run.
 
-    The flags come in four groups. Task: --env to --data. Method: --checkpoint and --best. Optimisation: --steps to
-    --hidden. Run: --seeds to --overwrite.
+    The flags come in four groups. Task: --env to --data. Method: --checkpoint to --action-scale. Optimisation: --steps
+    to --hidden. Run: --seeds to --overwrite.
     """
 
     # Task
@@ -40,7 +40,8 @@ class Args:
 
     # Method
     checkpoint: str | None = None
-    """a ComaDICE run whose saved ratio w* weights the data, which is drawn as in that run; plain BC without it"""
+    """a ComaDICE run whose saved ratio w* weights the data, which is drawn as in that run; plain BC without it. Other
+    flags are not taken from that run"""
     best: float = 1.0
     """share of the episodes, the best by return, that are cloned; 1: all of them"""
     action_scale: float = 0.85

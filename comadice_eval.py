@@ -6,8 +6,9 @@
     python comadice_eval.py ratio runs/mamujoco/hopper/medium-replay/comadice/seed0       # see support/ratio_picture.py
 
 The first command plays the run's --action-scale times the mean action, clipped to the simulator's box (continuous), or
-the most likely available one (discrete). It prints the mean and standard deviation of the return over episodes, and the
-share of battles won. For several runs of one setting it also prints mean and standard deviation over the runs.
+the most likely available one (discrete). BCQ, and CQL in battles, play the action that their q prefers. It prints the
+mean and standard deviation of the return over episodes, and the share of battles won. For several runs of one setting
+it also prints mean and standard deviation over the runs.
 """
 
 import sys
@@ -29,7 +30,7 @@ class Args:
     seed: int = 0
     """seeds the simulator's initial states"""
     action_scale: float | None = None
-    """robots' policies play this multiple of their mean action (default: the run's own)"""
+    """Gaussian policies play this multiple of their mean action (default: the run's own; 1 for CQL and OMAR)"""
     workers: int = 1
     """number of processes that simulate"""
     device: str = "auto"
@@ -192,7 +193,7 @@ def load_policy(run: str | Path, device="cpu", action_scale: float | None = None
         raise BadInput(f"{run}/checkpoint.pt: the policy's parameters are not those of this task's network") from None
     if action_scale is not None:
         if not isinstance(policy, GaussianPolicy):
-            raise BadInput(f"{run}: only policies that imitate continuous actions have an --action-scale")
+            raise BadInput(f"{run}: leave out --action-scale, this policy has no mean action (only Gaussian ones do)")
         policy.action_scale = action_scale
     return policy.to(device), state
 
@@ -267,7 +268,8 @@ def main(args: Args):
             env, last = eval_env(state["card"], args.episodes, args.workers), state["card"]
         result = evaluate(policy, env, args.episodes, args.seed)
         del result["returns"]
-        rows.append({"run": str(run), "episodes": args.episodes} | result)
+        scale = getattr(policy, "action_scale", None)
+        rows.append({"run": str(run), "episodes": args.episodes, "seed": args.seed, "action_scale": scale} | result)
     settings = [{k: v for k, v in state["config"].items() if k not in (*FREE, "checkpoint")} for _, state in loaded]
     cells = [(state["algo"], state["card"], setting) for (_, state), setting in zip(loaded, settings)]
     different_runs = len({Path(run).resolve() for run in args.run}) == len(rows) > 1

@@ -161,7 +161,8 @@ class GaussianPolicy(nn.Module):
     B.2).
 
     The mean is not squashed: recorded actions may exceed the simulator's bounds. The simulator clips them. What is
-    played is `action_scale` times the mean. Not in the paper: a little less than the mean returns more (docs/PAPER.md).
+    played is `action_scale` times the mean. It is not in the paper: comadice_train.py plays 0.85 times the mean on
+    robots (docs/PAPER.md).
     """
 
     def __init__(self, n_agents: int, obs_dim: int, action_dim: int, hidden: int = 256, action_scale: float = 1.0):

@@ -10,7 +10,8 @@ comadice_losses.py, the networks in comadice_mixer.py.
 
 By default (objective `semi`, w* from the TD form) there is no q: line 5 has nothing to do, and lines 6 and 7 minimise
 semi_loss in the place of Eq. 10. Not in the paper: transitions of episodes with a higher return are drawn more often
-(--episode-alpha). `--preset paper` runs the algorithm as printed. docs/PAPER.md says why. `resolve` in
+(--episode-alpha), and robots play 0.85 times their policy's mean action (--action-scale). `--preset paper` runs the
+algorithm as printed. docs/PAPER.md says why. `resolve` in
 support/presets.py fills in the flags of the groups Method and Optimisation whose default is None. --env, --task and
 --quality are filled in by `load_dataset` in support/runs.py.
 """
@@ -291,7 +292,7 @@ def critic_losses(
             A_q = critics.mixer(q, batch["state"]) - nu_s.detach()
         else:
             A_q = q_form(critics, batch, args, trains_q=True)
-        L_q = losses.q_loss(A_q, td)  # line 5, Eq. 9
+        L_q = losses.q_loss(A_q, td)  # line 5, Eq. 9 (released_nu: the same with M[q])
     return L_q, L_nu, w.detach(), nu_s.detach()
 
 
@@ -458,7 +459,9 @@ def main(args: Args, is_demo: bool = False):
     rows, card = load_dataset(args, device, "comadice")  # line 1: the offline data D
     args = resolve(args, mean_abs_reward(rows), return_deviation(rows))
     alphas = f"alpha {args.alpha:g}, episode alpha {args.episode_alpha:g}"
-    print(f"preset {args.preset}: objective {args.objective}, w* from {args.advantage}, {alphas}, tau {args.tau:g}")
+    scale = "" if card["discrete"] else f", action scale {args.action_scale:g}"
+    objective = f"objective {args.objective}, w* from {args.advantage}"
+    print(f"preset {args.preset}: {objective}, {alphas}, tau {args.tau:g}{scale}")
     env = try_eval_env(card, args.eval_episodes, args.workers)
     if is_demo:
         demonstrate(args, rows, card, env)

@@ -5,10 +5,10 @@
 Every member of the grid is what `python comadice_train.py` trains with its flags and seed, with two exceptions. The
 batches differ, since in comadice_train.py they depend on the steps of evaluations. And if w* is computed both ways, all
 critics have a q, so the mixer's first weights differ. The ratio between episodes is off, since w* is what is compared.
-Of the --train flags, alpha, objective and advantage have no effect here. Of the general ones only lr, hidden and
-batch_size have an effect. Plain BC is a member too, once per --bc-lr. A member's score is the mean return of its last
-evaluations, since single ones are noisy. On a GPU the update is one CUDA graph, and the evaluations run in processes
-beside it.
+Of the --train flags, these have no effect here: alpha, episode_alpha, objective, advantage, steps, and those of the
+groups Task and Run, except compile. Plain BC is a member too, once per --bc-lr. A member's score is the mean return of
+its last evaluations, since single ones are noisy. On a GPU the update is one CUDA graph, and the evaluations run in
+processes beside it.
 """
 
 import csv
@@ -124,7 +124,9 @@ def train_policies(
 ) -> list[dict]:
     """Lines 9 to 12 for members with the same learning rate at once. Returns one row per member."""
     device, seeds = rows["state"].device, [name["seed"] for name, _ in members]
-    train = replace(resolved(args.train, rows), lr=members[0][0]["lr"], steps=args.steps)
+    # These three belong to the critics. Some of their values contradict the default objective.
+    train = resolved(replace(args.train, objective=None, advantage=None, lambda_scale=None), rows)
+    train = replace(train, lr=members[0][0]["lr"], steps=args.steps)
     sizes = card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], train.hidden, train.action_scale
     policy, average = make_stacked(lambda: make_policy(*sizes).to(device), seeds)
     # comadice_train.py refuses a ratio that is zero everywhere or not finite. Here such a member is trained with w = 1,

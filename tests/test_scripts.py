@@ -444,6 +444,13 @@ def test_action_scale_reaches_the_simulator(module, algo, hopper_data, tmp_path)
     torch.save(state, run / "checkpoint.pt")
     torch.testing.assert_close(comadice_eval.load_policy(run)[0].act(obs), mean.act(obs))
     torch.testing.assert_close(comadice_eval.load_policy(run, action_scale=0.4)[0].act(obs), 0.4 * mean.act(obs))
+    config = json.loads((run / "config.json").read_text())
+    del config["action_scale"]
+    (run / "config.json").write_text(json.dumps(config))
+    flags = {"lr": 0.03, "steps": 10, "evals": 1, "resume": True}
+    train(hopper_data, tmp_path, module, algo, action_scale=1.0, **flags)
+    with pytest.raises(BadInput, match=r"action_scale 1\.0, not 0\.4"):
+        train(hopper_data, tmp_path, module, algo, action_scale=0.4, **flags)
 
 
 def test_evaluate_more_episodes_than_robots():
