@@ -104,7 +104,7 @@ from torchrl.envs import EnvBase
 from comadice_eval import evaluation, try_eval_env
 from comadice_losses import effective_sample_size, policy_loss
 from comadice_mixer import make_policy
-from environments.checks import BadInput, pick_device, run_script
+from environments.checks import BadInput, check_positive, pick_device, run_script
 from offline_data.dataset import last_rows
 from offline_data.replay import best_transitions, episode_weights, make_replay
 from support.report import report
@@ -293,6 +293,7 @@ def load_ratio(run: str, rows: TensorDict, card: dict) -> tuple[Tensor, Tensor |
 def main(args: Args):
     check_args(args)
     check_policy_stage(args)
+    check_positive(args, "action_scale")
     if not 0 < args.best <= 1:
         raise BadInput(f"--best is {args.best}: give a share of the episodes in (0, 1]")
     if args.best < 1 and args.checkpoint is not None:

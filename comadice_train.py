@@ -11,9 +11,8 @@ comadice_losses.py, the networks in comadice_mixer.py.
 By default (objective `semi`, w* from the TD form) there is no q: line 5 has nothing to do, and lines 6 and 7 minimise
 semi_loss in the place of Eq. 10. Not in the paper: transitions of episodes with a higher return are drawn more often
 (--episode-alpha), and robots play 0.85 times their policy's mean action (--action-scale). `--preset paper` runs the
-algorithm as printed. docs/PAPER.md says why. `resolve` in
-support/presets.py fills in the flags of the groups Method and Optimisation whose default is None. --env, --task and
---quality are filled in by `load_dataset` in support/runs.py.
+algorithm as printed. docs/PAPER.md says why. `resolve` in support/presets.py fills in the flags of the groups Method
+and Optimisation whose default is None. --env, --task and --quality are filled in by `load_dataset` in support/runs.py.
 """
 
 import environments.cpu  # noqa: F401 -- before torch

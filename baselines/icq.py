@@ -39,10 +39,10 @@ class Args(RunArgs):
     alpha: float | None = None
     """temperature of the policies' weights, in units of the reward (default: 0.4 mean absolute rewards for discrete
     actions, 50 for continuous ones)"""
-    action_scale: float = 0.85
-    """robots' policies play this multiple of their mean action, as in comadice_bc.py; 1: the mean"""
     alpha_q: float | None = None
     """temperature of the weights in q's target, in units of the reward (default: 4000 mean absolute rewards)"""
+    action_scale: float = 0.85
+    """robots' policies play this multiple of their mean action, as in comadice_bc.py; 1: the mean"""
     mixer_hidden: int = 64
     """hidden units of the mixer's hyper-networks"""
 
@@ -165,7 +165,7 @@ def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) 
 
 
 def main(args: Args):
-    check(args, "alpha", "alpha_q", "mixer_hidden")
+    check(args, "alpha", "alpha_q", "action_scale", "mixer_hidden")
     train(Method("icq", Networks, losses, KEYS, with_next_action, defaults), args)
 
 

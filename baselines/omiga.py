@@ -130,7 +130,7 @@ def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) 
 
 
 def main(args: Args):
-    check(args, "alpha", "mixer_hidden")
+    check(args, "alpha", "action_scale", "mixer_hidden")
     train(Method("omiga", Networks, losses, KEYS, defaults=defaults), args)
 
 

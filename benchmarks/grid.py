@@ -179,8 +179,10 @@ def ablation_parts(ablation: str) -> dict[str, float | str]:
 
 def make_cells(out: str, instances: dict, methods: list[str], seeds: list[int], ablations: list[str], budget: dict,
                extra: dict[str, dict]) -> list[Cell]:  # fmt: skip
-    """All cells, in the order in which they are begun. With ablations, `methods` must contain
-    comadice: its default is what they are compared with."""
+    """All cells, in the order in which they are begun.
+
+    With ablations, `methods` must contain comadice: its default is what they are compared with.
+    """
     settings = [("main", method, {}) for method in methods]
     for key in ablations:
         settings += [(part, "comadice", {ABLATIONS[key][0]: value}) for part, value in ablation_parts(key).items()]

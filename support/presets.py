@@ -37,7 +37,7 @@ def four_digits(x: float) -> float:
 
 def check(args):
     """Raises BadInput for a flag out of its range, or flags that contradict each other."""
-    check_positive(args, "critic_lr", "mixer_hidden", "init_batch_size", "reward_scale")
+    check_positive(args, "critic_lr", "mixer_hidden", "init_batch_size", "reward_scale", "action_scale")
     check_policy_stage(args)
     check_discount(args)
     if not 0 <= args.lambda_scale < math.inf or not 0 <= args.episode_alpha < math.inf:

@@ -87,7 +87,7 @@ def check_discount(args):
 
 def check_policy_stage(args):
     """Raises BadInput for a flag of the policies' training out of its range."""
-    check_positive(args, "lr", *(["action_scale"] if hasattr(args, "action_scale") else []))  # not in CQL, OMAR and BCQ
+    check_positive(args, "lr")
     if not 0 <= args.ema < 1:
         raise BadInput(f"--ema is {args.ema}: give a number in [0, 1)")
 
