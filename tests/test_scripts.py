@@ -527,6 +527,18 @@ def test_eval_script_averages_over_seeds(bc_run, tmp_path, capsys):
         torch.save(state | {"config": state["config"] | {"lr": 1.0}}, tmp_path / "checkpoint.pt")
 
 
+def test_eval_script_averages_runs_that_are_played_alike(bc_run, tmp_path, capsys):
+    """A run from before --action-scale has a common mean with another run where both play the same multiple."""
+    state = checkpoint(bc_run)
+    del state["config"]["action_scale"]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    for scale in (None, 0.85):
+        comadice_eval.main(
+            comadice_eval.Args(run=[str(bc_run), str(tmp_path)], episodes=2, device="cpu", action_scale=scale)
+        )
+        assert ("over runs" in capsys.readouterr().out) == (scale == 0.85)
+
+
 # ---------------------------------------------------------------- killed runs
 
 
