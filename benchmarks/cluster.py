@@ -55,6 +55,9 @@ class Stub:
     seeds: list[int]
     folder: str
 
+    def path(self, seed: int) -> Path:
+        return Path(self.folder, self.name, f"seed{seed}")
+
     def finished(self, seed: int) -> bool:
         return False
 

@@ -18,7 +18,7 @@ from test_report import make_run
 
 import comadice_bc
 import comadice_train
-from benchmarks import estimate, grid, paper
+from benchmarks import cluster, estimate, grid, paper
 from benchmarks.disturb import same
 from benchmarks.progress import Board, duration, show
 from environments.checks import BadInput
@@ -110,10 +110,12 @@ def test_flags_that_are_passed_on():
     assert given["bc"] == {"hidden": 64, "lr_decay": False}
     assert given["omiga"] == given["bc"] | {"tau": 0.01}
     assert given["comadice"] == given["omiga"] | {"objective": "exact"}
+    assert grid.split_extra(["--lr-decay", "True"], ["bc"])["bc"] == {"lr_decay": True}
     for words, why in (
         (["--steps", "5"], "--steps is set by this command"),
         (["--objective", "exact"], "none of bc has"),
         (["5"], "is not one"),
+        (["--lr-decay", "false"], "give --lr-decay or --no-lr-decay"),
     ):
         with pytest.raises(BadInput, match=why):
             grid.split_extra(words, ["bc"])
@@ -582,6 +584,14 @@ def test_a_full_disk_does_not_stop_the_other_cells(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(grid, "keep_failures", full)
     paper.work(StandIn(), cells, paper.Args(out=str(tmp_path), retries=0), train)
     assert "given up after 1 tries: OSError: no space left" in capsys.readouterr().out
+
+
+def test_the_stub_of_the_cluster_measurement_is_all_that_work_needs(tmp_path):
+    done = []
+    stubs = [cluster.Stub(f"task{number}", [0], str(tmp_path)) for number in range(3)]
+    train = lambda cell, seeds, device: done.append((cell.name, seeds)) or ("finished", "")
+    paper.work(StandIn(), stubs, paper.Args(out=str(tmp_path)), train)
+    assert done == [("task0", [0]), ("task1", [0]), ("task2", [0])]
 
 
 def test_on_gpus_the_seeds_of_a_cell_are_one_task(tmp_path):
