@@ -158,6 +158,8 @@ def split_extra(words: list[str], methods: list[str]) -> dict[str, dict]:
         words, own, default = [], [name for name in names if name in Args.__dataclass_fields__], Args()
         for name, (flag, *values) in zip(names, groups):
             if name in own and isinstance(getattr(default, name), bool):
+                if values not in ([], ["True"], ["False"]):
+                    raise BadInput(f"{flag} {' '.join(values)}: give {flag} or --no-{flag[2:]}")
                 words.append(flag if values != ["False"] else f"--no-{flag[2:]}")
             elif name in own:
                 words += [flag, *values]
