@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-import shutil
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -481,21 +481,17 @@ def publish(cells: list[Cell], left_out: list[tuple[Path, str]], last: float | N
     """Writes and prints a report. It replaces an older report in `out` as a whole. If writing fails, that one stays."""
     if out.exists() and not is_report(out):
         raise BadInput(f"{out} exists and is not a report, or holds other files too: give another --out")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # from a report that was killed
     try:
-        partial.mkdir(parents=True)
-        names = write_report(cells, left_out, last, partial)
-        old = out.with_name(out.name + ".old")
-        if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            out.rename(old)
-        partial.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+            partial = Path(folder, "new")
+            partial.mkdir()
+            names = write_report(cells, left_out, last, partial)
+            if out.exists():
+                out.rename(Path(folder, "old"))
+            partial.rename(out)
     except (OSError, UnicodeEncodeError) as error:
         raise BadInput(f"can't write the report to {out}: {error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     print((out / "report.md").read_text())
     print(f"written: {', '.join(str(out / name) for name in names)}")
 

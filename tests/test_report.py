@@ -4,6 +4,7 @@ import csv
 import importlib.metadata
 import json
 import math
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -306,10 +307,14 @@ def test_the_report_replaces_only_a_report(tmp_path):
             support.report.main(support.report.Args(runs=str(runs), out=str(out)))
     assert [p.name for p in old.iterdir()] == ["mine.txt"] and (mixed / "thesis.tex").read_text() == "x"
     report(tmp_path / "runs")
+    kept = (runs / "report.old", runs / "report.partial")  # copies that a user made
+    for folder in kept:
+        shutil.copytree(runs / "report", folder)
     stale = tmp_path / "runs/report/ablation_alpha_mamujoco_return.png"
     stale.write_bytes(b"")
     report(tmp_path / "runs")
-    assert not stale.exists()
+    assert not stale.exists() and all((folder / "report.md").exists() for folder in kept)
+    assert not [path.name for path in runs.iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.parametrize(
