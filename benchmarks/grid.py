@@ -84,17 +84,23 @@ class Cell:
     def path(self, seed: int) -> Path:
         return Path(self.out, self.name, f"seed{seed}")
 
-    def begun(self, seed: int) -> bool:
-        """Whether this run has begun. A run with other flags does not count; its script reports the difference."""
+    def config(self, seed: int) -> dict:
+        """The config.json of a run. Empty if it is not there, or damaged."""
         try:
-            config = read_json(self.path(seed) / "config.json")
-        except BadInput:  # not there, or damaged
-            return False
-        wanted = self.setting | {name: self.flags[name] for name in BUDGET}
-        return all(config.get(name) == value for name, value in wanted.items())
+            return read_json(self.path(seed) / "config.json")
+        except BadInput:
+            return {}
+
+    def begun(self, seed: int) -> bool:
+        """Whether this run has begun, perhaps with fewer steps, which its script extends. A run with other flags does
+        not count; its script reports the difference."""
+        config, wanted = self.config(seed), self.setting | {"eval_episodes": self.flags["eval_episodes"]}
+        grown = config.get("steps") in range(1, self.flags["steps"] + 1)
+        return grown and all(config.get(name) == value for name, value in wanted.items())
 
     def finished(self, seed: int) -> bool:
-        return has_summary(self.path(seed)) and self.begun(seed)
+        own = self.config(seed)
+        return has_summary(self.path(seed)) and self.begun(seed) and all(own.get(k) == self.flags[k] for k in BUDGET)
 
     def failure(self, seed: int | None = None) -> Path:
         """The file that keeps the line of a failure, of one seed or of the whole cell."""

@@ -260,6 +260,12 @@ def test_what_becomes_of_a_task(tmp_path, monkeypatch):
     assert outcome == "failed" and "checkpoint.pt" in line and short.failure(0).read_text() == line + "\n"
     assert not short.failure().exists() and grid.train(short, [1], "cpu") == ("finished", "")
 
+    # While a grid is extended, a damaged run stops itself alone.
+    longer = {"steps": 2 * short.flags["steps"], "evals": 2 * short.flags["evals"]}
+    (extended,) = cells_of(tmp_path / "c", data=[DEMO], methods=["bc"], seeds=[0, 1], extra={"bc": SMALL | longer})
+    assert not extended.finished(1) and grid.train(extended, [0], "cpu")[0] == "failed"
+    assert grid.train(extended, [1], "cpu") == ("finished", "") and extended.finished(1)
+
     (lost,) = cells_of(tmp_path / "b", data=[DEMO], methods=["bc"], seeds=[0, 1], extra={"bc": SMALL | {"lr": 1e30}})
     outcome, line = grid.train(lost, [1], "cpu")
     assert outcome == "failed" and line.startswith("seed 1 diverged") and lost.failure(1).exists()
