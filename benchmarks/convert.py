@@ -10,6 +10,9 @@ anonymous memory (RssAnon) of both, minus that of Python with torch. It compares
 plain copy of the same bytes in the same run (both start with a warm page cache if memory allows).
 """
 
+import environments.cpu  # noqa: F401 -- before torch
+
+# isort: split
 import json
 import shutil
 import subprocess
@@ -193,6 +196,10 @@ def main(args: Args):
     unknown = sorted(set(args.names) - set(SOURCES))
     if unknown or not 0 < args.scale <= 1:
         raise BadInput(f"--names are of {', '.join(SOURCES)}, --scale is above 0 and at most 1")
+    if min(args.steps, args.threads) < 1:
+        raise BadInput("--steps and --threads must be positive")
+    if args.folder and not Path(args.folder).is_dir():
+        raise BadInput(f"--folder {args.folder} is not a folder: make it first")
     print(
         "| source | source GB | dataset GB | converting | MB/s | plain copy | MB/s | share of a copy's speed | RssAnon "
         "converting | RssAnon training |"
@@ -217,7 +224,9 @@ def main(args: Args):
             measured = {}
             for stage in ("convert", "train"):
                 command = [sys.executable, "-m", "benchmarks.convert", "--measure", json.dumps(job | {"stage": stage})]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True)
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+                if done.returncode:
+                    raise BadInput(f"{name}: the process of stage {stage} ended with code {done.returncode}, see above")
                 measured[stage] = json.loads(done.stdout.strip().splitlines()[-1])
             written = sum(file.stat().st_size for file in (folder / "out").rglob("*") if file.is_file())
         seconds, peaks = measured["convert"]["seconds"], [m["peak"] / 1e6 for m in measured.values()]

@@ -47,7 +47,7 @@ class Args:
     steps: int = 300
     """steps of each stage"""
     folder: str | None = None
-    """where the grids are kept (default: they are deleted)"""
+    """a new folder, where the grids are kept (default: they are deleted)"""
 
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a mistyped flag answer at once
@@ -193,6 +193,8 @@ def compare(one: Path, other: Path) -> int:
 def main(args: Args):
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(args.folder or temporary).absolute()
+        if args.folder and folder.exists():
+            raise BadInput(f"--folder {args.folder} is already there: name a new one")
         folder.mkdir(parents=True, exist_ok=True)
         for victim in [None, *args.victims]:
             began = time.monotonic()

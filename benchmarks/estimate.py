@@ -22,7 +22,7 @@ from offline_data.published import published
 from offline_data.writer import DatasetWriter
 
 STEPS = {"cpu": (2, 6, 60, 400), "cuda": (200, 1000)}  # steps of the runs; a GPU's first updates build a graph
-ENOUGH = 0.5  # seconds; if a run takes so much longer than the first, no longer one is needed
+ENOUGH = 0.5  # seconds; the longest run takes at least this much more than the shortest, or the difference is noise
 EPISODES, LENGTH = 20, 24  # of the dataset of noise
 
 
@@ -96,15 +96,17 @@ def seconds_per_run(cells: list[Cell], device: str) -> dict[str, float | None]:
     same = lambda cell: (shapes[cell.name], cell.method, cell.flags.get("mixer_layers"))  # alpha, f: no effect on time
     kinds = len({same(cell) for cell in cells})
     with tempfile.TemporaryDirectory() as folder:
-        for cell in cells:
-            kind = same(cell)
-            if kind not in known and shapes[cell.name]:
-                print(f"\rmeasuring {len(known) + 1} of {kinds}", end="", file=sys.stderr, flush=True)
-                batch = cell.flags.get("batch_size", 0)
-                data = Path(folder, "-".join(map(str, (*shapes[cell.name], batch))))
-                if not data.is_dir():
-                    noise(data, *shapes[cell.name], batch)
-                known[kind] = measure(cell, str(data), Path(folder, f"run{len(known)}"), device)
-            seconds[cell.name] = cell.flags["steps"] * known[kind] if kind in known else None
-        print(file=sys.stderr)
+        try:
+            for cell in cells:
+                kind = same(cell)
+                if kind not in known and shapes[cell.name]:
+                    print(f"\rmeasuring {len(known) + 1} of {kinds}", end="", file=sys.stderr, flush=True)
+                    batch = max(cell.flags.get("batch_size", 0), cell.flags.get("init_batch_size", 0))
+                    data = Path(folder, "-".join(map(str, (*shapes[cell.name], batch))))
+                    if not data.is_dir():
+                        noise(data, *shapes[cell.name], batch)
+                    known[kind] = measure(cell, str(data), Path(folder, f"run{len(known)}"), device)
+                seconds[cell.name] = cell.flags["steps"] * known[kind] if kind in known else None
+        finally:  # an error's line begins on a line of its own
+            print(file=sys.stderr)
     return seconds

@@ -137,7 +137,7 @@ def start(words: list[str], log: Path) -> multiprocessing.Process:
     return process
 
 
-def end_of(process, log: Path, what: str) -> int:
+def end_of(process, what: str) -> int:
     """Waits for a process and those that it started. Returns its exit code."""
     process.join(PATIENCE)
     if process.exitcode is None:
@@ -300,7 +300,7 @@ def soak(args: Args, folder: Path) -> int:
     wanted, takes = {}, {}
     for job in args.jobs:
         whole, begun = folder / f"{job} whole", time.monotonic()
-        code = end_of(start(command(job, whole, False, source, url), log), log, job)
+        code = end_of(start(command(job, whole, False, source, url), log), job)
         takes[job] = time.monotonic() - begun
         if code != 0:
             raise Hurt(f"{job} fails undisturbed, with code {code}: {log.read_text()[-2000:]}")
@@ -321,7 +321,7 @@ def soak(args: Args, folder: Path) -> int:
             again = True
             if not ended:
                 os.kill(process.pid, number)
-            code, printed = end_of(process, log, what), log.read_text()
+            code, printed = end_of(process, what), log.read_text()
             if ended and (code == 0 or was_done(job, printed)):
                 said.append("done")
                 break
@@ -333,7 +333,7 @@ def soak(args: Args, folder: Path) -> int:
             if code == 143 and "stopped by SIGTERM" not in printed:
                 raise Hurt(f"{what}: it did not say how to go on: {printed[-500:]}")
             check_whole(job, place)
-        code = end_of(start(command(job, place, True, source, url), log), log, f"{job}, round {round}")
+        code = end_of(start(command(job, place, True, source, url), log), f"{job}, round {round}")
         if code != 0 and not was_done(job, log.read_text()):
             raise Hurt(f"{job}, round {round}: when run again it ends with code {code}: {log.read_text()[-3000:]}")
         check_whole(job, place)
@@ -350,6 +350,10 @@ def soak(args: Args, folder: Path) -> int:
 def main(args: Args):
     if unknown := sorted(set(args.jobs) - JOBS.keys()):
         raise BadInput(f"--jobs {' '.join(unknown)}: there are {', '.join(JOBS)}")
+    if not args.jobs or min(args.kills, args.each) < 1:
+        raise BadInput("give at least one job to --jobs, and positive numbers to --kills and --each")
+    if args.folder and not Path(args.folder).is_dir():
+        raise BadInput(f"--folder {args.folder} is not a folder: make it first")
     folder = Path(tempfile.mkdtemp(prefix="soak", dir=args.folder))
     begun = time.monotonic()
     try:

@@ -8,9 +8,12 @@ The FLOP of an update are counted for the fewest network evaluations that the eq
 costs 2mkn forward, 2mkn for its weight's gradient, and 2mkn for its input's gradient, which the first layer does not
 need. The peak is measured with the same products alone: torch.mm into existing memory. Steps and products are timed in
 turn, and their medians are compared, since the speed of a shared machine drifts. The command of --pair must print
-"NUMBER updates/s" once per stage, critics and policy.
+"NUMBER updates/s" twice: for the critics and for the policy.
 """
 
+import environments.cpu  # noqa: F401 -- before torch
+
+# isort: split
 import re
 import resource
 import subprocess
@@ -205,10 +208,10 @@ def outside(command: str) -> list[float]:
     """Updates/s of each stage, printed by another implementation's command."""
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     found = [float(x) for x in re.findall(r"([\d.]+) (?:updates|steps)/s", done.stdout)]
-    if done.returncode or not found:
+    if done.returncode or len(found) != 2:
         raise BadInput(
             f"--pair: the command ended with code {done.returncode} and printed {len(found)} times 'NUMBER updates/s'; "
-            "it must end with 0 and print that at least once"
+            "it must end with 0 and print that twice, for the critics and for the policy"
         )
     return found
 
@@ -292,7 +295,9 @@ def main(args: Args):
     if unknown or min(args.seeds, default=0) < 1 or args.steps < 1 or args.rounds < 1:
         raise BadInput(f"--shapes takes {', '.join(SHAPES)}; --seeds, --steps and --rounds positive numbers")
     if args.train.objective not in (None, "exact", "semi") or args.train.preset == "paper":
-        raise BadInput("FLOP are counted only for the objectives exact and semi: use --train.objective exact or semi")
+        raise BadInput("FLOP are counted only for the objectives exact and semi, without --train.preset paper")
+    if args.train.mixer_layers == 2:
+        raise BadInput("FLOP are counted only for the 1-layer mixer: leave out --train.mixer-layers 2")
     torch.set_num_threads(args.threads)
     device = pick_device(args.device, args.train.tf32)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{args.threads} CPU threads"

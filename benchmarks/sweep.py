@@ -37,6 +37,7 @@ from offline_data.facts import data_facts, mean_abs_reward
 from offline_data.replay import initial_rows, make_replay, minibatches
 from support.flags import program
 from support.presets import OBJECTIVES
+from support.runs import check_seeds
 from support.seeds import Graph, adam, make_generators, make_stacked, seed_states
 
 
@@ -135,7 +136,7 @@ def train_policies(
     weighted = with_ratios(rows, {m: members[m][1] if ok else None for m, ok in enumerate(finite)})
     generators = make_generators(seeds, 2, rows)
     optimizer, weight = adam(list(policy.parameters()), train.lr, device), torch.ones((), device=device)
-    update = Graph(make_policy_update(policy, average, optimizer, weight, len(members)))
+    update = Graph(make_policy_update(policy, average, optimizer, weight, len(members), args.train.compile))
     at = {args.steps - round(i * args.steps / 5 / args.last) for i in range(args.last)}
     jobs = []
     replay = make_replay(weighted, POLICY_KEYS, pairs=False, generators=generators)
@@ -160,6 +161,9 @@ ENVS = {}
 
 
 def main(args: Args):
+    if min(args.last, args.episodes, args.processes) < 1 or min(args.alphas, default=0) <= 0:
+        raise BadInput("--last, --episodes, --processes and --alphas must be positive")
+    check_seeds(args.seeds)
     if args.steps < 5 * args.last:
         raise BadInput(
             f"--steps {args.steps} is too small for {args.last} evaluations in its last fifth: give at least "
