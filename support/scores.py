@@ -5,8 +5,9 @@ Methods are compared on the instances that all of them have, and only at equal b
 
 A win rate is compared as it is. A return is divided by the mean return of its dataset: 1 is as good as what was
 recorded. This needs no other method and no expert, so a method's number does not change when another one is added. It
-can't be done if the data's mean return is not positive, and near 0 it would outweigh all other instances. So an
-instance whose mean is below SMALL standard deviations of its returns is left out, and named.
+can't be done if the data's mean return is not positive. If it is near 0, dividing by it makes an instance's scores so
+large that they decide the average alone. So an instance is left out, and named, if its data's mean return is less than
+SMALL times their standard deviation.
 """
 
 import csv
@@ -79,9 +80,9 @@ def said(budget: tuple) -> str:
 
 
 def groups(scores: list[Score]) -> tuple[list[Group], list[str]]:
-    """A group for each env, metric and budget in which two methods or more share an instance.
+    """A group for each env, metric and budget with two methods or more, if all of them have an instance in common.
 
-    Also a line for each env, metric and budget whose methods have no instance in common.
+    If they have none, a line says so.
     """
     cells = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for s in scores:
