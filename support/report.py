@@ -140,6 +140,10 @@ def read_run(path: Path) -> Run:
         0 <= v <= 100 for v in curves.get("winrate", [])
     ):
         raise BadInput("metrics.csv or summary.json holds a number that can't be a return or winrate")
+    if config["env"] == "mamujoco":
+        config.setdefault("action_scale", 1.0)  # runs from before this flag play their mean action
+    else:
+        config.pop("action_scale", None)  # battles have discrete actions
     settings = {k: show(v) for k, v in config.items() if k in ("steps", "evals") or k not in (*FREE, *kinds)}
     if "checkpoint" in settings:  # weighted BC: each seed has the ratio of another run
         settings["checkpoint"] = re.sub(r"seed\d+$", "seed*", settings["checkpoint"])
@@ -183,9 +187,23 @@ def find_runs(root: Path, skip: list[Path]) -> tuple[list[Run], list[tuple[Path,
     return runs, left_out
 
 
+def follows_alpha(configs: list[dict]) -> bool:
+    """Whether every episode_alpha of one instance's runs is what support/presets.py derives from their alpha.
+
+    That is constant up to alpha's default, and from there on grows with alpha's square.
+    """
+    pairs = {(float(config["alpha"]), float(config["episode_alpha"])) for config in configs}
+    least = min(own for _, own in pairs)
+    if len(dict(pairs)) < len(pairs) or least <= 0:
+        return False
+    defaults = [alpha / math.sqrt(own / least) for alpha, own in pairs if own > 1.001 * least]  # alpha's, from each
+    smaller = [alpha for alpha, own in pairs if own <= 1.001 * least]
+    return not defaults or (max(defaults) < 1.01 * min(defaults) and max(smaller) < 1.01 * min(defaults))
+
+
 def make_cells(runs: list[Run]) -> list[Cell]:
     """Groups seeds into cells. A setting names all arguments that vary within any instance, so a column means the same
-    in every row."""
+    in every row. episode_alpha is not named where it follows from alpha."""
     by_method = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for run in runs:
         by_method[run.method][run.instance][run.config].append(run)
@@ -195,6 +213,10 @@ def make_cells(runs: list[Run]) -> list[Cell]:
         for configs in by_instance.values():
             names = {name for config in configs for name, _ in config}
             varying |= {name for name in names if len({dict(config).get(name, "(none)") for config in configs}) > 1}
+        if {"alpha", "episode_alpha"} <= varying:
+            known = [[dict(config) for config in configs] for configs in by_instance.values()]
+            if all({"alpha", "episode_alpha"} <= own.keys() for each in known for own in each):
+                varying -= {"episode_alpha"} if all(map(follows_alpha, known)) else set()
         for instance, configs in by_instance.items():
             for config, seeds in configs.items():
                 setting = tuple((k, dict(config).get(k, "(none)")) for k in sorted(varying))

@@ -14,8 +14,10 @@ import pytest
 from matplotlib.figure import Figure
 
 import comadice_bc
+import comadice_train
 import support.report
 from environments.checks import BadInput
+from support.presets import resolve
 
 INSTANCE = {"env": "mamujoco", "task": "hopper", "quality": "medium-replay"}
 
@@ -160,6 +162,35 @@ def test_other_arguments_are_never_averaged(tmp_path):
     assert "| comadice alpha=0.1 | comadice alpha=10 |" in text
     assert (tmp_path / "report/ablation_alpha_mamujoco_return.png").stat().st_size > 5000
     assert not (tmp_path / "report/ablation_f_mamujoco_return.png").exists()
+
+
+def test_an_ablation_of_alpha_names_alpha_alone(tmp_path):
+    """--episode-alpha grows with a large --alpha by itself. Another value, given by hand, is named."""
+    for alpha in (0.1, 1.0, 11.33, 30.0, 100.0):
+        args = resolve(comadice_train.Args(alpha=alpha), 2.266, 108.4)
+        make_run(tmp_path / f"alpha{alpha:g}", returns=[alpha], alpha=args.alpha, episode_alpha=args.episode_alpha)
+    _, rows = report(tmp_path)
+    assert [row["setting"] for row in rows] == [f"alpha={alpha}" for alpha in ("0.1", "1", "11.33", "30", "100")]
+    make_run(tmp_path / "other", returns=[5.0], alpha=5.0, episode_alpha=0.0)
+    _, rows = report(tmp_path)
+    assert "alpha=5 episode_alpha=0" in [row["setting"] for row in rows]
+
+
+def test_runs_from_before_the_action_scale(tmp_path):
+    """Robots played their mean action then. In battles there is none."""
+    make_run(tmp_path / "old", "bc", seed=0, returns=[1.0])
+    make_run(tmp_path / "mean", "bc", seed=1, returns=[2.0], action_scale=1.0)
+    make_run(tmp_path / "new", "bc", seed=0, returns=[3.0], action_scale=0.85)
+    for seed, config in enumerate(({}, {"action_scale": 0.85})):
+        make_run(tmp_path / f"battle{seed}", "bc", seed=seed, returns=[1.0], winrates=[0.5], env="smax", **config)
+    _, rows = report(tmp_path)
+    found = {(row["env"], row["metric"], row["setting"]): row["seeds"] for row in rows}
+    assert found == {
+        ("mamujoco", "return", "action_scale=0.85"): "0",
+        ("mamujoco", "return", "action_scale=1"): "0 1",
+        ("smax", "return", "action_scale=(none)"): "0 1",
+        ("smax", "winrate", "action_scale=(none)"): "0 1",
+    }
 
 
 def test_runs_evaluated_more_often_are_never_averaged(tmp_path):
