@@ -229,7 +229,8 @@ def work(ray, cells: list[Cell], args: Args, train=grid.train):
                 ray.cancel(ref)
         if cancelled and time.monotonic() > until:
             break
-        display.draw(board, last=not running)
+        display.draw(board)
+    display.draw(board, last=True)
     stops.leave()
 
 

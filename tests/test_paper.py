@@ -556,6 +556,13 @@ def test_a_task_is_given_up_after_its_retries(tmp_path, capsys):
     assert not cell.failure(0).exists()
 
 
+def test_the_table_of_progress_also_stands_where_nothing_is_left_to_do(tmp_path, capsys):
+    cells = cells_of(tmp_path, data=[DEMO], methods=["bc"], seeds=[0])
+    grid.save_plan(str(tmp_path), cells)
+    paper.work(StandIn(), [dataclasses.replace(cells[0], seeds=[])], paper.Args(out=str(tmp_path)))
+    assert "hopper" in capsys.readouterr().out
+
+
 def test_a_task_that_gets_on_is_not_given_up(tmp_path, capsys):
     """Six pre-emptions, each after another checkpoint, then an error of its machine, then none."""
     (cell,) = cells_of(tmp_path, data=[DEMO], methods=["bc"], seeds=[0])
