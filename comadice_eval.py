@@ -270,12 +270,10 @@ def main(args: Args):
         del result["returns"]
         scale = getattr(policy, "action_scale", None)
         rows.append({"run": str(run), "episodes": args.episodes, "seed": args.seed, "action_scale": scale} | result)
-    left_out = (*FREE, "checkpoint", "action_scale")  # what was played stands in rows
-    settings = [{k: v for k, v in state["config"].items() if k not in left_out} for _, state in loaded]
-    cells = [
-        (state["algo"], state["card"], setting, row["action_scale"])
-        for (_, state), setting, row in zip(loaded, settings, rows)
-    ]
+    settings = [{k: v for k, v in state["config"].items() if k not in (*FREE, "checkpoint")} for _, state in loaded]
+    for setting, row in zip(settings, rows):
+        setting["action_scale"] = row["action_scale"]  # as it was played
+    cells = [(state["algo"], state["card"], setting) for (_, state), setting in zip(loaded, settings)]
     different_runs = len({Path(run).resolve() for run in args.run}) == len(rows) > 1
     print_results(rows, different_runs and all(cell == cells[0] for cell in cells))
     if args.out:

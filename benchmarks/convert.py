@@ -24,7 +24,7 @@ import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from environments.checks import BadInput, run_script
+from environments.checks import BadInput, check_positive, run_script
 
 ROOT = Path(__file__).parent.parent
 
@@ -196,8 +196,7 @@ def main(args: Args):
     unknown = sorted(set(args.names) - set(SOURCES))
     if unknown or not 0 < args.scale <= 1:
         raise BadInput(f"--names are of {', '.join(SOURCES)}, --scale is above 0 and at most 1")
-    if min(args.steps, args.threads) < 1:
-        raise BadInput("--steps and --threads must be positive")
+    check_positive(args, "steps", "threads")
     if args.folder and not Path(args.folder).is_dir():
         raise BadInput(f"--folder {args.folder} is not a folder: make it first")
     print(

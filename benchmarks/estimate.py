@@ -8,13 +8,13 @@ import contextlib
 import importlib
 import io
 import math
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 from tensordict import TensorDict
+from tqdm import tqdm
 
 from benchmarks.grid import METHODS, Cell
 from offline_data.card import DATA_ROOT, check_card, dataset_path, read_json
@@ -95,18 +95,16 @@ def seconds_per_run(cells: list[Cell], device: str) -> dict[str, float | None]:
     shapes = {cell.name: sizes(cell) for cell in cells}
     same = lambda cell: (shapes[cell.name], cell.method, cell.flags.get("mixer_layers"))  # alpha, f: no effect on time
     kinds = len({same(cell) for cell in cells})
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            for cell in cells:
-                kind = same(cell)
-                if kind not in known and shapes[cell.name]:
-                    print(f"\rmeasuring {len(known) + 1} of {kinds}", end="", file=sys.stderr, flush=True)
-                    batch = max(cell.flags.get("batch_size", 0), cell.flags.get("init_batch_size", 0))
-                    data = Path(folder, "-".join(map(str, (*shapes[cell.name], batch))))
-                    if not data.is_dir():
-                        noise(data, *shapes[cell.name], batch)
-                    known[kind] = measure(cell, str(data), Path(folder, f"run{len(known)}"), device)
-                seconds[cell.name] = cell.flags["steps"] * known[kind] if kind in known else None
-        finally:  # an error's line begins on a line of its own
-            print(file=sys.stderr)
+    bar = tqdm(total=kinds, desc="measuring", unit="kind")
+    with tempfile.TemporaryDirectory() as folder, bar:
+        for cell in cells:
+            kind = same(cell)
+            if kind not in known and shapes[cell.name]:
+                batch = max(cell.flags.get("batch_size", 0), cell.flags.get("init_batch_size", 0))
+                data = Path(folder, "-".join(map(str, (*shapes[cell.name], batch))))
+                if not data.is_dir():
+                    noise(data, *shapes[cell.name], batch)
+                known[kind] = measure(cell, str(data), Path(folder, f"run{len(known)}"), device)
+                bar.update()
+            seconds[cell.name] = cell.flags["steps"] * known[kind] if kind in known else None
     return seconds

@@ -85,22 +85,23 @@ class Cell:
         return Path(self.out, self.name, f"seed{seed}")
 
     def config(self, seed: int) -> dict:
-        """The config.json of a run. Empty if it is not there, or damaged."""
+        """The config.json of a run. Empty if it is not there, damaged, or of other flags: its script reports those."""
         try:
-            return read_json(self.path(seed) / "config.json")
+            config = read_json(self.path(seed) / "config.json")
         except BadInput:
             return {}
+        wanted = self.setting | {"eval_episodes": self.flags["eval_episodes"]}
+        return config if all(config.get(name) == value for name, value in wanted.items()) else {}
 
     def begun(self, seed: int) -> bool:
-        """Whether this run has begun, perhaps with fewer steps, which its script extends. A run with other flags does
-        not count; its script reports the difference."""
-        config, wanted = self.config(seed), self.setting | {"eval_episodes": self.flags["eval_episodes"]}
-        grown = config.get("steps") in range(1, self.flags["steps"] + 1)
-        return grown and all(config.get(name) == value for name, value in wanted.items())
+        """Whether this run has begun, perhaps with fewer steps, which its script extends."""
+        return self.config(seed).get("steps") in range(1, self.flags["steps"] + 1)
 
     def finished(self, seed: int) -> bool:
-        own = self.config(seed)
-        return has_summary(self.path(seed)) and self.begun(seed) and all(own.get(k) == self.flags[k] for k in BUDGET)
+        if not has_summary(self.path(seed)):
+            return False
+        config = self.config(seed)
+        return all(config.get(name) == self.flags[name] for name in BUDGET)
 
     def failure(self, seed: int | None = None) -> Path:
         """The file that keeps the line of a failure, of one seed or of the whole cell."""

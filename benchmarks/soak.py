@@ -85,7 +85,7 @@ import comadice_train  # noqa: F401
 import offline_data.collect
 import offline_data.download  # noqa: F401
 from benchmarks.convert import write_source
-from environments.checks import BadInput, run_script
+from environments.checks import BadInput, check_positive, run_script
 from offline_data.dataset import open_dataset
 from support.report import RUN_FILES
 from support.runs import has_summary, load_checkpoint
@@ -350,8 +350,9 @@ def soak(args: Args, folder: Path) -> int:
 def main(args: Args):
     if unknown := sorted(set(args.jobs) - JOBS.keys()):
         raise BadInput(f"--jobs {' '.join(unknown)}: there are {', '.join(JOBS)}")
-    if not args.jobs or min(args.kills, args.each) < 1:
-        raise BadInput("give at least one job to --jobs, and positive numbers to --kills and --each")
+    if not args.jobs:
+        raise BadInput("give at least one job to --jobs")
+    check_positive(args, "kills", "each")
     if args.folder and not Path(args.folder).is_dir():
         raise BadInput(f"--folder {args.folder} is not a folder: make it first")
     folder = Path(tempfile.mkdtemp(prefix="soak", dir=args.folder))

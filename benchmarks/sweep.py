@@ -30,7 +30,7 @@ import comadice_train
 from comadice_bc import POLICY_KEYS, make_policy_update, ratio_stats, set_schedule, with_ratios
 from comadice_eval import eval_env, evaluation
 from comadice_mixer import make_policy
-from environments.checks import BadInput, pick_device, run_script
+from environments.checks import BadInput, check_positive, pick_device, run_script
 from offline_data.dataset import open_dataset
 from offline_data.durable import check_new
 from offline_data.facts import data_facts, mean_abs_reward
@@ -161,8 +161,9 @@ ENVS = {}
 
 
 def main(args: Args):
-    if min(args.last, args.episodes, args.processes) < 1 or min(args.alphas, default=0) <= 0:
-        raise BadInput("--last, --episodes, --processes and --alphas must be positive")
+    check_positive(args, "last", "episodes", "processes")
+    if min(args.alphas, default=0) <= 0:
+        raise BadInput("--alphas must be positive")
     check_seeds(args.seeds)
     if args.steps < 5 * args.last:
         raise BadInput(

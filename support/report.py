@@ -192,7 +192,10 @@ def follows_alpha(configs: list[dict]) -> bool:
 
     That is constant up to alpha's default, and from there on grows with alpha's square.
     """
-    pairs = {(float(config["alpha"]), float(config["episode_alpha"])) for config in configs}
+    values = [[numeric(config.get(name, "")) for name in ("alpha", "episode_alpha")] for config in configs]
+    if any(kind for pair in values for kind, *_ in pair):  # not a number, or not there
+        return False
+    pairs = {(alpha, own) for (_, alpha, _), (_, own, _) in values}
     least = min(own for _, own in pairs)
     if len(dict(pairs)) < len(pairs) or least <= 0:
         return False
@@ -213,10 +216,8 @@ def make_cells(runs: list[Run]) -> list[Cell]:
         for configs in by_instance.values():
             names = {name for config in configs for name, _ in config}
             varying |= {name for name in names if len({dict(config).get(name, "(none)") for config in configs}) > 1}
-        if {"alpha", "episode_alpha"} <= varying:
-            known = [[dict(config) for config in configs] for configs in by_instance.values()]
-            if all({"alpha", "episode_alpha"} <= own.keys() for each in known for own in each):
-                varying -= {"episode_alpha"} if all(map(follows_alpha, known)) else set()
+        if all(follows_alpha([dict(config) for config in configs]) for configs in by_instance.values()):
+            varying.discard("episode_alpha")
         for instance, configs in by_instance.items():
             for config, seeds in configs.items():
                 setting = tuple((k, dict(config).get(k, "(none)")) for k in sorted(varying))

@@ -177,7 +177,7 @@ def test_an_ablation_of_alpha_names_alpha_alone(tmp_path):
 
 
 def test_runs_from_before_the_action_scale(tmp_path):
-    """Robots played their mean action then. In battles there is none."""
+    """A robot's run without --action-scale counts as one with 1. In battles the flag is ignored."""
     make_run(tmp_path / "old", "bc", seed=0, returns=[1.0])
     make_run(tmp_path / "mean", "bc", seed=1, returns=[2.0], action_scale=1.0)
     make_run(tmp_path / "new", "bc", seed=0, returns=[3.0], action_scale=0.85)
