@@ -110,19 +110,20 @@ def noise(card: dict, args: Args, B: int, generator: torch.Generator) -> dict[st
 
 
 @torch.no_grad()
-def search(q, obs: Tensor, action: Tensor, noise: Tensor, std: float) -> Tensor:
-    """a_hat [B, n, A], the best of the last sampled actions and the policy's own [B, n, A].
+def search(q, obs: Tensor, action: Tensor, q_action: Tensor, noise: Tensor, std: float) -> Tensor:
+    """a_hat [B, n, A], the best of the last sampled actions and the policy's own.
 
-    `noise` [steps, samples, B, n, A] are standard normal numbers. std is the standard deviation at the start.
+    action [B, n, A] is the policy's, q_action [B, n] its q. `noise` [steps, samples, B, n, A] are standard normal
+    numbers. std is the standard deviation at the start.
     """
     mean, std = torch.zeros_like(action), torch.full_like(action, std)
     for normal in noise:
         samples = (mean + std * normal).clamp(-BOX, BOX)
-        weight = q(obs.expand(len(samples), *obs.shape), samples).softmax(0).unsqueeze(-1)
-        mean = (weight * samples).sum(0)  # Pan et al. 2022, Eq. 3, with beta = 1
+        q_samples = q(obs.expand(len(samples), *obs.shape), samples)
+        mean = (q_samples.softmax(0).unsqueeze(-1) * samples).sum(0)  # Pan et al. 2022, Eq. 3, with beta = 1
         std = (samples - mean).square().mean(0).sqrt()
     candidates = torch.cat([samples, action.unsqueeze(0)])
-    best = q(obs.expand(len(candidates), *obs.shape), candidates).argmax(0, keepdim=True)
+    best = torch.cat([q_samples, q_action.unsqueeze(0)]).argmax(0, keepdim=True)
     return candidates.gather(0, best.unsqueeze(-1).expand(1, *action.shape))[0]
 
 
@@ -178,7 +179,7 @@ def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) 
         # clipped as in the simulator; a_hat pulls a mean outside of the box back
         clipped = mean.clamp(-BOX, BOX)
         q_pi, normal = frozen(networks.q[0])(obs, clipped), batch["noise", "search"].movedim(0, 2)
-        a_hat = search(networks.q[0], obs, clipped.detach(), normal, args.search_std)
+        a_hat = search(networks.q[0], obs, clipped.detach(), q_pi.detach(), normal, args.search_std)
         L_pi = actor_loss(q_pi, mean, a_hat, args.rectification)
     L_td, L_cql = td_loss(q_j, reward, terminated, q_next_j, args.gamma), conservative_loss(total, q_j)
     cql_alpha = args.cql_alpha * args.reward_scale  # scaled as the batch's rewards are

@@ -290,13 +290,12 @@ def omar_losses(net, target, batch, args, calls) -> dict:
                 q_next = min(q_value(q, i, o2[i], local(target.policy.net, i, o2[i])[:A].clip(-1, 1)) for q in target.q)
                 q = [q_value(q, i, o[i], a[i]) for q in net.q]
                 mean = local(net.policy.net, i, o[i])[:A]
-                samples, candidates = calls["q.0"][1], calls["q.0"][-1]  # of the log-sum-exp, of the search's end
+                samples, searched = calls["q.0"][1], calls["q.0"][-1]  # of the log-sum-exp, of the search's last step
                 values = [lambda x, q=q, i=i: q_value(q, i, o[i], x) for q in net.q]
                 fed = samples[:, b, i]
                 total = [sampled_total(calls["noise"], b, i, mean, args.cql_std, value, fed) for value in values]
-                # the policy's own action is a candidate
-                np.testing.assert_allclose(candidates[-1, b, i], mean.clip(-1, 1))
-                a_hat = max(candidates[:, b, i], key=lambda x: q_value(net.q[0], i, o[i], x))
+                candidates = [*searched[:, b, i], mean.clip(-1, 1)]
+                a_hat = max(candidates, key=lambda x: q_value(net.q[0], i, o[i], x))
                 pull = ((mean - a_hat) ** 2).mean()
                 actor.append(-(1 - c) * q_value(net.q[0], i, o[i], mean.clip(-1, 1)) + c * pull)
             td.append(sum((r + (0 if terminated else GAMMA * q_next) - x) ** 2 for x in q))
@@ -400,7 +399,7 @@ def test_search_of_omar_is_that_of_numpy():
     g = torch.Generator().manual_seed(0)
     noise, own = torch.randn(3, 10, 5, 2, 1, generator=g), torch.rand(5, 2, 1, generator=g)
     q = lambda obs, a: 3 * torch.sin(4 * a).sum(-1) - (a - 0.3).square().sum(-1)
-    found = omar.search(q, torch.zeros(5, 2, 1), own, noise, 2.0)
+    found = omar.search(q, torch.zeros(5, 2, 1), own, q(None, own), noise, 2.0)
     for b in range(5):
         for i in range(2):
             value = lambda x: 3 * np.sin(4 * x) - (x - 0.3) ** 2
@@ -475,10 +474,11 @@ def test_search_of_omar_finds_the_best_action():
         return -10 * (action - peak).square().sum(-1)
 
     noise = torch.randn(3, 200, 3, n, 2, generator=torch.Generator().manual_seed(0))
-    found = omar.search(q, obs, torch.zeros(3, n, 2), noise, 2.0)
+    own = torch.zeros(3, n, 2)
+    found = omar.search(q, obs, own, q(obs, own), noise, 2.0)
     assert (found - peak).abs().max() < 0.2
     best = peak.expand(3, n, 2)
-    assert torch.equal(omar.search(q, obs, best, noise, 2.0), best), (
+    assert torch.equal(omar.search(q, obs, best, q(obs, best), noise, 2.0), best), (
         "nothing that is sampled beats the policy's action at the peak"
     )
 
