@@ -9,6 +9,7 @@ A card may come from anybody. Its names become folders, its texts are printed, i
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 from environments.checks import BadInput
@@ -60,6 +61,26 @@ def check_free(path: Path, overwrite: bool):
             raise BadInput(f"{path} is already there: give another --out or --overwrite")
         if not (path / "card.json").is_file():
             raise BadInput(f"{path} is no dataset and is left alone: give another --out")
+
+
+def partial_of(path: str | Path) -> Path:
+    """Where the dataset at `path` is while it is written. If `path` is a link, beside the folder that it leads to."""
+    path = Path(path).resolve()
+    return path.with_name(path.name + ".partial")
+
+
+def remove_partial(folder: Path):
+    """Removes the half-written dataset that a killed process left at `folder`.
+
+    Raises BadInput if anything else is there.
+    """
+    if not folder.is_symlink() and not folder.exists():
+        return
+    own = {f"{name}{end}" for name in (*FIELDS, MASK) for end in (".raw", ".memmap")}
+    own |= {"agents", "meta.json", "agents/meta.json", "card.json"}
+    if folder.is_symlink() or not {path.relative_to(folder).as_posix() for path in folder.rglob("*")} <= own:
+        raise BadInput(f"{folder} is in the way of a dataset and is left alone: move it away")
+    shutil.rmtree(folder)
 
 
 def read_json(path: Path) -> dict:

@@ -9,11 +9,11 @@ reader sees that its input has ended, and ends too.
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +21,7 @@ import tyro
 
 from environments import stops
 from environments.checks import BadInput
-from offline_data.card import DATA_ROOT, check_free, dataset_path
+from offline_data.card import DATA_ROOT, check_free, dataset_path, partial_of, remove_partial
 from offline_data.lock import locked
 
 ROOT = Path(__file__).parent.parent
@@ -66,7 +66,8 @@ def read(source: str, format: str, job: dict, partial: Path) -> tuple[int, list[
             child.kill()
             child.wait()
             if child.returncode:
-                shutil.rmtree(partial, ignore_errors=True)
+                with suppress(BadInput):  # the reader has said already that something else is there
+                    remove_partial(partial)
         errors.seek(0)
         said = errors.read().decode(errors="replace").strip().splitlines() or [""]
     return child.returncode, said
@@ -107,7 +108,7 @@ def convert(
     job |= {"interface": interface, "limit": limit, "last_row": last_row}
     job |= {"return_to_go": return_to_go, "overwrite": overwrite}
     with locked(path, beside=True):
-        code, said = read(source, format, job, path.with_name(path.name + ".partial"))
+        code, said = read(source, format, job, partial_of(path))
     if code == 2 and said[-1].startswith("error: "):
         raise BadInput(said[-1].removeprefix("error: "))
     if code:

@@ -163,12 +163,11 @@ def open_dataset(
     # A private mapping, opened only for reading: changes of the tensors can't reach the files.
     rows = TensorDict({"agents": TensorDict({}, [N, n])}, [N])
     for key, (dtype, shape) in expected.items():
-        mapped = torch.from_file(
-            str(path / f"{key}.memmap"),
-            shared=False,
-            size=math.prod(shape),
-            dtype=torch.uint8 if dtype is torch.bool else dtype,
-        )
+        name, stored = path / f"{key}.memmap", torch.uint8 if dtype is torch.bool else dtype
+        try:
+            mapped = torch.from_file(str(name), shared=False, size=math.prod(shape), dtype=stored)
+        except RuntimeError as error:
+            raise BadInput(f"{name} can't be read ({error})") from None
         if dtype is torch.bool:
             for start in range(0, len(mapped), CHUNK):
                 if (mapped[start : start + CHUNK] > 1).any():

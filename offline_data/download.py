@@ -17,6 +17,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
@@ -120,6 +121,8 @@ def fetch(url: str, path: Path):
                     partial.unlink()
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
             why, total = f" ({getattr(error, 'reason', error)})", total or -1
+        except ValueError as error:
+            raise BadInput(f"{url} is not an http address ({error}): check --base-url") from None
         except OSError as error:
             with disk_errors(partial):
                 raise error
@@ -190,13 +193,21 @@ def extract(archive_path: Path, name: str, folder: Path) -> Path:
             for member in members
             if PurePosixPath(member.filename).is_relative_to(chosen[0]) and not member.is_dir()
         ]
+        there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+        if folder.is_symlink() or not there <= {member.filename for member in wanted}:
+            raise BadInput(f"{folder} is in the way and is left alone: move it away")
+        shutil.rmtree(folder, ignore_errors=True)  # a killed download left it
         folder.mkdir(parents=True)
-        room(folder, sum(member.file_size for member in wanted))
-        for member in wanted:
-            target = folder / member.filename
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with archive.open(member) as source, open(target, "xb") as file:
-                shutil.copyfileobj(source, file, 2**20)
+        try:
+            room(folder, sum(member.file_size for member in wanted))
+            for member in wanted:
+                target = folder / member.filename
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(member) as source, open(target, "xb") as file:
+                    shutil.copyfileobj(source, file, 2**20)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
     return folder / chosen[0]
 
 
@@ -239,13 +250,12 @@ def download(
             fetch(url, archive)
     unpacked = path.with_name(path.name + ".vault.partial")
     with locked(path, beside=True):
-        shutil.rmtree(unpacked, ignore_errors=True)
         try:
-            try:
-                with disk_errors(unpacked):
-                    vault = extract(archive, uid(quality), unpacked)
-            except (zipfile.BadZipFile, EOFError, RuntimeError) as error:
-                raise BadInput(f"{archive} is damaged ({error}): delete it and run the command again") from error
+            with disk_errors(unpacked):
+                vault = extract(archive, uid(quality), unpacked)
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+            raise BadInput(f"{archive} is damaged ({error}): delete it and run the command again") from error
+        try:
             last_row = "observation" if env == "mamujoco" else "transition"  # see formats.py
             last_row = "auto" if replay else last_row
             return convert(

@@ -39,14 +39,19 @@ import os
 import shutil
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
+
+from environments.checks import BadInput
+from offline_data.card import partial_of, remove_partial
 
 
 def end_with_the_parent(partial: Path):
     """Ends this process as soon as the one that started it is gone: the pipe to its input is closed then."""
     while os.read(0, 4096):  # waits; sys.stdin itself must not be busy when Python ends
         pass
-    shutil.rmtree(partial, ignore_errors=True)
+    with suppress(BadInput, OSError):  # the other thread may still be writing
+        remove_partial(partial)
     os._exit(1)
 
 
@@ -54,13 +59,12 @@ if __name__ == "__main__":  # the process that convert.py starts; before the slo
     if len(sys.argv) != 2 or not sys.argv[1].startswith("{"):
         sys.exit("use `python -m offline_data convert --help`: this file is started by that command")
     JOB = json.loads(sys.argv[1])
-    partial = Path(JOB["out"]).with_name(Path(JOB["out"]).name + ".partial")
+    partial = partial_of(JOB["out"])
     threading.Thread(target=end_with_the_parent, args=(partial,), daemon=True).start()
 
 # isort: split
 import importlib
 import math
-import re
 import resource
 import zipfile
 from collections.abc import Callable, Iterator
@@ -70,10 +74,10 @@ import torch
 from tensordict import TensorDict
 from tqdm import tqdm
 
-from environments.checks import BadInput, run_script
+from environments.checks import run_script
 from environments.mamujoco import benchmark_observation, mamujoco_team
-from environments.simulators import check_task_name
-from offline_data.card import INTERFACE, check_name, read_json
+from environments.simulators import check_interface, check_task_name
+from offline_data.card import check_name, read_json, short
 from offline_data.writer import DatasetWriter
 
 BLOCK = 32 * 2**20  # bytes of a source that are read together
@@ -83,7 +87,8 @@ CHILD_MEMORY = 8 * 2**30  # bytes of memory for a conversion: a damaged header m
 
 # Steps after which an episode is cut. SMAC: smac_maps.py of smac and smacv2; MuJoCo: gymnasium's registration and
 # OMIGA's episode_limit.
-LIMITS = {"mamujoco": 1000, "smacv2": 200, "2c_vs_64zg": 400, "5m_vs_6m": 70, "6h_vs_8z": 150, "corridor": 400}
+LIMITS = {"mamujoco": 1000, "Reacher": 50, "Pusher": 100, "smacv2": 200}
+LIMITS |= {"2c_vs_64zg": 400, "5m_vs_6m": 70, "6h_vs_8z": 150, "corridor": 400}
 
 # ---------------------------------------------------------------- what all readers share
 
@@ -311,7 +316,7 @@ def read_vault(
         )
     version = read_json(source / "metadata.json").get("version")
     if not isinstance(version, int | float) or not 0 <= version < 2:
-        raise BadInput(f"{source}/metadata.json: vault version {version!r} is not known here")
+        raise BadInput(f"{source}/metadata.json: vault version {short(version)} is not known here")
     base = {"driver": "file", "path": f"{source.resolve()}/"}
     context = ts.Context({"cache_pool": {"total_bytes_limit": BLOCK}})
     keys = ts.KvStore.open({"driver": "ocdbt", "base": base}).result().list().result()
@@ -622,13 +627,13 @@ def read_minari(
     folder = source / "data" if (source / "data").is_dir() else source
     meta = read_json(folder / "metadata.json")
     if meta.get("data_format", "hdf5") != "hdf5":
-        raise BadInput(f"{source} is in Minari's {meta['data_format']} format: only hdf5 is read")
+        raise BadInput(f"{source} is in Minari's format {short(meta['data_format'])}: only hdf5 is read")
     E, spec = meta.get("total_episodes"), meta.get("env_spec")
     if type(E) is not int or E < 1:
-        raise BadInput(f"{folder}/metadata.json: 'total_episodes' is {E!r}, not a positive count")
+        raise BadInput(f"{folder}/metadata.json: 'total_episodes' is {short(E)}, not a positive count")
     recorded = json.loads(spec).get("id") if isinstance(spec, str) else None
     if isinstance(recorded, str) and recorded.split("/")[-1].split("-")[0] != scenario:
-        raise BadInput(f"{source} was recorded in {recorded}, not in {scenario}: give its own --task")
+        raise BadInput(f"{source} was recorded in {short(recorded)}, not in {scenario}: give its own --task")
     made["recorded_in"] = recorded
     with h5py.File(folder / "main_data.hdf5", "r") as file:
         if len(file) != E:
@@ -711,22 +716,20 @@ def convert_here(
         raise BadInput(f"unknown format '{format}': use one of {', '.join(READERS)}")
     if not path.exists():
         raise BadInput(f"there is no {source}")
-    if env not in ("mamujoco", "smacv1", "smacv2", "smax"):
-        raise BadInput(f"unknown env '{env}': there are mamujoco, smacv1, smacv2, smax")
     for what, name in (("--task", task), ("--quality", quality)):
         check_name(what, name)
     if env != "smacv1":  # there every map will do, whether smacv2 is installed or not
         check_task_name(env, task)
+    scenario = mamujoco_team(task)[0] if env == "mamujoco" else None
+    if interface is None and (env, format) == ("smacv1", "pymarl"):  # PyMARL records SMAC's own observations
+        interface = "standard"
+    interface = check_interface(env, interface)
     if limit is None:
-        limit = LIMITS.get(task if env == "smacv1" else env)
+        limit = LIMITS.get(scenario or task, LIMITS.get(env))
     if limit is not None and limit < 1:
         raise BadInput(f"--limit is {limit}: give a positive number of steps")
     if limit is None:
         raise BadInput(f"the step limit of {env} {task} is not known here: give it with --limit")
-    if not re.fullmatch(INTERFACE, interface or "benchmark"):
-        raise BadInput(f"unknown interface '{interface}': it is benchmark, standard or agent_obsk=K")
-    if interface is None:  # PyMARL records SMAC's own observations
-        interface = "standard" if env == "smax" or (env, format) == ("smacv1", "pymarl") else "benchmark"
     made = {"by": "python -m offline_data convert", "format": format, "source": path.name, "step_limit": limit}
     made["reward"] = (
         "return-to-go: the sum of the rewards from each step on, undiscounted" if return_to_go else "as recorded"

@@ -5,15 +5,15 @@ import json
 import math
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from tensordict import TensorDict
 
 from environments.checks import BadInput
-from offline_data.card import FIELDS, MASK, card_text, check_free, read_json
-from offline_data.durable import disk_errors, fsync_folder, replace
+from offline_data.card import FIELDS, MASK, card_text, check_free, partial_of, read_json, remove_partial
+from offline_data.durable import disk_errors, fsync_folder, fsync_tree, replace
 
 
 class DatasetWriter:
@@ -24,14 +24,14 @@ class DatasetWriter:
         writer.close(card)        # completes the card and moves the dataset into place
 
     If something is already at `path`, it stays and BadInput is raised. With `overwrite`, close() replaces an old
-    dataset, but nothing else.
+    dataset, but nothing else. If `path` is a link to it, the link stays, and the dataset that it leads to is replaced.
     """
 
     def __init__(self, path: str | Path, overwrite: bool = False):
-        self.path, self.overwrite = Path(path), overwrite
-        self.partial = self.path.with_name(self.path.name + ".partial")
-        check_free(self.path, overwrite)
-        shutil.rmtree(self.partial, ignore_errors=True)
+        check_free(Path(path), overwrite)
+        self.path, self.overwrite = Path(path).resolve(), overwrite
+        self.partial = partial_of(path)
+        remove_partial(self.partial)
         with self._writing():
             (self.partial / "agents").mkdir(parents=True)
         self.files, self.template = {}, None
@@ -74,7 +74,7 @@ class DatasetWriter:
                     self.files[key].write(value.contiguous().numpy().tobytes())
         self.template = episode[:1].select(*(tuple(k.split("/")) for k in self.files))
         self.rows += T + 1
-        self.returns.append(episode["reward"].sum().item())
+        self.returns.append(episode["reward"].double().sum().item())
         action = episode["agents", "action"][:T]
         self.action_low, self.action_high = (
             min(self.action_low, action.min().item()),
@@ -117,19 +117,26 @@ class DatasetWriter:
         }
         with self._writing():
             (self.partial / "card.json").write_text(card_text(card, self.partial))
-        self._move()
+            self._move()
         return self.path
 
     def _move(self):
-        """Gives the new dataset its name. An old one is moved aside first, so one of them is complete at any moment."""
+        """Gives the new dataset its name. An old one is moved aside first. If this fails, it gets its name back."""
         check_free(self.path, self.overwrite)  # something may have appeared meanwhile
-        aside = self.path.with_name(self.path.name + ".replaced")
-        with disk_errors(self.path):
-            if self.path.exists():
-                shutil.rmtree(aside, ignore_errors=True)
-                self.path.rename(aside)
-        replace(self.partial, self.path)
-        with disk_errors(self.path):
-            if self.overwrite and aside.exists():
+        aside, old = self.path.with_name(self.path.name + ".replaced"), self.path.exists()
+        fsync_tree(self.partial)  # before the old one is moved, since this may take long
+        if old:
+            if aside.exists():
+                check_free(aside, overwrite=True)  # a dataset that a killed process left, and nothing else
                 shutil.rmtree(aside)
-                fsync_folder(aside.parent)
+            self.path.rename(aside)
+        try:
+            replace(self.partial, self.path)
+        except BaseException:
+            with suppress(OSError):
+                if old:
+                    aside.rename(self.path)
+            raise
+        if self.overwrite and (aside / "card.json").is_file():  # also one that a killed process left
+            shutil.rmtree(aside)
+            fsync_folder(aside.parent)

@@ -1,5 +1,6 @@
 """The dataset format: what is written is read, and what is damaged is refused and left alone."""
 
+import errno
 import hashlib
 import json
 import math
@@ -17,6 +18,7 @@ from conftest import ROOT, files_hash, hopper_card
 from tensordict import TensorDict
 
 import offline_data.dataset
+import offline_data.writer
 from environments.checks import BadInput
 from offline_data.card import check_card, dataset_path, table_row
 from offline_data.dataset import episodes, last_rows, open_dataset
@@ -200,6 +202,77 @@ def test_writer_replaces_nothing_unless_it_is_a_dataset_and_told_to(
             path.is_symlink() or path.is_file() or sorted(p.name for p in path.iterdir())[0] in ("agents", "thesis.tex")
         )
         assert what != "a dataset" or open_dataset(path)[1]["trajectories"] == 12
+
+
+def test_writer_leaves_folders_alone_that_only_look_like_its_own(hopper_data, hopper_episodes, tmp_path):
+    for name, match in (("set.partial", "is in the way of a dataset"), ("set.replaced", "is no dataset")):
+        shutil.copytree(hopper_data, tmp_path / "set")
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text("precious")
+        before = files_hash(tmp_path)
+        with pytest.raises(BadInput, match=match):
+            writer = DatasetWriter(tmp_path / "set", overwrite=True)
+            writer.append(hopper_episodes[0])
+            writer.close(hopper_card())
+        assert {key: files_hash(tmp_path)[key] for key in before} == before
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
+
+
+def test_writer_clears_what_a_killed_one_left(hopper_episodes, tmp_path):
+    DatasetWriter(tmp_path / "set").append(hopper_episodes[0])
+    assert (tmp_path / "set.partial" / "state.raw").exists()
+    writer = DatasetWriter(tmp_path / "set")
+    writer.append(hopper_episodes[1])
+    assert len(open_dataset(writer.close(hopper_card()))[0]) == len(hopper_episodes[1])
+    assert [p.name for p in tmp_path.iterdir()] == ["set"]
+
+
+@pytest.mark.parametrize("name", ["fsync_tree", "replace"])
+def test_an_old_dataset_stays_if_the_new_one_cannot_take_its_place(name, copy, hopper_episodes, monkeypatch):
+    before = files_hash(copy)
+    writer = DatasetWriter(copy, overwrite=True)
+    writer.append(hopper_episodes[0])
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "")
+
+    monkeypatch.setattr(offline_data.writer, name, full)
+    with pytest.raises(BadInput, match="no space left"):
+        writer.close(hopper_card())
+    assert files_hash(copy) == before and [p.name for p in copy.parent.iterdir()] == ["copy"]
+
+
+def test_overwriting_a_link_replaces_what_it_leads_to(copy, hopper_episodes, tmp_path):
+    link = tmp_path / "elsewhere" / "set"
+    link.parent.mkdir()
+    link.symlink_to(copy)
+    for _ in range(2):
+        writer = DatasetWriter(link, overwrite=True)
+        writer.append(hopper_episodes[0])
+        writer.close(hopper_card())
+    assert link.is_symlink() and open_dataset(link)[1]["trajectories"] == 1 == open_dataset(copy)[1]["trajectories"]
+    assert [p.name for p in link.parent.iterdir()] == ["set"]
+    assert sorted(p.name for p in copy.parent.iterdir()) == ["copy", "elsewhere"]
+
+
+def test_returns_on_the_card_are_summed_in_float64(hopper_episodes, tmp_path):
+    """Large returns that differ by less than a float32 sum can tell: what is written can be opened again."""
+    writer = DatasetWriter(tmp_path / "set")
+    for more in (0.0, 0.05):
+        episode = hopper_episodes[0].clone()
+        episode["reward"].fill_(1e5 + more)
+        writer.append(episode)
+    assert open_dataset(writer.close(hopper_card()))[1]["trajectories"] == 2
+
+
+def test_a_file_that_cannot_be_mapped_is_one_line(copy, monkeypatch):
+    def denied(*args, **kwargs):
+        raise RuntimeError("unable to open file: Permission denied (13)")
+
+    monkeypatch.setattr(torch, "from_file", denied)
+    with pytest.raises(BadInput, match=r"state.memmap can't be read \(.*Permission denied"):
+        open_dataset(copy)
 
 
 def test_writer_does_not_change_the_episodes(hopper_episodes, tmp_path):

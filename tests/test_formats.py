@@ -555,6 +555,7 @@ def test_other_input_that_is_refused(tmp_path, monkeypatch):
         ({"env": "smacv2", "task": "zerg_5_vs_5"}, "no action masks"),
         ({"env": "atari"}, "unknown env"),
         ({"task": "hoper"}, "unknown mamujoco task 'hoper'"),
+        ({"task": "hopper_9x9"}, "Hopper has no partition '9x9'"),
         ({"env": "smacv2", "task": "zerg_5"}, "unknown smacv2 task 'zerg_5'"),
         ({"env": "smax", "task": "zerg_5"}, "unknown smax task 'zerg_5'"),
         ({"env": "smacv1", "task": "3m", "limit": None}, "give it with --limit"),
@@ -571,8 +572,9 @@ def test_other_input_that_is_refused(tmp_path, monkeypatch):
     ):
         with pytest.raises(BadInput, match=message):
             convert(source, format, tmp_path / "out")
-    with pytest.raises(BadInput, match="unknown interface"):
-        convert(good, "omiga", tmp_path / "out", interface="mine")
+    for interface in ("mine", "standard"):
+        with pytest.raises(BadInput, match=f"mamujoco has no interface '{interface}'"):
+            convert(good, "omiga", tmp_path / "out", interface=interface)
     (tmp_path / "mine").mkdir()
     with pytest.raises(BadInput, match="is no dataset and is left alone"):
         offline_data.convert.convert(
@@ -1240,6 +1242,23 @@ def test_download(vault_zip, server, download, tmp_path):
         download("expert")
 
 
+def test_download_leaves_what_is_not_its_own_and_clears_what_a_killed_one_left(vault_zip, download, tmp_path):
+    folder = tmp_path / "out" / "medium.vault.partial"
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("precious")
+    with pytest.raises(BadInput, match="medium.vault.partial is in the way and is left alone"):
+        download()
+    assert (folder / "notes.txt").read_text() == "precious"
+    (folder / "notes.txt").unlink()
+    with zipfile.ZipFile(vault_zip) as archive:
+        half = next(name for name in archive.namelist() if "/Medium/" in name and not name.endswith("/"))
+    (folder / half).parent.mkdir(parents=True)
+    (folder / half).write_bytes(b"half")
+    download()
+    read_back(tmp_path / "out" / "medium", robots((3, 5)), True)
+    assert not folder.exists()
+
+
 def test_download_command_line(vault_zip, server, tmp_path):
     args = ["--env", "mamujoco", "--task", "hopper", "--quality", "medium", "--base-url", server[0]]
     done = command("download", *args, "--out", tmp_path / "out" / "medium", "--downloads", tmp_path / "zips")
@@ -1294,6 +1313,25 @@ def test_download_after_a_longer_file_starts_again(vault_zip, server, download, 
     assert server[1][-1][1] is None and (tmp_path / "out" / "medium" / "card.json").exists()
 
 
+def test_download_from_a_damaged_zip_of_before(vault_zip, download, tmp_path):
+    """The first bytes of a member's compressed data are changed in a zip that lies in --downloads."""
+    archive = tmp_path / "zips" / "mamujoco" / "3hopper.zip"
+    archive.parent.mkdir(parents=True)
+    with zipfile.ZipFile(vault_zip) as source, zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in source.namelist():
+            packed.writestr(name, source.read(name))
+        member = next(m for m in packed.infolist() if m.filename.endswith("/Medium/metadata.json"))
+    sound = archive.read_bytes()
+    at = member.header_offset + 30 + len(member.filename)
+    archive.write_bytes(sound[:at] + b"\xff" * 4 + sound[at + 4 :])
+    with pytest.raises(BadInput, match=r"3hopper.zip is damaged \(Error -3 while decompressing.*: delete it and run"):
+        download()
+    assert left(tmp_path) == ["zips/mamujoco/3hopper.zip"]
+    archive.write_bytes(sound)
+    download()
+    read_back(tmp_path / "out" / "medium", robots((3, 5)), True)
+
+
 def flip(data: bytes) -> bytes:
     middle = len(data) // 2
     return data[:middle] + bytes([data[middle] ^ 255]) + data[middle + 1 :]
@@ -1316,8 +1354,9 @@ def test_download_from_a_server_that_refuses_or_is_not_there(server, download, t
         download()
     with pytest.raises(BadInput, match=r"can't be reached .*refused.*: check the network and run"):
         download(base_url="http://127.0.0.1:9")
-    with pytest.raises(BadInput, match="is not an http address"):
-        download(base_url="file:///etc")
+    for base_url in ("file:///etc", "http://[::1", "http://a..b"):
+        with pytest.raises(BadInput, match="is not an http address"):
+            download(base_url=base_url)
     assert left(tmp_path) == []
 
 
