@@ -18,7 +18,7 @@ This protocol was fixed before any offline training on the data. The return of a
 Battles (the paper's SMACv2 data are 1,000 trajectories of MAPPO's policy after 10 million steps):
 
     medium          the first checkpoint that wins 40% of its battles; if none does, the one that wins most
-    medium-replay   training's battles up to that checkpoint, evenly thinned to about --replay-trajectories
+    medium-replay   training's battles up to that checkpoint, evenly thinned to at most --replay-trajectories
     poor, good      SMACv1's tasks only. There poor, medium and good are selected from training's battles by return, as
                     in the public datasets: poor up to half of the return of a perfect victory, medium up to three
                     quarters, good above
@@ -67,7 +67,7 @@ OBS, ACTION, MASK = ("agents", "observation"), ("agents", "action"), ("agents", 
 
 # Return of a perfect victory, by env. It sets the bounds of the qualities of SMACv1's tasks.
 FULL_RETURN = {"smacv1": 20.0, "smax": 2.0}
-SHORT_BATTLE = 30  # steps; if battles are at most this long, at least --replay-trajectories of them are kept
+SHORT_BATTLE = 30  # steps; if battles are this long on average, training keeps --replay-trajectories of them
 MEDIUM_WINRATE = 0.4
 BATTLES = ("smacv1", "smacv2", "smax")
 
@@ -355,7 +355,8 @@ def train_in(env, args: Args, root: Path) -> list[dict]:
         for batch in collector:
             stops.leave()
             for episode in splitter(batch.reshape(-1, args.horizon).cpu()):
-                if finished % args.record_every == 0:
+                # A checkpoint comes with at least one episode.
+                if finished % args.record_every == 0 or (not kept and steps + frames >= next_checkpoint):
                     writer.append(episode)
                     kept += 1
                 recent.append(episode["reward"][:-1].sum().item())
@@ -424,8 +425,7 @@ def keep(args: Args, path: Path) -> bool:
     return True
 
 
-def record_in(env, args: Args, root: Path, checkpoint: int, quality: str, made: dict):
-    seed = args.seed + 1 + checkpoint
+def record_in(env, args: Args, root: Path, checkpoint: int, quality: str, made: dict, seed: int):
     torch.manual_seed(seed)
     with stops.not_for_children():
         env.set_seed(seed)
@@ -453,21 +453,21 @@ def record_in(env, args: Args, root: Path, checkpoint: int, quality: str, made: 
     writer.close(card(args, quality, made))
 
 
-def record(args: Args, root: Path, checkpoint: int, quality: str, made: dict):
+def record(args: Args, root: Path, checkpoint: int, quality: str, made: dict, seed: int):
     """Whole episodes of a checkpoint's stochastic policy: args.trajectories battles, or at least args.samples
     transitions of robots."""
     if keep(args, root.parent / quality):
         return
     env = make_env(args.env, args.task, args.num_envs, args.workers, args.interface)
     try:
-        record_in(env, args, root, checkpoint, quality, made)
+        record_in(env, args, root, checkpoint, quality, made, seed)
     finally:
         close_env(env)
 
 
 def merge(args: Args, sources: list[Path], quality: str, root: Path, made: dict,
           every: int = 1, limit: int | None = None, between=(-math.inf, math.inf)) -> bool:
-    """One dataset of the sources' episodes with low < return <= high: every `every`-th of them, or about `limit`,
+    """One dataset of the sources' episodes with low < return <= high: every `every`-th of them, or at most `limit`,
     evenly spread. Returns False if there are no such episodes."""
     if keep(args, root.parent / quality):
         return True
@@ -477,8 +477,12 @@ def merge(args: Args, sources: list[Path], quality: str, root: Path, made: dict,
     fitting = ((low < returns) & (returns <= high)).nonzero()[:, 0]
     if len(fitting) == 0:
         return False
-    every = every if limit is None else max(len(fitting) // limit, 1)
-    wanted, writer, number = set(fitting[::every].tolist()), DatasetWriter(root.parent / quality, args.overwrite), 0
+    if limit is None:
+        chosen = fitting[::every]
+    else:
+        count = min(limit, len(fitting))
+        chosen = fitting[torch.arange(count) * len(fitting) // count]
+    wanted, writer, number = set(chosen.tolist()), DatasetWriter(root.parent / quality, args.overwrite), 0
     for rows in tqdm(opened, desc=f"write {quality}"):
         for episode in episodes(rows):
             stops.leave()
@@ -496,15 +500,18 @@ def write_robots(args: Args, root: Path, curve: list[dict]) -> list[str]:
     if returns[expert] <= 0:
         raise BadInput(
             f"the best return of {args.task} is {returns[expert]:.1f}, and a third of that defines no medium policy: "
-            "train for more --steps"
+            "train for more --steps, with --overwrite; a task with negative returns alone can't be collected"
         )
     medium = next(i for i, r in enumerate(returns) if r >= returns[expert] / 3)
     print(f"expert: checkpoint {expert}, step {curve[expert]['step']:,}, return {returns[expert]:.1f}")
     print(f"medium: checkpoint {medium}, step {curve[medium]['step']:,}, return {returns[medium]:.1f}")
     shards = [root / f"episodes-{i:03d}" for i in range(medium + 1)]
     merge(args, shards, "medium-replay", root, {"up to checkpoint": medium, **curve[medium]})
+    # If expert is the medium checkpoint, it needs other episodes, and so a seed that no checkpoint has.
+    seeds = {"medium": medium, "expert": len(curve) if expert == medium else expert}
     for quality, checkpoint in (("medium", medium), ("expert", expert)):
-        record(args, root, checkpoint, quality, {"checkpoint": checkpoint, **curve[checkpoint]})
+        made = {"checkpoint": checkpoint, **curve[checkpoint]}
+        record(args, root, checkpoint, quality, made, args.seed + 1 + seeds[quality])
     merge(args, [root.parent / "medium", root.parent / "expert"], "medium-expert", root, {"of": "medium and expert"})
     return ["medium-replay", "medium", "expert", "medium-expert"]
 
@@ -527,7 +534,7 @@ def write_battles(args: Args, root: Path, curve: list[dict]) -> list[str]:
         limit=args.replay_trajectories,
     )
     if args.task in starcraft.SMACV2_TASKS:
-        record(args, root, medium, "medium", {"checkpoint": medium, **curve[medium]})
+        record(args, root, medium, "medium", {"checkpoint": medium, **curve[medium]}, args.seed + 1 + medium)
         return ["medium-replay", "medium"]
     made, full = ["medium-replay"], FULL_RETURN[args.env]
     for quality, low, high in (
@@ -562,7 +569,7 @@ def make_datasets(args: Args, root: Path):
             [root.parent / "medium-replay"],
             "demo",
             root,
-            {"of": f"every {every}th episode of medium-replay"},
+            {"of": f"one of every {every} episodes of medium-replay"},
             every,
         )
         made.append("demo")
@@ -574,11 +581,13 @@ def make_datasets(args: Args, root: Path):
 def main(args: Args):
     check_task(args.env, args.task)  # an unknown task ends here, before anything is written
     check_positive(args, "samples", "trajectories", "replay_trajectories", "num_envs", "workers", "checkpoints")
-    check_positive(args, "horizon", "epochs", "minibatch", "hidden", "lr", "clip")
+    check_positive(args, "horizon", "epochs", "minibatch", "hidden", "lr", "clip", "max_grad_norm")
     args = fill_in(args)
     check_positive(args, "steps", "reward_scale", "record_every")
-    if args.seed < 0 or args.demo_samples < 0 or not 0 <= args.gamma <= 1 or not 0 <= args.gae_lambda <= 1:
-        raise BadInput("--seed and --demo-samples must be at least 0, --gamma and --gae-lambda in [0, 1]")
+    if not 0 <= args.seed < 2**31 or args.demo_samples < 0 or not 0 <= args.entropy < 1e38:
+        raise BadInput("--demo-samples and --entropy must be at least 0, --seed from 0 to 2**31 - 1")
+    if not 0 <= args.gamma <= 1 or not 0 <= args.gae_lambda <= 1:
+        raise BadInput("--gamma and --gae-lambda must be in [0, 1]")
     args.device = str(pick_device(args.device))
     make_env(args.env, args.task, 1, 1, args.interface).close()  # a missing simulator ends here too
     root = dataset_path(None, args.env, args.task, "behaviour", args.out)

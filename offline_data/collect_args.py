@@ -13,17 +13,18 @@ class Args:
     """task of that simulator"""
     interface: str | None = None
     """what agents see: benchmark (default), agent_obsk=K (mamujoco: gymnasium-robotics' own, joints up to K away),
-    standard (smacv1: SMAC's own)"""
+    standard (smacv1: SMAC's own; smax: its only one)"""
     steps: int | None = None
     """environment steps of MAPPO (default: 3 million; in battles 10 million, as in the paper)"""
     samples: int = 1_000_000
     """robots: transitions of the expert and of the medium dataset"""
     trajectories: int = 1000
-    """battles: trajectories of a dataset of one quality"""
+    """battles: trajectories of medium, and at most of each of SMACv1's qualities"""
     replay_trajectories: int = 10_000
-    """battles: about how many trajectories medium-replay has"""
+    """battles: how many trajectories medium-replay has at most"""
     record_every: int | None = None
-    """keep every K-th training episode for medium-replay (default: 1; in battles it follows --replay-trajectories)"""
+    """record every K-th training episode (default: 1; in battles so that all of training keeps --replay-trajectories
+    of them, if they are 30 steps long; longer ones are fewer)"""
     demo_samples: int = 0
     """about how many transitions the demo dataset has; 0: no demo dataset"""
     seed: int = 0
