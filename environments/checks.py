@@ -4,6 +4,8 @@ Importing this module does not load torch.
 """
 
 import errno
+import os
+import select
 import sys
 from typing import TYPE_CHECKING
 
@@ -49,6 +51,16 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
+def nobody_reads() -> bool:
+    """Whether the reader of this script's output has ended, as `head` does. Then the rest of the output is dropped."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLERR)
+    gone = bool(poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes its output when it ends
+    return gone
+
+
 def run_script(main, *args, go_on: str = ""):
     """Calls main(*args). Bad input ends the script with one line and exit code 2. For Ctrl-C and SIGTERM see stops.py.
 
@@ -58,6 +70,7 @@ def run_script(main, *args, go_on: str = ""):
     try:
         stops.catch()
         main(*args)
+        sys.stdout.flush()  # a full disk is seen here
     # A library that is interrupted may raise another exception. So look for a signal, not at the exception's type.
     except (Exception, stops.Stopped) as error:
         number = error.number if isinstance(error, stops.Stopped) else stops.raised()
@@ -68,12 +81,19 @@ def run_script(main, *args, go_on: str = ""):
             say_failures()
             print(f"\n{stop}; to go on: {go_on or stops.how_to_go_on()}", file=sys.stderr)
             sys.exit(stop.code)
-        if isinstance(error, BadInput) or out_of_memory(error):
-            memory = "" if isinstance(error, BadInput) else "not enough memory: use less of it (--hidden, --workers); "
-            say_failures()
-            print(f"error: {memory}{plain(str(error))}", file=sys.stderr)
-            sys.exit(2)
-        raise
+        if isinstance(error, BrokenPipeError) and nobody_reads():
+            sys.exit(1)
+        if isinstance(error, BadInput):
+            message = str(error)
+        elif out_of_memory(error):
+            message = f"not enough memory: close other programs, or use a smaller --hidden or fewer --workers ({error})"
+        elif isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):
+            message = f"{error.strerror}: {error.filename or 'free some space and run the command again'}"
+        else:
+            raise
+        say_failures()
+        print(f"error: {plain(message)}", file=sys.stderr)
+        sys.exit(2)
     finally:
         stops.forget()
     if FAILURES:
@@ -82,11 +102,13 @@ def run_script(main, *args, go_on: str = ""):
 
 
 def check_positive(args, *names: str):
-    """Raises BadInput for a flag that is not a positive finite number."""
+    """Raises BadInput for a flag that is not a positive number, or too large: a float beyond float32, a count beyond
+    32 bits."""
     for name in names:
-        if not 0 < getattr(args, name) < 1e38:
-            said = f"--{name.replace('_', '-')} is {getattr(args, name)}"
-            raise BadInput(f"{said}: give a positive number below 1e38")
+        value = getattr(args, name)
+        if not 0 < value < (2**31 if isinstance(value, int) else 1e38):
+            most = 2**31 if isinstance(value, int) else "1e38"
+            raise BadInput(f"--{name.replace('_', '-')} is {value}: give a positive number below {most}")
 
 
 def pick_device(name: str, tf32: bool = False) -> "torch.device":

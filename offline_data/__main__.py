@@ -28,7 +28,7 @@ commands:
 
 
 def main(arguments: list[str]):
-    name, *flags = arguments or [""]
+    name, *flags = arguments or ["--help"]
     if name in ("-h", "--help"):
         print(HELP)
         return

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tyro
 
-from offline_data.card import check_card, read_json, table_row
+from offline_data.card import check_card, digits, read_json, table_row
 from offline_data.card import verify as compare_sums
 from offline_data.durable import check_new, write_figure
 
@@ -176,7 +176,7 @@ def plot(path: tyro.conf.Positional[str], out: str | None = None):
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     axes.hist(episode_returns(rows).numpy(), bins=50)
-    returns = f"{card['return_mean']:.1f} ± {card['return_std']:.1f}"
+    returns = f"{card['return_mean']:.{digits(card)}f} ± {card['return_std']:.{digits(card)}f}"
     title = f"{card['task']} {card['quality']}: {card['trajectories']} episodes, {returns}"
     axes.set(title=title, xlabel="return of the episode", ylabel="episodes")
     write_figure(out, figure, 150)

@@ -53,7 +53,6 @@ CARD_KEYS = ("env", "task", "quality", "interface", "n_agents", "state_dim", "ob
 CARD_KEYS += ("samples", "return_mean")
 CONFIG_KEYS = ("hidden", "steps", "evals", "seeds")
 AGAIN = "run the same command again with --resume"
-LARGEST = 2**31  # of counts and seeds
 SMALL_BATCH = 1024  # a batch of this size is accepted for any dataset
 LIMIT = 1e4  # a larger parameter has diverged: Adam moves it by about --lr per step, so by at most some hundreds
 LOOK = 2000  # parameters are checked every LOOK steps, and at evaluations
@@ -61,16 +60,13 @@ LOOK = 2000  # parameters are checked every LOOK steps, and at evaluations
 
 def check_seeds(seeds: list[int]):
     """Raises BadInput for seeds that are out of range or not different."""
-    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) >= LARGEST:
-        raise BadInput(f"--seeds {seeds}: give different numbers from 0 to {LARGEST - 1}, at least one")
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) >= 2**31:
+        raise BadInput(f"--seeds {seeds}: give different numbers from 0 to {2**31 - 1}, at least one")
 
 
 def check_args(args):
     """Raises BadInput for a flag out of its range."""
-    for name in ("steps", "batch_size", "hidden", "evals", "eval_episodes", "workers"):
-        if not 1 <= getattr(args, name) < LARGEST:
-            said = f"--{name.replace('_', '-')} is {short(getattr(args, name))}"
-            raise BadInput(f"{said}: give a positive number below {LARGEST}")
+    check_positive(args, "steps", "batch_size", "hidden", "evals", "eval_episodes", "workers")
     check_seeds(args.seeds)
     if not args.out:
         raise BadInput("--out is empty: name a folder")

@@ -1030,6 +1030,25 @@ def test_too_little_memory_is_one_line(tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "command, code, match",
+    [
+        ("list | true", 1, "^$"),
+        ("list > /dev/full", 2, "^error: No space left on device: free some space"),
+        (f"info {'a' * 300}", 2, "^error: File name too long: a"),
+        ("", 0, "^$"),
+    ],
+    ids=["closed pipe", "full disk", "long name", "help"],
+)
+def test_what_the_system_refuses_is_at_most_one_line(command, code, match, tmp_path):
+    script = f"set -o pipefail; {sys.executable} -m offline_data {command}"
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    assert done.returncode == code and re.search(match, done.stderr) and len(done.stderr.splitlines()) <= 1, done.stderr
+
+
 # ---------------------------------------------------------------- collecting
 
 
@@ -1186,6 +1205,17 @@ def test_stopped_collection_goes_on(tmp_path, monkeypatch):
     assert not list(folder.rglob("*.partial"))
 
 
+def test_a_checkpoint_keeps_an_episode_and_two_qualities_of_one_differ(tmp_path):
+    """Of a training that records every 10,000th episode, with one checkpoint for medium and for expert."""
+    flags = COLLECT | {"steps": 2048, "checkpoints": 1, "record_every": 10_000, "demo_samples": 0}
+    offline_data.collect.main(offline_data.collect.Args(out=str(tmp_path), **flags))
+    folder = tmp_path / "mamujoco" / "hopper"
+    assert open_dataset(folder / "medium-replay")[1]["trajectories"] == 1
+    medium, expert = (open_dataset(folder / name) for name in ("medium", "expert"))
+    assert medium[1]["made"]["checkpoint"] == expert[1]["made"]["checkpoint"] == 0
+    assert medium[0]["state"][0].ne(expert[0]["state"][0]).any()
+
+
 def test_collection_with_other_settings_is_kept(collected, capsys):
     before = files_hash(collected)
     arguments = offline_data.collect.Args(out=str(collected.parent.parent), **COLLECT | {"lr": 1e-3})
@@ -1215,6 +1245,10 @@ def test_returns_below_zero_have_no_medium_checkpoint(tmp_path, monkeypatch, cap
         ({"samples": 0}, "--samples is 0"),
         ({"env": "smacv2", "task": "zerg_5_vs_5", "replay_trajectories": 0}, "--replay-trajectories is 0"),
         ({"device": "nonsense"}, "--device nonsense"),
+        ({"max_grad_norm": -1.0}, "--max-grad-norm is -1"),
+        ({"entropy": math.nan}, "--entropy must be at least 0"),
+        ({"horizon": 2**40}, "--horizon is .*below 2147483648"),
+        ({"seed": 2**40}, "--seed from 0 to"),
     ],
 )
 def test_bad_flags_of_collect(flags, match, tmp_path, capsys):
