@@ -1246,7 +1246,7 @@ def test_download_leaves_what_is_not_its_own_and_clears_what_a_killed_one_left(v
     folder = tmp_path / "out" / "medium.vault.partial"
     folder.mkdir(parents=True)
     (folder / "notes.txt").write_text("precious")
-    with pytest.raises(BadInput, match="medium.vault.partial is in the way and is left alone"):
+    with pytest.raises(BadInput, match=r"medium\.vault\.partial is in the way and is left alone"):
         download()
     assert (folder / "notes.txt").read_text() == "precious"
     (folder / "notes.txt").unlink()
