@@ -9,6 +9,7 @@ from conftest import ROOT
 from scipy.optimize import minimize
 from tensordict import TensorDict
 
+import comadice_bc
 import comadice_train
 from comadice_losses import DIVERGENCES, effective_sample_size, episode_ratio
 from offline_data.dataset import episode_returns, open_dataset
@@ -115,3 +116,29 @@ def test_the_default_prefers_the_good_episodes_and_tends_to_all_of_them():
     for given in (comadice_train.Args(preset="paper"), comadice_train.Args(objective="exact")):
         assert comadice_train.resolve(given, 2.0, deviation).episode_alpha == 0
     assert comadice_train.resolve(comadice_train.Args(episode_alpha=0.0), 2.0, deviation).episode_alpha == 0
+
+
+def test_critics_and_policies_both_draw_by_the_ratio(tmp_path, monkeypatch):
+    """What both stages hand to make_replay: the ratio for transitions, nothing for initial states."""
+    drawn = {}
+
+    def watch(module, real):
+        def make(rows, keys, **how):
+            drawn.setdefault((module.__name__, how["pairs"]), []).append(how.get("weights"))
+            return real(rows, keys, **how)
+
+        monkeypatch.setattr(module, "make_replay", make)
+
+    for module in (comadice_train, comadice_bc):
+        watch(module, module.make_replay)
+    short = {"data": str(FEW_GOOD), "out": str(tmp_path), "steps": 1, "evals": 1, "eval_episodes": 1, "hidden": 8}
+    comadice_train.main(comadice_train.Args(episode_alpha=50.0, **short))
+    rows, _ = open_dataset(FEW_GOOD)
+    expected = episode_weights(rows, 50.0, "soft_chi2")
+    assert expected.std() > 0
+    for weights in (*drawn["comadice_train", True], *drawn["comadice_bc", False]):
+        torch.testing.assert_close(weights, expected)
+    assert drawn["comadice_train", False] == [None] and len(drawn) == 3
+    drawn.clear()
+    comadice_bc.main(comadice_bc.Args(**short))
+    assert drawn == {("comadice_bc", False): [None]}, "plain BC draws equally"
