@@ -28,7 +28,7 @@ commands:
 
 
 def main(arguments: list[str]):
-    name, *flags = arguments or ["--help"]
+    name, *flags = arguments or [""]
     if name in ("-h", "--help"):
         print(HELP)
         return
@@ -45,7 +45,8 @@ def main(arguments: list[str]):
     elif name == "plot":
         from offline_data.published import plot as command
     else:
-        raise BadInput(f"there is no command '{name}': see python -m offline_data --help")
+        what = f"there is no command '{name}'" if name else "no command is given"
+        raise BadInput(f"{what}: use list, collect, download, convert, info or plot; --help says what they do")
     import tyro
 
     prog = f"python -m offline_data {name}"

@@ -208,10 +208,10 @@ def test_help_of_the_data_commands(command):
     assert all(word in done.stdout for word in said), done.stdout
 
 
-@pytest.mark.parametrize("arguments", [[], ["train"]])
-def test_unknown_data_command(arguments):
+@pytest.mark.parametrize("arguments, said", [([], "no command is given"), (["train"], "there is no command 'train'")])
+def test_unknown_data_command(arguments, said):
     done = subprocess.run(
         [sys.executable, "-m", "offline_data", *arguments], capture_output=True, text=True, cwd=ROOT, timeout=120
     )
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: there is no command")
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith(f"error: {said}")
     assert len(done.stderr.splitlines()) == 1
