@@ -164,7 +164,9 @@ def test_cpu_settings_come_before_torch():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the setting")
 def test_freed_memory_is_kept():
-    """Ten tensors of 1 MB, allocated and freed 50 times, cause next to no page faults.
+    """Ten tensors of 1 MB, allocated and freed 50 times, cause less than a twentieth of the page faults.
+
+    A few are left. For instance, a small allocation may split a freed block, and the heap then grows by a tensor.
 
     What glibc does by itself depends on where the last allocations lie. So both processes begin with small thresholds,
     with which it returns the memory every time.
@@ -183,7 +185,7 @@ print(-rounds(5) + rounds(50))
     for name, setting in (("kept", "import environments.cpu"), ("returned", "")):
         command, env = [sys.executable, "-c", setting + code], os.environ | small
         faults[name] = int(subprocess.run(command, cwd=ROOT, env=env, timeout=120, capture_output=True).stdout)
-    assert faults["kept"] < 100 < 1000 < faults["returned"], faults
+    assert 20 * faults["kept"] < faults["returned"] > 1000, faults
 
 
 @pytest.mark.parametrize("command", ["", "collect", "download", "convert", "info", "list", "plot"])
