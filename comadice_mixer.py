@@ -19,7 +19,7 @@ torch.vmap.
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Categorical, Normal
+from torch.distributions import Normal
 from torch.nn.functional import elu
 
 
@@ -198,10 +198,6 @@ class CategoricalPolicy(nn.Module):
     def logits(self, obs: Tensor, mask: Tensor) -> Tensor:
         """obs [..., n, O], mask [..., n, A] -> logits [..., n, A], -inf for unavailable actions."""
         return self.net(obs).masked_fill(~mask, -torch.inf)
-
-    def distribution(self, obs: Tensor, mask: Tensor) -> Categorical:
-        """obs [..., n, O], mask [..., n, A] -> a distribution of the actions [..., n]."""
-        return Categorical(logits=self.logits(obs, mask), validate_args=False)
 
     def log_prob(self, obs: Tensor, action: Tensor, mask: Tensor) -> Tensor:
         """log pi_i(a_i | o_i) -> [..., n]; -inf for an unavailable action."""

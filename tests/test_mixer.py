@@ -127,7 +127,7 @@ def test_layer_norm():
 
 def test_unavailable_actions_have_probability_zero():
     pi, obs, mask = CategoricalPolicy(N, O, A, H), torch.randn(50, N, O), random_mask(50, N, A)
-    probs = pi.distribution(obs, mask).probs
+    probs = pi.logits(obs, mask).softmax(-1)
     assert (probs[~mask] == 0).all() and (probs[mask] > 0).all()
     all_log_probs = torch.stack([pi.log_prob(obs, torch.full((50, N), a), mask) for a in range(A)], -1)
     assert (all_log_probs[~mask] == -torch.inf).all()
