@@ -54,12 +54,9 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
 
-from baselines.common import BOX, Method, check, frozen, train
+from baselines.common import BOX, KEYS, Method, Twins, check, frozen, train
 from comadice_mixer import LinearMixer, LocalMLP, Q, make_policy
 from environments.checks import BadInput, run_script
-
-KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
-
 
 # ---------------------------------------------------------------- the losses; reward, terminated and *_tot are [B]
 
@@ -116,7 +113,7 @@ class ContinuousBCQ(nn.Module):
         self.encoder = LocalMLP(n, O + A, 4 * A, args.hidden)
         self.decoder = LocalMLP(n, O + 2 * A, A, args.hidden)
         self.perturbation = LocalMLP(n, O + A, A, args.hidden)
-        self.q = nn.ModuleList(Q(n, O, A, args.hidden, layer_norm=args.layer_norm) for _ in range(2))
+        self.q = Twins(Q(n, O, A, args.hidden, layer_norm=args.layer_norm) for _ in range(2))
         self.mixer = LinearMixer(n, S, args.mixer_hidden)
         self.register_buffer("latents", torch.randn(args.candidates, n, 2 * A).clamp(-LATENT_BOX, LATENT_BOX))
 
@@ -127,10 +124,6 @@ class ContinuousBCQ(nn.Module):
     def perturb(self, obs: Tensor, action: Tensor) -> Tensor:
         """The action, moved by at most phi per entry, [..., n, A]."""
         return (action + self.phi * BOX * self.perturbation(torch.cat([obs, action], -1)).tanh()).clamp(-BOX, BOX)
-
-    def q_j(self, obs: Tensor, action: Tensor) -> Tensor:
-        """Values of both twin networks, [2, ..., n]."""
-        return torch.stack([q(obs, action) for q in self.q])
 
     def act(self, obs: Tensor, mask: Tensor | None = None) -> Tensor:
         """The candidate with the highest q_i [..., n, A]."""
@@ -155,10 +148,10 @@ class ContinuousBCQ(nn.Module):
             latents = batch["noise", "candidates"].movedim(1, 0).clamp(-LATENT_BOX, LATENT_BOX)
             next_obs, latent = next_obs.expand(len(latents), *next_obs.shape), latents[0]
             next_action = target.perturb(next_obs, self.decode(next_obs, latents))
-            q_next = soft_clipped(target.q_j(next_obs, next_action), args.clip_lambda).amax(0)
+            q_next = soft_clipped(target.q(next_obs, next_action), args.clip_lambda).amax(0)
             q_tot_next = target.mixer(q_next, batch["next", "state"])
             proposal = self.decode(obs, latent)
-        q_tot = self.mixer(self.q_j(obs, recorded), batch["state"])  # [2, B]
+        q_tot = self.mixer(self.q(obs, recorded), batch["state"])  # [2, B]
         L_q = q_loss(q_tot, q_target(batch["reward"][:, 0], batch["terminated"][:, 0], q_tot_next, args.gamma))
         L_xi = -frozen(self.q[0])(obs, self.perturb(obs, proposal)).sum(-1).mean()  # Fujimoto et al. 2019a, Eq. 12
         L_vae = vae_loss(reconstruction, action, mean, log_std, args.kl_weight)
@@ -225,7 +218,7 @@ def main(args: Args):
     check(args, "phi", "candidates", "target_candidates", "kl_weight", "mixer_hidden")
     if not 0 <= args.clip_lambda <= 1 or not 0 <= args.threshold < 1:
         raise BadInput("--clip-lambda must be in [0, 1] and --threshold in [0, 1)")
-    train(Method("bcq", make_networks, losses, KEYS, noise=noise), args)
+    train(Method("bcq", make_networks, losses, ["state", *KEYS], noise=noise), args)
 
 
 if __name__ == "__main__":

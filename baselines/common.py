@@ -1,7 +1,6 @@
 """What the five baselines share: checks of their flags, training that can be stopped and resumed, and the script."""
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -39,6 +38,15 @@ from support.stages import Evaluations, Stage
 # The simulator clips continuous actions to [-1, 1]. So policies play clipped actions, and q is asked for these.
 # Recorded actions are given to q unclipped, since the reward's cost of control is that of the unclipped action.
 BOX = 1.0
+# The entries of a row that all methods need.
+KEYS = [("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
+
+
+class Twins(nn.ModuleList):
+    """Two networks of the same shape. Called like one of them, it returns both values, [2, ...]."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return torch.stack([network(*inputs) for network in self])
 
 
 class Method(NamedTuple):
@@ -72,8 +80,8 @@ def check(args: RunArgs, *positive: str):
     check_args(args)
     check_policy_stage(args)
     check_positive(args, *(name for name in (*positive, "reward_scale") if getattr(args, name) is not None))
-    if not 0 <= args.episode_alpha < math.inf:
-        raise BadInput(f"--episode-alpha must be 0 or more, it is {args.episode_alpha}")
+    if not 0 <= args.episode_alpha < 1e38:
+        raise BadInput(f"--episode-alpha is {args.episode_alpha}: give 0 or a positive number below 1e38")
     check_discount(args)
 
 

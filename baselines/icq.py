@@ -5,8 +5,8 @@
 Both steps use only recorded actions. The constrained optimum is pi = mu exp(q / alpha) / Z. So an expectation under pi
 is one under the data, with the weight exp(q / alpha) / Z. q_tot = sum_i w_i(s) q_i + b(s) is backed up from the action
 recorded at s', times this weight. Since q_tot is a weighted sum, pi splits into pi_i = mu_i exp(w_i q_i / alpha) / Z_i.
-Weighted behavioural cloning extracts these. Z is the sum over the batch, as in the authors' code: both weights are a
-softmax over the batch.
+Weighted behavioural cloning extracts these. Z is the sum over the batch: both weights are a softmax over the batch. In
+the authors' code a batch has whole episodes, and Z sums over the episodes, for each time step by itself.
 
 discrete actions: the exponent of pi_i is q_i minus its mean sum_a pi_i(a) q_i(a) over available actions (ICQ-MA's code
     on StarCraft). With an exact Z, subtracting a function of the observation would change nothing. With the sum over
@@ -20,7 +20,8 @@ On robots the default temperatures make it almost BC with a value beside it: on 
 weights have an effective sample size of 0.99.
 
 The paper's TD(lambda) needs trajectories. With single transitions, as here, lambda is 0. In ICQ-MA's code the mixing
-weights w_i sum to 1 and there is no b, and the policies are recurrent. OMIGA's experiments take the minimum of two q.
+weights w_i sum to 1 and there is no b, the policies are recurrent, gradients are clipped, RMSprop is the optimiser, and
+target networks are copied every 600 steps. OMIGA's experiments take the minimum of two q.
 """
 
 from dataclasses import dataclass
@@ -55,12 +56,9 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from baselines.common import Method, check, train
+from baselines.common import KEYS, Method, check, train
 from comadice_mixer import LinearMixer, Q, make_policy
 from environments.checks import run_script
-
-KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
-KEYS += ["next_action", "has_next"]
 
 
 def defaults(card: dict, unit: float) -> dict[str, float]:
@@ -158,7 +156,7 @@ def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) 
     q_tot, has_next = networks.mixer(q, state, (W, b)), batch["has_next"][:, 0]
     L_q = q_loss(q_tot, reward, terminated, has_next, q_tot_next, alpha_q, args.gamma)
     L_pi = policy_loss(W, A, alpha, networks.policy.log_prob(obs, action, mask))
-    return {"loss": L_q + L_pi, "q_loss": L_q, "policy_loss": L_pi, "mean_q": q_tot_next.mean()}
+    return {"loss": L_q + L_pi, "q_loss": L_q, "policy_loss": L_pi, "mean_q": q.mean()}
 
 
 # ---------------------------------------------------------------- the script
@@ -166,7 +164,8 @@ def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) 
 
 def main(args: Args):
     check(args, "alpha", "alpha_q", "action_scale", "mixer_hidden")
-    train(Method("icq", Networks, losses, KEYS, with_next_action, defaults), args)
+    keys = ["state", *KEYS, "next_action", "has_next"]
+    train(Method("icq", Networks, losses, keys, with_next_action, defaults), args)
 
 
 if __name__ == "__main__":

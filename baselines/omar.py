@@ -18,7 +18,8 @@ discrete actions (OMAR is published for continuous ones only): the search tries 
     squared distance to a_hat becomes -log pi_i(a_hat). The target takes the target policy's most likely action.
 
 Left out of the authors' code: the tanh of the policy, normalised inputs, a penalty on large actions, clipped gradients,
-and networks of each agent's own. On halfcheetah their search takes 2 steps of 20 samples, each from the best 5.
+and networks of each agent's own. On halfcheetah their search takes 2 steps of 20 samples, each from the best 5, and
+their log-sum-exp has samples around the policy's action at o_i', too. On particles it has uniform samples alone.
 """
 
 from dataclasses import dataclass
@@ -59,12 +60,10 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from baselines.common import BOX, Method, check, frozen, train
+from baselines.common import BOX, KEYS, Method, Twins, check, frozen, train
 from baselines.conservative import sample_noise, sampled_log_sum_exp, span_samples
 from comadice_mixer import Q, make_policy
 from environments.checks import BadInput, run_script
-
-KEYS = [("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
 
 # The weight c (Pan et al.'s tau) by quality of the data, as in the paper, and 0.5 for other qualities. Their code has
 # the opposite order on halfcheetah: 0.9 on medium-replay, 0.7 on medium, 0.5 on expert.
@@ -134,12 +133,8 @@ class Networks(nn.Module):
     def __init__(self, card: dict, args: Args):
         super().__init__()
         n, O, A, discrete = (card[k] for k in ("n_agents", "obs_dim", "action_dim", "discrete"))
-        self.q = nn.ModuleList(Q(n, O, A, args.hidden, discrete, args.layer_norm) for _ in range(2))
+        self.q = Twins(Q(n, O, A, args.hidden, discrete, args.layer_norm) for _ in range(2))
         self.policy = make_policy(n, O, A, discrete, args.hidden)
-
-    def q_j(self, obs: Tensor, action: Tensor) -> Tensor:
-        """Values of both twin networks, [2, ..., n]."""
-        return torch.stack([q(obs, action) for q in self.q])
 
 
 def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) -> dict[str, Tensor]:
@@ -157,7 +152,7 @@ def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) 
     if networks.q[0].discrete:
         mask = batch["agents", "action_mask"]
         with torch.no_grad():
-            q_next_j = target.q_j(next_obs, target.policy.act(next_obs, batch["next", "agents", "action_mask"]))
+            q_next_j = target.q(next_obs, target.policy.act(next_obs, batch["next", "agents", "action_mask"]))
         q_all_j = torch.stack([q.net(obs) for q in networks.q])  # [2, B, n, A]
         q_j = q_all_j.gather(-1, action.expand(2, *action.shape).unsqueeze(-1))[..., 0]
         total = q_all_j.masked_fill(~mask, -torch.inf).logsumexp(-1)
@@ -171,11 +166,11 @@ def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) 
     else:
         mean = networks.policy.act(obs)
         with torch.no_grad():
-            q_next_j = target.q_j(next_obs, target.policy.act(next_obs).clamp(-BOX, BOX))
+            q_next_j = target.q(next_obs, target.policy.act(next_obs).clamp(-BOX, BOX))
         std = torch.full_like(mean, args.cql_std)
         samples, log_density = span_samples(mean, std, batch["noise"])
-        q_j = networks.q_j(obs, action)
-        total = sampled_log_sum_exp(networks.q_j(obs.expand(len(samples), *obs.shape), samples), log_density)
+        q_j = networks.q(obs, action)
+        total = sampled_log_sum_exp(networks.q(obs.expand(len(samples), *obs.shape), samples), log_density)
         # clipped as in the simulator; a_hat pulls a mean outside of the box back
         clipped = mean.clamp(-BOX, BOX)
         q_pi, normal = frozen(networks.q[0])(obs, clipped), batch["noise", "search"].movedim(0, 2)

@@ -9,7 +9,8 @@ mu_i exp(w_i (q_i - v_i) / alpha), extracted by weighted behavioural cloning. On
 only the policy needs the mask.
 
 Left out: the authors' code also bounds the exponent from below, at -10, clips the norm of gradients at 1, and has a
-tanh in its policy. Beyond its upper bound their loss of v_i no longer pulls v_i up (see v_loss).
+tanh in its policy. It divides a batch's loss of v_i by exp of the batch's largest exponent. Beyond the upper bound that
+loss no longer pulls v_i up (see v_loss).
 
 It is the same for continuous and discrete actions, except for the heads of q_i and pi_i. make_policy makes the policy.
 """
@@ -43,11 +44,10 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from baselines.common import Method, check, train
+from baselines.common import KEYS, Method, check, train
 from comadice_mixer import LinearMixer, Nu, Q, make_policy
 from environments.checks import run_script
 
-KEYS = ["state", ("agents", "observation"), ("agents", "action"), ("agents", "action_mask"), "reward", "terminated"]
 Z_MAX = 10.0  # bound of the exponent, as in the authors' code
 
 
@@ -131,7 +131,7 @@ def losses(networks: Networks, target: Networks, batch: TensorDict, args: Args) 
 
 def main(args: Args):
     check(args, "alpha", "action_scale", "mixer_hidden")
-    train(Method("omiga", Networks, losses, KEYS, defaults=defaults), args)
+    train(Method("omiga", Networks, losses, ["state", *KEYS], defaults=defaults), args)
 
 
 if __name__ == "__main__":

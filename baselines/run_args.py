@@ -50,7 +50,8 @@ class RunArgs:
     gamma: float = 0.99
     """discount (Table 4)"""
     tau: float = 0.05
-    """step of the target networks towards the networks: ComaDICE's default (the five methods' authors use 0.005)"""
+    """step of the target networks towards the networks, ComaDICE's default. The authors of most of these methods use
+    0.005, some 0.01, or a copy after every so many steps"""
     reward_scale: float | None = None
     """factor on the rewards (default: 0.2 / mean absolute reward, as in comadice_train.py)"""
     layer_norm: bool = True
@@ -67,4 +68,4 @@ class RunArgs:
     eval_episodes: int = 32
     """episodes per evaluation (Table 4)"""
     workers: int = 1
-    """number of processes that simulate evaluation episodes"""
+    """processes that simulate evaluation episodes; the start states depend on it"""
