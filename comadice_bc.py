@@ -71,7 +71,7 @@ class Args:
     eval_episodes: int = 32
     """episodes per evaluation (Table 4)"""
     workers: int = 1
-    """processes that simulate evaluation episodes"""
+    """processes that simulate evaluation episodes; the start states depend on it"""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
     data_device: Literal["auto", "cpu", "device"] = "auto"
@@ -96,6 +96,8 @@ if __name__ == "__main__":  # before the slow imports, so that --help and a mist
     ARGS = parse(Args)
 
 # isort: split
+import math
+
 import torch
 from tensordict import TensorDict
 from torch import Tensor
@@ -134,20 +136,25 @@ AVERAGED = 0.1  # the average covers about this share of the steps so far, until
 # ---------------------------------------------------------------- the data of Eq. 11
 
 
+def usable(w: Tensor) -> bool:
+    """Whether a ratio w [T] can be divided by its mean."""
+    return 0 < w.mean().item() < math.inf
+
+
 def with_ratios(rows: TensorDict, ratios: dict[int, Tensor | None]) -> TensorDict:
     """The dataset with one more key per row, "w": the transition's ratio over the mean ratio. It is 0 on last rows.
 
     `ratios` holds each seed's ratio [T], or None for w = 1. "w" is [N] for one seed and [N, S] for S seeds. Eq. 11's
     optimum does not depend on the scale of w. Since w is divided by its mean, the size of a gradient step hardly
     depends on it either.
-    Raises Diverged for a ratio that is zero everywhere or not finite.
+    Raises Diverged for a ratio that is zero everywhere, or whose mean is not finite.
     """
     is_transition = (~last_rows(rows)).to(rows["reward"].dtype)
     columns = []
     for seed, w in ratios.items():
         column = is_transition.clone()
         if w is not None:
-            if not (torch.isfinite(w).all() and w.mean() > 0):
+            if not usable(w):
                 why = f"the ratio w* can't be used (its mean is {w.mean():.3g}), the critics diverged"
                 raise Diverged([seed], f"{why}: use a larger --alpha or another --objective, or leave this seed out")
             column[is_transition > 0] = w / w.mean()
@@ -269,7 +276,7 @@ def train_seeds(
     """
     algo = name_of(args)
     drawn_from = None if args.best == 1 else best_transitions(rows, args.best)
-    runs = start_runs(args, algo, card, rows, {})
+    runs = start_runs(args, algo, card, rows, {"w": w})
     for run in runs.values():
         run.state["w"] = w  # on the data's device; that of a resumed run's checkpoint is on the CPU
     while group := next_group(runs):
@@ -283,9 +290,14 @@ def train_seeds(
 
 
 def load_ratio(run: str, rows: TensorDict, card: dict) -> tuple[Tensor, Tensor | None]:
-    """w* of a ComaDICE run on this dataset, [T], and the episode_weights that it drew with."""
+    """w* of a ComaDICE run on this dataset, [T], and the episode_weights that it drew with.
+
+    Raises BadInput if the run has no w*, one that can't be used, or one of another dataset.
+    """
     source = load_ratio_run(run)
     check_checkpoint(source, card, run)
+    if not usable(source["w"]):
+        raise BadInput(f"{run}: its ratio w* can't be used, since its mean is {source['w'].mean():.3g}")
     config = source["config"]
     return source["w"].to(rows["state"].device), episode_weights(rows, config["episode_alpha"], config["f"])
 

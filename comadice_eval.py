@@ -32,7 +32,7 @@ class Args:
     action_scale: float | None = None
     """Gaussian policies play this multiple of their mean action (default: the run's own; 1 for CQL and OMAR)"""
     workers: int = 1
-    """number of processes that simulate"""
+    """number of processes that simulate; the start states depend on it"""
     device: str = "auto"
     """auto, cpu, cuda, ...: where the policy runs"""
     out: str | None = None
@@ -83,6 +83,7 @@ def eval_env(card: dict, episodes: int, workers: int = 1) -> EnvBase:
 
     Raises NoSimulator if the card's simulator is missing, BadInput if its sizes differ from the card's.
     """
+    workers = min(workers, episodes)
     width = min(math.ceil(episodes / workers), MAX_WIDTH)
     env = make_env(card["env"], card["task"], width, workers, card["interface"])
     check_sizes(env, card)
@@ -104,8 +105,8 @@ def evaluate(policy: torch.nn.Module, env: EnvBase, episodes: int, seed: int) ->
     deviation of the returns, and the winrate (0 to 1; None without battles).
 
     A battle whose game died is played again, and counted ("replayed"). The result depends only on the policy, the
-    number of episodes, the env's width and the seed, and on no global random state. Raises BadInput if games keep
-    dying.
+    number of episodes, the env's width and processes, and the seed. It depends on no global random state. Raises
+    BadInput if games keep dying.
     """
     device = next(policy.parameters()).device
     battles = "battle_won" in env.observation_spec.keys()
@@ -187,9 +188,9 @@ def load_policy(run: str | Path, device="cpu", action_scale: float | None = None
         else:
             sizes = (card[key] for key in ("n_agents", "obs_dim", "action_dim", "discrete"))
             # OMAR has no --action-scale. Nor had older runs of other methods. They play their mean action.
-            policy = make_policy(*sizes, config["hidden"], config.get("action_scale", 1.0))
+            policy = make_policy(*sizes, config["hidden"], float(config.get("action_scale", 1.0)))
         policy.load_state_dict(state["policy"])
-    except (RuntimeError, TypeError, KeyError):
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError):
         raise BadInput(f"{run}/checkpoint.pt: the policy's parameters are not those of this task's network") from None
     if action_scale is not None:
         if not isinstance(policy, GaussianPolicy):
@@ -212,7 +213,7 @@ def check(args: Args):
     if args.action_scale is not None:
         check_positive(args, "action_scale")
     if args.out:
-        check_new(args.out)
+        check_new("--out", args.out)
     if args.video:
         video.check_file(args.video)
         if args.out or args.workers > 1:
@@ -263,13 +264,14 @@ def main(args: Args):
     for _, state in loaded:
         check_playable(state["card"]["env"], state["card"]["task"])
     rows, env, last = [], None, None
-    for run, (policy, state) in zip(args.run, tqdm(loaded, desc="evaluate", unit="run")):
+    for run, (policy, state) in tqdm(list(zip(args.run, loaded)), desc="evaluate", unit="run", disable=None):
         if state["card"] != last:
             env, last = eval_env(state["card"], args.episodes, args.workers), state["card"]
         result = evaluate(policy, env, args.episodes, args.seed)
         del result["returns"]
         scale = getattr(policy, "action_scale", None)
-        rows.append({"run": str(run), "episodes": args.episodes, "seed": args.seed, "action_scale": scale} | result)
+        how = {"episodes": args.episodes, "seed": args.seed, "workers": args.workers, "action_scale": scale}
+        rows.append({"run": str(run)} | how | result)
     settings = [{k: v for k, v in state["config"].items() if k not in (*FREE, "checkpoint")} for _, state in loaded]
     for setting, row in zip(settings, rows):
         setting["action_scale"] = row["action_scale"]  # as it was played

@@ -240,4 +240,6 @@ def effective_sample_size(w: Tensor) -> Tensor:
 
     It is 1 for uniform weights, which is plain BC, 1/B if one sample has all the weight, and 0 if all w are 0.
     """
-    return w.sum() ** 2 / (len(w) * (w**2).sum()).clamp(min=torch.finfo(w.dtype).tiny)
+    tiny = torch.finfo(w.dtype).tiny
+    w = w / w.amax().clamp(min=tiny)  # its scale cancels; so squares can't overflow
+    return w.sum() ** 2 / (len(w) * (w**2).sum()).clamp(min=tiny)

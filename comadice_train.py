@@ -114,7 +114,7 @@ class Args:
     eval_episodes: int = 32
     """episodes per evaluation (Table 4)"""
     workers: int = 1
-    """processes that simulate evaluation episodes"""
+    """processes that simulate evaluation episodes; the start states depend on it"""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
     data_device: Literal["auto", "cpu", "device"] = "auto"
@@ -183,6 +183,7 @@ from support.runs import (
     give_up,
     load_checkpoint,
     load_dataset,
+    loading,
     next_group,
     start_runs,
 )
@@ -413,7 +414,8 @@ def algorithm_1(
         train_critics(rows, card, args, runs, facts, weights)  # lines 3 to 8
     target = make_critics(card, args).to(pick_device(args.device))
     for run in runs:
-        target.load_state_dict(run.state["target"])
+        with loading([run]):
+            target.load_state_dict(run.state["target"])
         run.state["w"] = dataset_ratio(target, rows, args, facts)  # w* for line 11, from the slowly moving copies
     # lines 9 to 12, and line 1 for eta: Eq. 11 with run.state["w"]
     comadice_bc.train_policies(rows, card, args, runs, env, "policy", weights=weights)

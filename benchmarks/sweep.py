@@ -170,7 +170,7 @@ def main(args: Args):
             f"--steps {args.steps} is too small for {args.last} evaluations in its last fifth: give at least "
             f"{5 * args.last}"
         )
-    check_new(args.out)
+    check_new("--out", args.out)
     device = pick_device(args.device)
     rows, card = open_dataset(args.data)
     if device.type == "cuda":

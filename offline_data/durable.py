@@ -120,12 +120,15 @@ def write_bytes(path: str | Path, data: bytes | memoryview, again: str = AGAIN, 
         raise
 
 
-def check_new(path: str | Path):
-    """Raises BadInput if a flag --out names a file that is already there, or a folder that is missing."""
+def check_new(flag: str, path: str | Path):
+    """Raises BadInput if a flag names a file that is already there, or that can't be written."""
     if os.path.lexists(path):
-        raise BadInput(f"--out {path} is already there: give another name")
-    if not Path(path).absolute().parent.is_dir():
-        raise BadInput(f"can't write --out {path}: its folder does not exist")
+        raise BadInput(f"{flag} {path} is already there: give another name")
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise BadInput(f"can't write {flag} {path}: its folder does not exist")
+    if not os.access(folder, os.W_OK):
+        raise BadInput(f"can't write {flag} {path}: nothing can be written to its folder")
 
 
 def write_text(path: str | Path, text: str, again: str = AGAIN, shared: bool = False):

@@ -170,7 +170,7 @@ def plot(path: tyro.conf.Positional[str], out: str | None = None):
     from offline_data.dataset import episode_returns, open_dataset
 
     if out is not None:
-        check_new(out)
+        check_new("--out", out)
     rows, card = open_dataset(path)
     out = Path(path, "returns.png") if out is None else Path(out)
     figure = Figure(figsize=(6, 4), layout="constrained")

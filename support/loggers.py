@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from environments.checks import BadInput
+from offline_data.durable import write_bytes
 
 if TYPE_CHECKING:
     from torchrl.record.loggers import Logger
@@ -42,9 +43,16 @@ def recorded(kind: Kind, run: Path) -> set[tuple[str, int]] | None:
     if not folder.is_dir():
         return set()
     if kind == "csv":
-        files = folder.glob("scalars/*/*.csv")
-        lines = ((f"{f.parent.name}/{f.stem}", line) for f in files for line in f.read_text().splitlines())
-        return {(name, int(line.split(",")[0])) for name, line in lines}
+        known = set()
+        for file in folder.glob("scalars/*/*.csv"):
+            whole, _, cut = file.read_bytes().rpartition(b"\n")
+            if cut:  # the last line was being written when the process was killed
+                write_bytes(file, whole + b"\n" * bool(whole))
+            steps = [line.split(b",")[0] for line in whole.splitlines()]
+            if not all(step.isdigit() for step in steps):
+                raise BadInput(f"{file} is damaged: remove the folder {folder}, and the record is made again")
+            known |= {(f"{file.parent.name}/{file.stem}", int(step)) for step in steps}
+        return known
     if kind == "tensorboard":
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

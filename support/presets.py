@@ -3,7 +3,6 @@
 A flag takes the preset's value. Where the preset has none, it takes the objective's, and after that COMMON's.
 """
 
-import math
 from dataclasses import asdict, replace
 
 from environments.checks import BadInput, check_positive
@@ -40,8 +39,8 @@ def check(args):
     check_positive(args, "critic_lr", "mixer_hidden", "init_batch_size", "reward_scale", "action_scale")
     check_policy_stage(args)
     check_discount(args)
-    if not 0 <= args.lambda_scale < math.inf or not 0 <= args.episode_alpha < math.inf:
-        raise BadInput("--lambda-scale and --episode-alpha must be finite numbers, at least 0")
+    if not 0 <= args.lambda_scale < 1e38 or not 0 <= args.episode_alpha < 1e38:
+        raise BadInput("--lambda-scale and --episode-alpha must be 0 or positive numbers below 1e38")
     if args.objective == "semi" and args.lambda_scale:
         raise BadInput("--objective semi has E[w | s] = 1 in every state and no multiplier: use --lambda-scale 0")
     if args.objective == "released_nu" and args.mixer_layers == 2:

@@ -129,7 +129,8 @@ def draw_training(axis, metrics: list[dict], weights: Weights):
     rows = [row for row in metrics if row["stage"] == "critics"]
     steps = [row["step"] for row in rows]
     ess = 100 * effective_sample_size(weights.total).item()
-    axis.plot(steps, [100 * row["ess"] for row in rows], color="C0", marker=".", label="of w* on a batch")
+    batch_ess = [100 * row.get("ess", math.nan) for row in rows]
+    axis.plot(steps, batch_ess, color="C0", marker=".", label="of w* on a batch")
     axis.axhline(ess, color="C0", linestyle=":", label="of the weights in Eq. 11, at the end")
     axis.set(xlabel="gradient steps of the critics", title="over training")
     axis.set_ylabel("effective sample size (%)", color="C0")
@@ -160,16 +161,16 @@ def draw(state: dict, rows: TensorDict, metrics: list[dict], out: Path):
     said = verdict(weights)
     figure.suptitle(f"{state['card']['task']} {state['card']['quality']}: {said}".replace("; ", "\n"), fontsize=10)
     figure.subplots_adjust(0.1, 0.08, 0.92, 0.87, 0.24, 0.36)
-    write_figure(out, figure, 100)
+    write_figure(out, figure, 100, shared=True)  # another process may draw the same run, or demonstration
     print(f"{out}: {said}")
 
 
 def main(args: Args):
     state = load_ratio_run(args.run)
     if args.out:
-        check_new(args.out)
+        check_new("--out", args.out)
     config, card = state["config"], state["card"]
-    path = dataset_path(args.data or config["data"], card["env"], card["task"], config["quality"], DATA_ROOT)
+    path = dataset_path(args.data or config.get("data"), card["env"], card["task"], config["quality"], DATA_ROOT)
     if args.data is None and not path.is_dir():
         raise BadInput(f"the run's dataset is not at {path} any more: name its directory with --data")
     rows, card = open_dataset(path)

@@ -105,32 +105,37 @@ def read_run(path: Path) -> Run:
     if not sound(config, DEEPEST) or any(type(config.get(k)) is not kind for k, kind in kinds.items()):
         raise BadInput("config.json is not that of a run of this project")
     for key in ("algo", "env", "task", "quality"):
-        if not re.fullmatch(r"[\w-][\w.-]*", config[key]):  # bc-best2.5 has a dot
+        if not re.fullmatch(r"[\w-][\w.-]{,63}", config[key]):  # bc-best2.5 has a dot
             raise BadInput(f"config.json: {key} is {config[key]!r}, which is not a name")
-    if min(config["steps"], config["evals"]) < 1:
-        raise BadInput("config.json: steps and evals must be positive")
+    if min(config["steps"], config["evals"]) < 1 or type(config.get("eval_episodes", 1)) is not int:
+        raise BadInput("config.json: steps, evals and eval_episodes must be positive numbers")
     if not (path / "metrics.csv").is_file():
         raise BadInput("not finished: no metrics.csv yet")
     try:
-        with open(path / "metrics.csv", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["stage"] == "policy"]
+        text = (path / "metrics.csv").read_bytes().decode()
+        if not text.endswith("\n"):
+            raise BadInput("metrics.csv is cut off: its last line has no end")
+        rows = [row for row in csv.DictReader(text.splitlines()) if row["stage"] == "policy"]
         steps = [int(row["step"]) for row in rows]
         if not (path / "summary.json").is_file():
             raise BadInput(
                 f"not finished: {steps[-1] if steps else 0:,} of {config['steps']:,} steps of the policy; go on with "
                 "--resume"
             )
-        if steps != sorted(eval_steps(SimpleNamespace(**config))):
+        asked = min(config["evals"], config["steps"])
+        if len(steps) != asked or steps != sorted(eval_steps(SimpleNamespace(**config))):
             raise BadInput(f"metrics.csv has {len(steps)} evaluations up to step {steps[-1] if steps else 0:,}, "
                            f"config.json asks for {config['evals']} up to step {config['steps']:,}")
         summary = read_json(path / "summary.json")
-        if summary["return"] is None:
-            raise BadInput("its policy was not rolled out")
+        if not sound(summary, DEEPEST) or not isinstance(summary["engine"], str):
+            raise BadInput("summary.json is not that of a run of this project")
+        if summary["return"] is None or not all(row["return"] for row in rows):
+            raise BadInput("not all of its policies were played; comadice_eval.py --run plays the last one")
         curves = {"return": [float(row["return"]) for row in rows]}
         if summary["winrate"] is not None:
             curves["winrate"] = [100 * float(row["winrate"]) for row in rows]
         instance = tuple(config[key] for key in ("env", "task", "quality"))
-        instance += (str(summary["engine"]), float(summary["dataset_return"]))
+        instance += (summary["engine"], float(summary["dataset_return"]))
         data_std = float(summary.get("dataset_std", 0.0))
     except BadInput:
         raise
@@ -510,9 +515,15 @@ def publish(cells: list[Cell], left_out: list[tuple[Path, str]], last: float | N
             partial = Path(folder, "new")
             partial.mkdir()
             names = write_report(cells, left_out, last, partial)
-            if out.exists():
-                out.rename(Path(folder, "old"))
-            partial.rename(out)
+            old = Path(folder, "old")
+            try:
+                if out.exists():
+                    out.rename(old)
+                partial.rename(out)
+            except BaseException:
+                if old.exists() and not out.exists():
+                    old.rename(out)
+                raise
     except (OSError, UnicodeEncodeError) as error:
         raise BadInput(f"can't write the report to {out}: {error}") from None
     print((out / "report.md").read_text())

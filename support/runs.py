@@ -21,6 +21,7 @@ import io
 import json
 import resource
 import shutil
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,8 +29,9 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 
+from comadice_losses import DIVERGENCES
 from environments import stops
-from environments.checks import BadInput, check_positive, fail_at_end, pick_device
+from environments.checks import BadInput, check_positive, fail_at_end, out_of_memory, pick_device
 from environments.simulators import check_task, engine
 from offline_data import sealed
 from offline_data.card import DATA_ROOT, DEEPEST, check_name, dataset_path, read_json, short, sound
@@ -48,11 +50,15 @@ FITS = 0.7  # share of a GPU's free memory that a dataset may take; training nee
 FREE = ("seeds", "data", "out", "resume", "overwrite", "device", "data_device", "workers", "graph", "quiet", "logger",
         *ABOUT)  # fmt: skip
 GROWS = ("steps", "evals")  # may differ when a run is extended
-# What a checkpoint's card and config must hold.
-CARD_KEYS = ("env", "task", "quality", "interface", "n_agents", "state_dim", "obs_dim", "action_dim", "discrete")
-CARD_KEYS += ("samples", "return_mean")
-CONFIG_KEYS = ("hidden", "steps", "evals", "seeds")
+# What a checkpoint must hold, and its card and config.
+STATE_KEYS = {"algo": str, "card": dict, "config": dict, "where": str, "policy": dict}
+STATE_KEYS |= {"step": int, "seconds": float, "wall": float, "metrics": list}
+CARD_KEYS = dict.fromkeys(("env", "task", "quality", "interface"), str)
+CARD_KEYS |= dict.fromkeys(("n_agents", "state_dim", "obs_dim", "action_dim", "samples"), int)
+CARD_KEYS |= {"discrete": bool, "return_mean": (int, float)}
+CONFIG_KEYS = {"hidden": int, "steps": int, "evals": int, "seeds": list}
 AGAIN = "run the same command again with --resume"
+BEGIN_AGAIN = "begin again with --overwrite"
 SMALL_BATCH = 1024  # a batch of this size is accepted for any dataset
 LIMIT = 1e4  # a larger parameter has diverged: Adam moves it by about --lr per step, so by at most some hundreds
 LOOK = 2000  # parameters are checked every LOOK steps, and at evaluations
@@ -89,8 +95,12 @@ def check_policy_stage(args):
 
 
 def eval_steps(args) -> set[int]:
-    """The steps after which a stage is evaluated: args.evals of them, evenly spread, the last step among them."""
-    return {max(round(i * args.steps / args.evals), 1) for i in range(1, args.evals + 1)}
+    """The steps after which a stage is evaluated: args.evals of them, evenly spread, the last step among them.
+
+    With more evaluations than steps there is one after every step.
+    """
+    evals = min(args.evals, args.steps)
+    return {max(round(i * args.steps / evals), 1) for i in range(1, evals + 1)}
 
 
 def default_dataset(args):
@@ -224,6 +234,21 @@ def check_parameters(module: nn.Module, seeds: list[int], where: str):
         raise Diverged(lost, f"a parameter is not finite or above {LIMIT:g} at {where}")
 
 
+@contextmanager
+def loading(runs: list[Run]):
+    """Raises BadInput if the state of these runs does not fit the networks that it is loaded into in this block."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
+        where, said = " and ".join(str(run.path) for run in runs), str(error).splitlines()[0]
+        raise BadInput(
+            f"{where}: the checkpoint's state does not fit these networks ({type(error).__name__}: {said}): "
+            f"{BEGIN_AGAIN}"
+        ) from None
+
+
 def give_up(runs: dict[int, Run], diverged: Diverged):
     """Ends the diverged seeds. Their last checkpoints stay, and the group's other seeds go on from theirs."""
     for seed in diverged.seeds:
@@ -245,21 +270,27 @@ def load_checkpoint(run: str | Path) -> dict:
     """A run's checkpoint, on the CPU. Raises BadInput if it is missing, damaged or not of this project."""
     path = Path(run, "checkpoint.pt")
     state = sealed.load(path)
-    wanted = {"algo": str, "card": dict, "config": dict, "where": str, "policy": dict}
-    wanted |= {"step": int, "seconds": float, "wall": float, "metrics": list}
-    if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in wanted.items()):
-        raise BadInput(f"{path} is not a checkpoint of this project")
+    foreign = f"{path} is not a checkpoint of this project"
+    if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in STATE_KEYS.items()):
+        raise BadInput(foreign)
     for part, keys in (("card", CARD_KEYS), ("config", CONFIG_KEYS)):
         if not sound(state[part], DEEPEST):
             raise BadInput(
-                f"{path} is not a checkpoint of this project: its {part} holds control characters, a number that is "
-                "too large, or too many levels"
+                f"{foreign}: its {part} holds control characters, a number that is too large, or too many levels"
             )
-        missing = [key for key in keys if key not in state[part]]
+        missing = [key for key, kind in keys.items() if not isinstance(state[part].get(key), kind)]
         if missing:
-            raise BadInput(f"{path} is not a checkpoint of this project: its {part} lacks {', '.join(missing)}")
-    if not all(isinstance(row, dict) and {"stage", "step"} <= row.keys() for row in state["metrics"]):
-        raise BadInput(f"{path} is not a checkpoint of this project: its metrics are not a table")
+            raise BadInput(f"{foreign}: its {part} lacks {', '.join(missing)}, or has something else there")
+    if not 0 <= state["step"] <= state["config"]["steps"]:
+        raise BadInput(f"{foreign}: its step is {state['step']}, beyond its {state['config']['steps']} steps")
+    rows = [row for row in state["metrics"] if isinstance(row, dict)]
+    cells = [value for row in rows for key, value in row.items() if key != "stage"]
+    if (
+        len(rows) < len(state["metrics"])
+        or not all(isinstance(row.get("stage"), str) and isinstance(row.get("step"), int) for row in rows)
+        or not all(value is None or isinstance(value, int | float) for value in cells)
+    ):
+        raise BadInput(f"{foreign}: its metrics are not a table of numbers")
     return state
 
 
@@ -268,6 +299,14 @@ def load_ratio_run(run: str | Path) -> dict:
     state = load_checkpoint(run)
     if state["algo"] != "comadice" or state.get("w") is None:
         raise BadInput(f"{run} holds no ratio: give a run of comadice_train.py whose critics are trained")
+    # Runs older than --episode-alpha drew all episodes equally.
+    state["config"] = config = {"episode_alpha": 0.0} | state["config"]
+    w, shape = state["w"], (state["card"]["samples"],)
+    if not isinstance(w, torch.Tensor) or w.shape != shape or not w.is_floating_point():
+        raise BadInput(f"{run}: its ratio is not one number for each of the dataset's {shape[0]} transitions")
+    flags = {"f": str, "episode_alpha": int | float, "data": str | None, "quality": str}
+    if not all(isinstance(config.get(k), kind) for k, kind in flags.items()) or config["f"] not in DIVERGENCES:
+        raise BadInput(f"{run}: the checkpoint's config is not that of a run of comadice_train.py")
     return state
 
 
@@ -310,9 +349,17 @@ def begin(args, algo: str, card: dict, where: str, seed: int, path: Path, first:
                 f"{path} was trained on {state['where']}, this would be {where}: random numbers differ, resume it "
                 "there (--device, --data-device)"
             )
+        wrong = [key for key, value in first.items() if key != "w" and not isinstance(state.get(key), type(value))]
+        if wrong or not isinstance(state.get("unplayed", []), list):
+            raise BadInput(f"{path}: the checkpoint's {', '.join(wrong) or 'unplayed'} can't be used: {BEGIN_AGAIN}")
         run.metrics = state.pop("metrics")
         run.state, run.begun = state | {"config": state["config"] | {key: config[key] for key in GROWS}}, True
         run.finished = run.state["step"] == args.steps and has_summary(path)
+        if first.get("w") is not None and not torch.equal(state["w"], first["w"].cpu()):
+            raise BadInput(
+                f"{path} was begun with another ratio w*, so the run {args.checkpoint} has changed since: "
+                f"{BEGIN_AGAIN}, or elsewhere with --out"
+            )
         if not {row["step"] for row in run.metrics if row["stage"] == "policy"} <= eval_steps(args):
             then = f"it was begun with --steps {old.get('steps')} --evals {old.get('evals')}"
             raise BadInput(
@@ -321,17 +368,17 @@ def begin(args, algo: str, card: dict, where: str, seed: int, path: Path, first:
         if not run.finished and "generator" not in state:
             raise BadInput(
                 f"{path} was begun by an older version of this code, which kept its random state in another way: go on "
-                "with that version (its config.json names the commit), or begin again with --overwrite"
+                f"with that version (its config.json names the commit), or {BEGIN_AGAIN}"
             )
     return run
 
 
 def say_changes(path: Path, old: dict, about: dict):
-    """Prints a line if a run goes on with other packages, another commit or another card than it began with."""
+    """Prints a line if a run goes on with other packages, another commit, card or --workers than it began with."""
 
     def flat(facts: dict) -> dict:
         packages = facts.get("versions")
-        others = {key: facts[key] for key in ABOUT if key in facts and key != "versions"}
+        others = {key: facts[key] for key in (*ABOUT, "workers") if key in facts and key != "versions"}
         return (packages if isinstance(packages, dict) else {}) | others
 
     before, now = flat(old), flat(about)
@@ -382,7 +429,7 @@ def start_runs(args, algo: str, card: dict, rows: TensorDict, first: dict) -> di
                 (run.path / "summary.json").unlink(missing_ok=True)  # it belongs to the run before it was extended
             old = read_json(run.path / "config.json") if run.begun else {}
             if not run.finished:
-                say_changes(run.path, old, about)
+                say_changes(run.path, old, about | {"workers": args.workers})  # start states depend on it
             if not run.begun or old["steps"] != args.steps:
                 config = asdict(args) | {"algo": algo, "seed": seed} | about
                 write_text(run.path / "config.json", json.dumps(config, indent=2) + "\n", AGAIN)

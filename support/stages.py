@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from environments import stops
 from offline_data.replay import minibatches
 from support.bars import Bar
-from support.runs import LOOK, Run, check_parameters, eval_steps, save_checkpoints
+from support.runs import LOOK, Run, check_parameters, eval_steps, loading, save_checkpoints
 from support.seeds import load_seeds, name_seeds, seed_states
 
 
@@ -37,7 +37,8 @@ class Stage:
         self.seconds, self.clock = runs[0].state[f"{prefix}seconds"], time.perf_counter()
         self.bar = Bar(f"{label} {name_seeds(self.seeds)}", args.steps, self.start, args.quiet)
         if self.start:
-            load_seeds(parts, generators, [run.state for run in runs])
+            with loading(runs):
+                load_seeds(parts, generators, [run.state for run in runs])
 
     def steps(self, *sources):
         """Yields (step, a batch of each source), as minibatches does."""

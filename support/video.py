@@ -23,7 +23,7 @@ from environments import smax, stops
 from environments.checks import BadInput
 from environments.mamujoco import mamujoco_scenario
 from offline_data.dataset import episode_returns, episodes
-from offline_data.durable import write_bytes
+from offline_data.durable import check_new, write_bytes
 
 SIDE = 240  # pixels of a panel's picture, and below it CAPTION for two lines of text; MP4 wants multiples of 16
 CAPTION = 32
@@ -44,10 +44,7 @@ def check_file(file: str):
     path = Path(file)
     if path.suffix not in (".gif", ".mp4"):
         raise BadInput(f"--video {file}: give a name that ends in .gif or .mp4")
-    if path.exists():
-        raise BadInput(f"--video {file} is already there: give another name")
-    if not path.absolute().parent.is_dir():
-        raise BadInput(f"can't write --video {file}: there is no such folder")
+    check_new("--video", path)
     if path.suffix == ".mp4":
         try:
             import imageio_ffmpeg  # noqa: F401
@@ -295,7 +292,7 @@ def film(file: str, shown: list[tuple], make: Callable, play: Callable):
         raise BadInput("--video shows runs of one task side by side: give runs of one task")
     check_env(cards[0])
     panels = []
-    for name, card, player in tqdm(shown, desc="film", unit="run"):
+    for name, card, player in tqdm(shown, desc="film", unit="run", disable=None):
         recorded = isinstance(player, TensorDict)
         env = None if recorded and card["env"] == "smax" else make(card)
         step = time_step(card, env)

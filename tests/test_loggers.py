@@ -101,6 +101,19 @@ def test_after_a_kill_nothing_lacks_or_is_there_twice(kind, written, tmp_path):
     assert record(tmp_path, kind) == sorted(wanted)
 
 
+def test_a_csv_record_whose_last_line_is_cut(tmp_path):
+    """It is written again. A line that is no line of a record is said."""
+    loggers.open_logger("csv", tmp_path, ROWS).close()
+    wanted, file = record(tmp_path, "csv"), tmp_path / "csv/scalars/policy/return.csv"
+    for text in (file.read_text()[:-4], "2"):
+        file.write_text(text)
+        loggers.open_logger("csv", tmp_path, ROWS).close()
+        assert record(tmp_path, "csv") == wanted
+    file.write_text("nothing\n")
+    with pytest.raises(BadInput, match=r"return.csv is damaged: remove the folder"):
+        loggers.open_logger("csv", tmp_path, ROWS)
+
+
 def wandb_history(file: Path) -> list[dict]:
     """The rows of a .wandb file: LevelDB's log format, whose records are wandb's protocol buffers."""
     from wandb.proto.wandb_internal_pb2 import Record

@@ -324,6 +324,7 @@ def test_effective_sample_size():
     assert losses.effective_sample_size(torch.full((50,), 0.2)).item() == pytest.approx(1)
     assert losses.effective_sample_size(torch.tensor([1.0, 3.0])).item() == pytest.approx(16 / 20)
     assert losses.effective_sample_size(torch.zeros(50)).item() == 0
+    assert losses.effective_sample_size(torch.tensor([1e30, 3e30])).item() == pytest.approx(16 / 20)
 
 
 def test_released_multiplier_holds_the_mean_ratio_at_one():

@@ -230,6 +230,14 @@ def damage(run: Path, how: str):
         metrics.unlink()
     elif how == "no rollouts":
         (run / "summary.json").write_text(json.dumps(json.loads((run / "summary.json").read_text()) | {"return": None}))
+    elif how == "one rollout":  # it was begun without a simulator, and went on with one
+        metrics.write_text(metrics.read_text().replace("5.0", "", 1))
+    elif how == "engine":
+        (run / "summary.json").write_text(
+            json.dumps(json.loads((run / "summary.json").read_text()) | {"engine": "\x1b[31m"})
+        )
+    elif how == "cut number":
+        metrics.write_text(metrics.read_text().rsplit("7.0", 1)[0] + "7")
     elif how == "not json":
         (run / "config.json").write_text("{")
     elif how == "foreign config":
@@ -251,11 +259,14 @@ def damage(run: Path, how: str):
     [
         ("no summary", "not finished: 100 of 100 steps"),
         ("only config", "not finished: no metrics.csv"),
-        ("no rollouts", "not rolled out"),
+        ("no rollouts", "not all of its policies were played"),
+        ("one rollout", "not all of its policies were played"),
         ("not json", "config.json"),
         ("foreign config", "not that of a run of this project"),
         ("no config", "not a run directory"),
         ("cut", "has 1 evaluations up to step 50"),
+        ("cut number", "metrics.csv is cut off"),
+        ("engine", "summary.json is not that of a run"),
         ("nan", "can't be a return or winrate"),
         ("text", "damaged"),
         ("other table", "damaged"),
@@ -290,7 +301,7 @@ def test_foreign_folders_and_copies(tmp_path):
     [
         {"seed": "1"}, {"seed": True}, {"seed": None}, {"env": ["a"]}, {"algo": {}}, {"task": "../../x"},
         {"algo": ".."}, {"task": "a|b"}, {"quality": ""}, {"steps": 0}, {"steps": "100"}, {"evals": 7},
-        {"evals": None},
+        {"evals": None}, {"eval_episodes": "../../x"}, {"task": "x" * 65}, {"steps": 10**12, "evals": 10**12},
     ],
 )  # fmt: skip
 def test_odd_arguments_leave_a_run_out(change, tmp_path):
@@ -346,6 +357,22 @@ def test_the_report_replaces_only_a_report(tmp_path):
     report(tmp_path / "runs")
     assert not stale.exists() and all((folder / "report.md").exists() for folder in kept)
     assert not [path.name for path in runs.iterdir() if path.name.startswith(".")]
+
+
+def test_a_report_that_is_stopped_leaves_the_old_one(tmp_path, monkeypatch):
+    make_run(tmp_path, returns=[1.0])
+    report(tmp_path)
+    old, rename = (tmp_path / "report/report.md").read_text(), Path.rename
+
+    def stopped(path, target):
+        if path.name == "new":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        support.report.main(support.report.Args(runs=str(tmp_path)))
+    assert (tmp_path / "report/report.md").read_text() == old
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -420,19 +421,45 @@ def damaged(kind: str, data: bytes, state: dict) -> bytes | dict:
         "empty": b"", "cut": data[:-1], "half": data[: len(data) // 2], "foreign": b"GIF89a" * 100,
         "zip": b"PK\x05\x06" + bytes(18), "object": state | {"policy": Path("x")}, "card": lacking("card", "obs_dim"),
         "config": lacking("config", "hidden"), "metrics": state | {"metrics": [1]},
-        "seconds": state | {"seconds": None},
+        "seconds": state | {"seconds": None}, "step": state | {"step": -5}, "beyond": state | {"step": 10**6},
+        "task": state | {"card": state["card"] | {"task": ["hopper"]}},
+        "row": state | {"metrics": [state["metrics"][0] | {"step": [1]}]},
+        "text": state | {"metrics": [state["metrics"][0] | {"nu_loss": "x"}]},
     }[kind]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "kind", ["empty", "cut", "half", "foreign", "zip", "object", "card", "config", "metrics", "seconds"]
-)
+    "kind",
+    [
+        "empty", "cut", "half", "foreign", "zip", "object", "card", "config", "metrics", "seconds", "step", "beyond",
+        "task", "row", "text",
+    ],
+)  # fmt: skip
 def test_damaged_checkpoint_is_one_line(kind, hopper_data, copy, tmp_path, capsys):
     file = copy / "checkpoint.pt"
     content = damaged(kind, file.read_bytes(), load_checkpoint(copy))
     file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
     printed = ends(capsys, "comadice", hopper_data, tmp_path, 2, "^error: .*is not a checkpoint", resume=True)
     assert "weights_only" not in printed
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (lambda state: state.pop("eta"), "does not fit these networks .KeyError: 'eta'"),
+        (lambda state: state.update(generator=torch.zeros(3, dtype=torch.uint8)), "does not fit these networks"),
+        (lambda state: state["policy_optimizer"].update(param_groups=[]), "does not fit these networks"),
+        (lambda state: state.pop("target"), "does not fit these networks .KeyError: 'target'"),
+        (lambda state: state.pop("critic_step"), "the checkpoint's critic_step can't be used"),
+        (lambda state: state.update(unplayed=5), "the checkpoint's unplayed can't be used"),
+    ],
+)
+def test_a_checkpoint_of_other_networks_is_one_line(change, match, hopper_data, copy, tmp_path, capsys):
+    state = load_checkpoint(copy)
+    state |= {"step": TINY["steps"] // 2, "metrics": state["metrics"][:-1]}  # as if it had been stopped halfway
+    change(state)
+    torch.save(state, copy / "checkpoint.pt")
+    ends(capsys, "comadice", hopper_data, tmp_path, 2, f"^error: .*{match}.*begin again with --overwrite", resume=True)
 
 
 def test_removed_directory(hopper_data, tmp_path, monkeypatch, capsys):
@@ -720,9 +747,17 @@ def test_config_says_what_a_result_depends_on(hopper_data, copy, tmp_path, capsy
     capsys.readouterr()
     train("comadice", hopper_data, tmp_path, resume=True)  # it is finished, so nothing goes on
     assert "was begun with" not in capsys.readouterr().out
-    train("comadice", hopper_data, tmp_path, resume=True, steps=2 * config["steps"], evals=2 * config["evals"])
+    more = {"steps": 2 * config["steps"], "evals": 2 * config["evals"], "workers": 2}
+    train("comadice", hopper_data, tmp_path, resume=True, **more)
     warned = [line for line in capsys.readouterr().out.splitlines() if "was begun with" in line]
     assert len(warned) == 1 and "numpy 0.1, now " in warned[0] and "commit abc, now " in warned[0]
+    assert "workers 1, now 2" in warned[0]
+
+
+def test_more_evaluations_than_steps():
+    """There is one after every step, and a huge number takes no time."""
+    for evals in (5, 7, 2**31 - 1):
+        assert support.runs.eval_steps(SimpleNamespace(steps=5, evals=evals)) == {1, 2, 3, 4, 5}
 
 
 def test_no_git(monkeypatch, tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import math
@@ -364,6 +365,37 @@ def test_weighted_bc_uses_the_ratio_of_the_run(hopper_data, run, bc_run, tmp_pat
     assert same_weights(checkpoint(constant), checkpoint(bc_run))
 
 
+def test_weighted_bc_goes_on_with_the_same_ratio_alone(hopper_data, run, tmp_path, capsys):
+    source = shutil.copytree(run, tmp_path / "source")
+    weighted = functools.partial(train, hopper_data, tmp_path, comadice_bc, "weighted-bc", checkpoint=str(source))
+    weighted()
+    weighted(steps=40, evals=4, resume=True)
+    state = checkpoint(source)
+    torch.save(state | {"w": state["w"] * 1.01}, source / "checkpoint.pt")
+    before = files_hash(tmp_path)
+    more = args(comadice_bc, hopper_data, tmp_path, checkpoint=str(source), steps=80, evals=8, resume=True)
+    refused(capsys, comadice_bc.main, more, "was begun with another ratio .*source has changed since")
+    assert files_hash(tmp_path) == before
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), 3e38])
+def test_weighted_bc_with_a_ratio_that_diverged(value, hopper_data, run, tmp_path, capsys):
+    source, state = shutil.copytree(run, tmp_path / "source"), checkpoint(run)
+    torch.save(state | {"w": torch.full_like(state["w"], value)}, source / "checkpoint.pt")
+    bad = args(comadice_bc, hopper_data, tmp_path / "runs", checkpoint=str(source))
+    refused(capsys, comadice_bc.main, bad, "its ratio .* can't be used, since its mean is")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_weighted_bc_of_a_run_older_than_the_ratio_between_episodes(hopper_data, run, tmp_path):
+    source, state = shutil.copytree(run, tmp_path / "source"), checkpoint(run)
+    del state["config"]["episode_alpha"]
+    torch.save(state, source / "checkpoint.pt")
+    rows, card = open_dataset(hopper_data)
+    w, weights = comadice_bc.load_ratio(str(source), rows, card)
+    assert torch.equal(w, state["w"]) and weights is None
+
+
 def test_ratios_lie_beside_their_transitions(hopper_data):
     rows, card = open_dataset(hopper_data)
     w = torch.rand(card["samples"], generator=torch.Generator().manual_seed(0))
@@ -471,6 +503,13 @@ def test_evaluate_in_worker_processes():
     np.testing.assert_allclose(together["returns"], apart[0] + apart[1], rtol=1e-6)
     workers.close()
     one.close()
+
+
+def test_no_more_workers_than_episodes(hopper_data):
+    _, card = open_dataset(hopper_data)
+    env = comadice_eval.eval_env(card, 2, workers=5)
+    assert env.batch_size[:2] == (2, 1)  # two processes of one robot each
+    env.close()
 
 
 def test_evaluations_of_two_steps_start_from_different_states():
@@ -710,7 +749,7 @@ def test_run_of_another_device_is_not_gone_on_with(module, hopper_data, tmp_path
     assert files_hash(tmp_path) == before
 
 
-@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), 3e38])  # the last one's mean overflows
 def test_ratio_of_diverged_critics_is_refused(value, hopper_data):
     rows, card = open_dataset(hopper_data)
     with pytest.raises(BadInput, match=r"seed 3: .*critics diverged"):

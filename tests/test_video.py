@@ -190,7 +190,7 @@ def test_mp4(tmp_path):
     "flags, message",
     [
         ({"video": "a.avi"}, "ends in .gif or .mp4"),
-        ({"video": "no/folder/a.gif"}, "no such folder"),
+        ({"video": "no/folder/a.gif"}, "its folder does not exist"),
         ({"video": "a.gif", "out": "results.json"}, "leave out --out and --workers"),
         ({"video": "a.gif", "workers": 2}, "leave out --out and --workers"),
     ],
