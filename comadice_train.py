@@ -420,7 +420,7 @@ def algorithm_1(
     # lines 9 to 12, and line 1 for eta: Eq. 11 with run.state["w"]
     comadice_bc.train_policies(rows, card, args, runs, env, "policy", weights=weights)
     for run in runs:
-        ratio_picture.draw(run.state, rows, run.metrics, run.path / "ratio.png")
+        ratio_picture.draw(run.state, rows, run.metrics, run.path / "ratio.png", shared=False)
         # Lines 2 and 13: the policies pi_i are in run.state, which is saved. summary.json says that a run is finished,
         # so it is written last.
         finish_run(run, args, card, len(runs))

@@ -143,9 +143,10 @@ def draw_training(axis, metrics: list[dict], weights: Weights):
         other.set_ylabel("nu_tot(s0), in units of the reward", color="C1")
 
 
-def draw(state: dict, rows: TensorDict, metrics: list[dict], out: Path):
+def draw(state: dict, rows: TensorDict, metrics: list[dict], out: Path, shared: bool = True):
     """Draws a run's ratio into the file `out` and prints its verdict; `state` is the run's checkpoint.
 
+    `shared`: another process may be drawing the same file. Not so while this process trains the run.
     Raises BadInput if the file can't be written.
     """
     from matplotlib.figure import Figure
@@ -161,7 +162,7 @@ def draw(state: dict, rows: TensorDict, metrics: list[dict], out: Path):
     said = verdict(weights)
     figure.suptitle(f"{state['card']['task']} {state['card']['quality']}: {said}".replace("; ", "\n"), fontsize=10)
     figure.subplots_adjust(0.1, 0.08, 0.92, 0.87, 0.24, 0.36)
-    write_figure(out, figure, 100, shared=True)  # another process may draw the same run, or demonstration
+    write_figure(out, figure, 100, shared=shared)
     print(f"{out}: {said}")
 
 

@@ -115,7 +115,7 @@ def test_every_run_has_the_picture_and_it_is_drawn_again(run, capsys, tmp_path):
 def test_a_run_stopped_while_it_is_drawn_is_not_finished(hopper_data, tmp_path, monkeypatch):
     """A kill may leave a part of the picture. --resume draws it again, since summary.json comes after the picture."""
 
-    def killed(path, figure, dpi):
+    def killed(path, figure, dpi, shared):
         path.with_name("ratio.png.partial").write_bytes(b"half")
         raise KeyboardInterrupt
 
