@@ -45,9 +45,10 @@ def recorded(kind: Kind, run: Path) -> set[tuple[str, int]] | None:
     if kind == "csv":
         known = set()
         for file in folder.glob("scalars/*/*.csv"):
-            whole, _, cut = file.read_bytes().rpartition(b"\n")
-            if cut:  # the last line was being written when the process was killed
-                write_bytes(file, whole + b"\n" * bool(whole))
+            data = file.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]
+            if whole != data:  # the last line was being written when the process was killed
+                write_bytes(file, whole)
             steps = [line.split(b",")[0] for line in whole.splitlines()]
             if not all(step.isdigit() for step in steps):
                 raise BadInput(f"{file} is damaged: remove the folder {folder}, and the record is made again")
