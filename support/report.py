@@ -107,7 +107,8 @@ def read_run(path: Path) -> Run:
     for key in ("algo", "env", "task", "quality"):
         if not re.fullmatch(r"[\w-][\w.-]{,63}", config[key]):  # bc-best2.5 has a dot
             raise BadInput(f"config.json: {key} is {config[key]!r}, which is not a name")
-    if min(config["steps"], config["evals"]) < 1 or type(config.get("eval_episodes", 1)) is not int:
+    episodes = config.get("eval_episodes", 1)
+    if type(episodes) is not int or min(config["steps"], config["evals"], episodes) < 1:
         raise BadInput("config.json: steps, evals and eval_episodes must be positive numbers")
     if not (path / "metrics.csv").is_file():
         raise BadInput("not finished: no metrics.csv yet")
@@ -122,7 +123,7 @@ def read_run(path: Path) -> Run:
                 f"not finished: {steps[-1] if steps else 0:,} of {config['steps']:,} steps of the policy; go on with "
                 "--resume"
             )
-        asked = min(config["evals"], config["steps"])
+        asked = min(config["evals"], config["steps"])  # compared first: a damaged config may ask for billions
         if len(steps) != asked or steps != sorted(eval_steps(SimpleNamespace(**config))):
             raise BadInput(f"metrics.csv has {len(steps)} evaluations up to step {steps[-1] if steps else 0:,}, "
                            f"config.json asks for {config['evals']} up to step {config['steps']:,}")

@@ -266,6 +266,16 @@ def has_summary(path: Path) -> bool:
         return False
 
 
+def is_row(row: object) -> bool:
+    """Whether this is a row of metrics.csv: a stage, a step, and numbers or nothing."""
+    return (
+        isinstance(row, dict)
+        and isinstance(row.get("stage"), str)
+        and isinstance(row.get("step"), int)
+        and all(value is None or isinstance(value, int | float) for key, value in row.items() if key != "stage")
+    )
+
+
 def load_checkpoint(run: str | Path) -> dict:
     """A run's checkpoint, on the CPU. Raises BadInput if it is missing, damaged or not of this project."""
     path = Path(run, "checkpoint.pt")
@@ -283,13 +293,7 @@ def load_checkpoint(run: str | Path) -> dict:
             raise BadInput(f"{foreign}: its {part} lacks {', '.join(missing)}, or has something else there")
     if not 0 <= state["step"] <= state["config"]["steps"]:
         raise BadInput(f"{foreign}: its step is {state['step']}, beyond its {state['config']['steps']} steps")
-    rows = [row for row in state["metrics"] if isinstance(row, dict)]
-    cells = [value for row in rows for key, value in row.items() if key != "stage"]
-    if (
-        len(rows) < len(state["metrics"])
-        or not all(isinstance(row.get("stage"), str) and isinstance(row.get("step"), int) for row in rows)
-        or not all(value is None or isinstance(value, int | float) for value in cells)
-    ):
+    if not all(map(is_row, state["metrics"])):
         raise BadInput(f"{foreign}: its metrics are not a table of numbers")
     return state
 
@@ -355,7 +359,10 @@ def begin(args, algo: str, card: dict, where: str, seed: int, path: Path, first:
         run.metrics = state.pop("metrics")
         run.state, run.begun = state | {"config": state["config"] | {key: config[key] for key in GROWS}}, True
         run.finished = run.state["step"] == args.steps and has_summary(path)
-        if first.get("w") is not None and not torch.equal(state["w"], first["w"].cpu()):
+        same_w = first.get("w") is None or (
+            isinstance(state.get("w"), torch.Tensor) and torch.equal(state["w"], first["w"].cpu())
+        )
+        if not same_w:
             raise BadInput(
                 f"{path} was begun with another ratio w*, so the run {args.checkpoint} has changed since: "
                 f"{BEGIN_AGAIN}, or elsewhere with --out"
