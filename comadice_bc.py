@@ -144,9 +144,9 @@ def usable(w: Tensor) -> bool:
 def with_ratios(rows: TensorDict, ratios: dict[int, Tensor | None]) -> TensorDict:
     """The dataset with one more key per row, "w": the transition's ratio over the mean ratio. It is 0 on last rows.
 
-    `ratios` holds each seed's ratio [T], or None for w = 1. "w" is [N] for one seed and [N, S] for S seeds. Eq. 11's
-    optimum does not depend on the scale of w. Since w is divided by its mean, the size of a gradient step hardly
-    depends on it either.
+    `ratios` holds each seed's ratio, [T] or [T, n] with one for each agent, or None for w = 1. "w" is [N] or [N, n] for
+    one seed, with a last dimension of S for S seeds. Eq. 11's optimum does not depend on the scale of w. Since w is
+    divided by its mean, the size of a gradient step hardly depends on it either.
     Raises Diverged for a ratio that is zero everywhere, or whose mean is not finite.
     """
     is_transition = (~last_rows(rows)).to(rows["reward"].dtype)
@@ -157,6 +157,7 @@ def with_ratios(rows: TensorDict, ratios: dict[int, Tensor | None]) -> TensorDic
             if not usable(w):
                 why = f"the ratio w* can't be used (its mean is {w.mean():.3g}), the critics diverged"
                 raise Diverged([seed], f"{why}: use a larger --alpha or another --objective, or leave this seed out")
+            column = column.new_zeros(len(column), *w.shape[1:])
             column[is_transition > 0] = w / w.mean()
         columns.append(column)
     rows = rows.clone(recurse=False).unlock_()
@@ -183,7 +184,8 @@ def policy_losses(policy, batch: TensorDict) -> tuple[Tensor]:
 def make_policy_update(policy, average, optimizer, average_step: Tensor, n_seeds: int = 1, compiled: bool = False):
     """Line 11 as a function of a batch [B]: one Adam step, then the average moves towards the policy by `average_step`.
 
-    It returns the loss, a scalar. Stacked policies of S seeds take batches [S, B] with w [S, B, S], and return [S].
+    It returns the loss, a scalar. Stacked policies of S seeds take batches [S, B] with w [S, B, S] or [S, B, n, S], and
+    return [S].
     """
     parameters = list(policy.parameters())
     losses_of = per_seed(policy_losses, [policy], n_seeds, compiled)
@@ -192,7 +194,7 @@ def make_policy_update(policy, average, optimizer, average_step: Tensor, n_seeds
     def update(batch: TensorDict) -> Tensor:
         if n_seeds > 1:
             batch = batch.copy()
-            batch["w"] = batch["w"].diagonal(0, 0, 2).T  # each seed's own ratio
+            batch["w"] = batch["w"].diagonal(0, 0, -1).movedim(-1, 0)  # each seed's own ratio
         (loss,) = losses_of(batch)
         set_gradients(loss.sum(), parameters)
         optimizer.step()  # line 11: eta

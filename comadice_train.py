@@ -52,19 +52,25 @@ class Args:
     objective: Objective | None = None
     """how nu and theta are trained (docs/PAPER.md). It has its own defaults of --advantage, --alpha, --episode-alpha,
     --bound and --tau"""
-    advantage: Literal["td", "q"] | None = None
+    advantage: Literal["td", "q", "agent"] | None = None
     """what w* is computed from. td: r + gamma nu_tot(s') - nu_tot(s). q: M[q - nu] - M[0], with q trained by Eq. 9
-    (printed: M[q - nu]; released_nu: from W_i (q_i - nu_i) of each agent)"""
+    (printed: M[q - nu]; released_nu: from W_i (q_i - nu_i) of each agent). agent: every agent has its own w*, from its
+    part W_i (q_i - v_i), plus --residual times what these parts leave of the TD form; v_i is the mean of q_i over
+    recorded actions. It has its own defaults of --policy-alpha, --critic-lr and --action-scale"""
+    residual: float = 0.3
+    """with --advantage agent: from 0 (q is trusted) to 1 (q only removes what the other agents did)"""
     alpha: float | None = None
     """weight of the divergence from the data, in units of the reward (default with semi: 5 mean absolute rewards). If
     it is k > 1 times its default, the default of --episode-alpha is multiplied by k squared"""
+    policy_alpha: float | None = None
+    """w* in Eq. 11 is computed with this multiple of --alpha (default 1; with --advantage agent 0.15)"""
     episode_alpha: float | None = None
     """transitions of better episodes are drawn more often. A smaller value prefers them more; 0 switches this off. It
     is the alpha of a ratio between episodes, in units of the return (default with semi: the mean absolute deviation of
     the episodes' returns, clipped to their 10th and 90th percentile)"""
     action_scale: float | None = None
-    """robots' policies play this multiple of their mean action, clipped to the simulator's box (default 0.85; 1: the
-    mean)"""
+    """robots' policies play this multiple of their mean action, clipped to the simulator's box (default 0.85, with
+    --advantage agent 0.75; 1: the mean)"""
     f: Literal["soft_chi2", "chi2", "kl"] = "soft_chi2"
     """f-divergence (Section B.5)"""
     gamma: float = 0.99
@@ -82,7 +88,8 @@ class Args:
     steps: int = 200_000
     """gradient steps of each stage"""
     critic_lr: float | None = None
-    """Adam's learning rate for nu, q and the mixer (default 3e-4; Table 4: 1e-4 for q, and none for the others)"""
+    """Adam's learning rate for nu, q, v and the mixer (default 3e-4, with --advantage agent 1e-3; Table 4: 1e-4 for q,
+    and none for the others)"""
     lr: float | None = None
     """Adam's learning rate for the policies (default 1e-3; Table 4: 1e-4)"""
     lr_decay: bool | None = None
@@ -223,13 +230,12 @@ def td_form(critics_next: Critics, batch: TensorDict, nu_s: Tensor, args: Args, 
     return losses.td_advantage(reward, terminated, nu_s, nu_next, args.gamma)  # Eq. 5
 
 
-def q_form(critics: Critics, batch: TensorDict, args: Args, trains_q: bool) -> Tensor:
-    """A_tot(s, a) = M_theta^s[q - nu] - M_theta^s[0] -> [B]; with `printed` M_theta^s[q - nu].
+def q_form(critics: Critics, batch: TensorDict, q: Tensor, args: Args, trains_q: bool) -> Tensor:
+    """A_tot(s, a) = M_theta^s[q - nu] - M_theta^s[0] -> [B]; with `printed` M_theta^s[q - nu]. q is [B, n].
 
     The gradient flows to psi_q with `trains_q`, else to psi_nu and theta.
     """
-    obs, state = batch["agents", "observation"], batch["state"]
-    nu, q = critics.nu(obs), critics.q(obs, batch["agents", "action"])
+    nu, state = critics.nu(batch["agents", "observation"]), batch["state"]
     at = critics.mixer.at(state)  # W_theta^s and b_theta^s
     if trains_q:
         nu, at = nu.detach(), tuple(weights.detach() for weights in at)
@@ -240,34 +246,42 @@ def q_form(critics: Critics, batch: TensorDict, args: Args, trains_q: bool) -> T
     return mix(q - nu, state, at)
 
 
-def local_form(critics: Critics, batch: TensorDict) -> Tensor:
+def agent_form(critics: Critics, batch: TensorDict, q: Tensor, args: Args, facts: DataFacts) -> Tensor:
+    """A_i(s, a) of --advantage agent, from q [B, n] -> [B, n]: W_i (q_i - v_i), and a share of what these leave."""
+    x, state = q - critics.v(batch["agents", "observation"]), batch["state"]
+    at = critics.mixer.at(state)
+    td = td_form(critics, batch, nu_tot(critics, batch), args, facts)
+    parts, their_sum = critics.mixer.parts(x, state, at), critics.mixer.advantage(x, state, at)
+    return losses.agent_advantage(parts, their_sum, td, args.residual)
+
+
+def local_form(critics: Critics, batch: TensorDict, q: Tensor) -> Tensor:
     """The local A_i = W_i (q_i - nu_i) of `released_nu` -> [B, n]. The gradient flows to psi_nu alone."""
-    obs = batch["agents", "observation"]
-    q = critics.q(obs, batch["agents", "action"]).detach()
-    return critics.mixer.weights(batch["state"]).detach() * (q - critics.nu(obs))
+    return critics.mixer.weights(batch["state"]).detach() * (q.detach() - critics.nu(batch["agents", "observation"]))
 
 
 def nu_loss(
-    critics: Critics, batch: TensorDict, init: TensorDict, nu_s: Tensor, td: Tensor | None, alpha: float | Tensor,
-    args: Args, facts: DataFacts,
+    critics: Critics, batch: TensorDict, init: TensorDict, nu_s: Tensor, td: Tensor | None, q: Tensor | None,
+    alpha: float | Tensor, args: Args, facts: DataFacts,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What lines 6 and 7 minimise: L(nu, theta) of args.objective, and w [B], which is for metrics.csv alone.
 
     nu_s is nu_tot(s) [B]. td is the TD form [B] with nu_tot(s') from the target networks, slowly moving copies of the
-    networks; only `semi` needs it. `init` are initial states, which `semi` does not need. alpha is in scaled rewards.
-    critics.lam is the multiplier of mass E[w] = 1. It stays at 0 where --lambda-scale is 0.
+    networks; only `semi` needs it. q is q_i(o_i, a_i) [B, n], or None with --advantage td. `init` are initial states,
+    which `semi` does not need. alpha is in scaled rewards. critics.lam is the multiplier of mass E[w] = 1. It stays at
+    0 where --lambda-scale is 0.
     """
     f, gamma, lam = losses.DIVERGENCES[args.f], args.gamma, critics.lam
     if args.objective == "semi":  # the default, in the place of Eq. 10: no gradient flows at s'
         return losses.semi_loss(nu_s, td, alpha, f), losses.occupancy_ratio(td, alpha, f)
     if args.objective == "released_nu":  # the released code's rule. theta gets no gradient: q's loss trains it
-        A_i, nu_init = local_form(critics, batch), critics.nu(init["agents", "observation"])
+        A_i, nu_init = local_form(critics, batch, q), critics.nu(init["agents", "observation"])
         loss = losses.released_nu_loss(nu_init, A_i, alpha, f, gamma, lam)
         return loss, losses.released_nu_ratio(A_i, alpha, f, lam)
     if args.objective == "exact":  # Prop. 4.1, with the gradient at s, s' and s0
         A_tot, mass = td_form(critics, batch, nu_s, args, facts), facts.mass
     else:  # printed: Eq. 10 as it is printed, with q fixed. It needs --advantage q
-        A_tot, mass = q_form(critics, batch, args, trains_q=False), 1.0
+        A_tot, mass = q_form(critics, batch, q, args, trains_q=False), 1.0
     loss = losses.dual_loss(nu_tot(critics, init), A_tot, alpha, f, gamma, lam, mass)  # Eq. 10 (printed)
     return loss, losses.occupancy_ratio(A_tot, alpha, f, lam)
 
@@ -279,20 +293,22 @@ def critic_losses(
     """The losses of lines 5 to 7: (L_q, L(nu, theta), w [B], nu_tot(s) [B]). The last two are for metrics.csv.
 
     batch is [B] transitions, init [B0] initial states, alpha a scalar in scaled rewards; both losses are scalars. L_q
-    is 0 if w* does not come from q. In Eq. 9 the target networks give nu_tot(s'). No parameter gets a gradient from
-    both losses.
+    is 0 if w* does not come from q. With --advantage agent the loss of v is added to it. In Eq. 9 the target networks
+    give nu_tot(s'). No parameter gets a gradient from both losses.
     """
-    nu_s, with_q = nu_tot(critics, batch), args.advantage == "q"
+    nu_s, with_q = nu_tot(critics, batch), args.advantage != "td"
     td = td_form(target, batch, nu_s, args, facts) if with_q or args.objective == "semi" else None
-    L_nu, w = nu_loss(critics, batch, init, nu_s, td, alpha, args, facts)  # lines 6 and 7
+    q = critics.q(batch["agents", "observation"], batch["agents", "action"]) if with_q else None
+    L_nu, w = nu_loss(critics, batch, init, nu_s, td, q, alpha, args, facts)  # lines 6 and 7
     L_q = torch.zeros_like(L_nu)
     if with_q:
         if args.objective == "released_nu":  # M[q] is fitted to r + gamma nu_tot(s'), and theta is trained with q
-            q = critics.q(batch["agents", "observation"], batch["agents", "action"])
             A_q = critics.mixer(q, batch["state"]) - nu_s.detach()
         else:
-            A_q = q_form(critics, batch, args, trains_q=True)
+            A_q = q_form(critics, batch, q, args, trains_q=True)
         L_q = losses.q_loss(A_q, td)  # line 5, Eq. 9 (released_nu: the same with M[q])
+    if args.advantage == "agent":
+        L_q = L_q + losses.v_loss(critics.v(batch["agents", "observation"]), q)
     return L_q, L_nu, w.detach(), nu_s.detach()
 
 
@@ -306,10 +322,10 @@ def critic_metrics(L_q: Tensor, L_nu: Tensor, w: Tensor, nu_s: Tensor, args: Arg
 
 
 def make_critics(card: dict, args: Args) -> Critics:
-    """psi_nu and theta, psi_q if w* comes from q, and the multiplier lambda."""
+    """psi_nu and theta, psi_q if w* comes from q, v with --advantage agent, and the multiplier lambda."""
     sizes = (card[k] for k in ("n_agents", "obs_dim", "state_dim", "action_dim", "discrete"))
-    with_q = args.advantage == "q"
-    return Critics(*sizes, args.hidden, args.mixer_hidden, args.mixer_layers, args.layer_norm, with_q)
+    with_q, with_v = args.advantage != "td", args.advantage == "agent"
+    return Critics(*sizes, args.hidden, args.mixer_hidden, args.mixer_layers, args.layer_norm, with_q, with_v)
 
 
 def make_optimizer(critics: Critics, args: Args) -> torch.optim.Adam:
@@ -381,21 +397,29 @@ def train_critics(rows: TensorDict, card: dict, args: Args, runs: list[Run], fac
 
 @torch.no_grad()
 def dataset_ratio(target: Critics, rows: TensorDict, args: Args, facts: DataFacts) -> Tensor:
-    """w_tot*(s, a) of every transition of the dataset, [T]. `target` are the trained target networks."""
-    t, alpha, device = transition_rows(rows), args.alpha * args.reward_scale, target.lam.device
+    """w*(s, a) of every transition of the dataset, [T], or [T, n] with --advantage agent.
+
+    `target` are the trained target networks.
+    """
+    t, device = transition_rows(rows), target.lam.device
+    alpha = args.policy_alpha * args.alpha * args.reward_scale
     f = losses.DIVERGENCES[args.f]
-    w = torch.empty(len(t), dtype=rows["state"].dtype, device=t.device)  # filled in place, to save memory
+    n_weights = rows["agents", "observation"].shape[1:2] if args.advantage == "agent" else ()
+    w = torch.empty(len(t), *n_weights, dtype=rows["state"].dtype, device=t.device)  # filled in place, to save memory
     for index, out in zip(t.split(CHUNK // 8), w.split(CHUNK // 8)):
         stops.leave()
         batch = as_transition(rows[torch.stack([index, index + 1], -1)].to(device))
+        q = None if args.advantage == "td" else target.q(batch["agents", "observation"], batch["agents", "action"])
         if args.objective == "released_nu":
-            w_batch = losses.released_nu_ratio(local_form(target, batch), alpha, f, target.lam)
+            w_batch = losses.released_nu_ratio(local_form(target, batch, q), alpha, f, target.lam)
         else:
-            if args.advantage == "td":
-                A_tot = td_form(target, batch, nu_tot(target, batch), args, facts)
+            if args.advantage == "agent":
+                A = agent_form(target, batch, q, args, facts)
+            elif args.advantage == "td":
+                A = td_form(target, batch, nu_tot(target, batch), args, facts)
             else:
-                A_tot = q_form(target, batch, args, trains_q=False)  # no gradient is taken here
-            w_batch = losses.occupancy_ratio(A_tot, alpha, f, target.lam)  # w* of Section 4.3
+                A = q_form(target, batch, q, args, trains_q=False)  # no gradient is taken here
+            w_batch = losses.occupancy_ratio(A, alpha, f, target.lam)  # w* of Section 4.3
         out.copy_(w_batch)
     return w
 

@@ -99,10 +99,12 @@ def needed(card: dict, args: comadice_train.Args) -> tuple[list, list]:
     nu_tot = lambda rows, trained: products(rows * n, [O + n, H, H, 1], trained) + mixer(rows, trained)
     # semi: nu and theta at s. exact: at s, s' and s_0
     critics = nu_tot(B if args.objective == "semi" else 2 * B + args.init_batch_size, True)
-    if args.objective == "semi" or args.advantage == "q":  # the target networks at s'
+    if args.objective == "semi" or args.advantage != "td":  # the target networks at s'
         critics += nu_tot(B, False)
-    if args.advantage == "q":
+    if args.advantage != "td":
         critics += products(B * n, [O + n, H, H, A] if card["discrete"] else [O + n + A, H, H, 1])
+    if args.advantage == "agent":  # v
+        critics += products(B * n, [O + n, H, H, 1])
     return critics, products(B * n, [O + n, H, H, A if card["discrete"] else 2 * A])
 
 
@@ -178,8 +180,9 @@ def critics_stage(rows: TensorDict, card: dict, n_seeds: int, args: Args, device
         "optimiser": optimizer.step,
         "targets": target_update(target, critics, train.tau),
     }
-    if train.advantage == "q":
-        parts["q"] = lambda: set_gradients(losses()[0].sum(), list(critics.q.parameters()))
+    if train.advantage != "td":
+        v = list(critics.v.parameters()) if train.advantage == "agent" else []
+        parts["q"] = lambda: set_gradients(losses()[0].sum(), [*critics.q.parameters(), *v])
     return steps, parts
 
 

@@ -3,7 +3,8 @@
     python comadice_eval.py ratio runs/mamujoco/hopper/medium-replay/comadice/seed0
 
 A transition's weight in Eq. 11 is a product of two factors. Its own w* multiplies its log-likelihood. The ratio of its
-episode says how often it is drawn. Each is divided by its mean here: 1 is plain BC.
+episode says how often it is drawn. Each is divided by its mean here: 1 is plain BC. Of a w* for each agent, the picture
+shows the mean over agents.
 """
 
 import math
@@ -43,8 +44,12 @@ class Weights(NamedTuple):
 
 
 def weights_of(w: Tensor, rows: TensorDict, episode_alpha: float, f: str) -> Weights:
-    """Weights from a run's ratio w [T] and its two flags. Raises BadInput for a ratio that can't be used."""
+    """Weights from a run's ratio w, [T] or [T, n], and its two flags.
+
+    Raises BadInput for a ratio that can't be used.
+    """
     episode, step = rows["episode"][transition_rows(rows), 0].cpu(), w.double().cpu()
+    step = step.mean(-1) if step.ndim == 2 else step
     between = episode_weights(rows, episode_alpha, f)
     between = torch.ones_like(step) if between is None else between.double().cpu()
     total = step * between
@@ -130,7 +135,7 @@ def draw_training(axis, metrics: list[dict], weights: Weights):
     steps = [row["step"] for row in rows]
     ess = 100 * effective_sample_size(weights.total).item()
     batch_ess = [100 * row.get("ess", math.nan) for row in rows]
-    axis.plot(steps, batch_ess, color="C0", marker=".", label="of w* on a batch")
+    axis.plot(steps, batch_ess, color="C0", marker=".", label="of nu's w on a batch")
     axis.axhline(ess, color="C0", linestyle=":", label="of the weights in Eq. 11, at the end")
     axis.set(xlabel="gradient steps of the critics", title="over training")
     axis.set_ylabel("effective sample size (%)", color="C0")

@@ -299,15 +299,17 @@ def load_checkpoint(run: str | Path) -> dict:
 
 
 def load_ratio_run(run: str | Path) -> dict:
-    """load_checkpoint of a ComaDICE run, with its ratio "w" [T]. Raises BadInput if it has none (yet)."""
+    """load_checkpoint of a ComaDICE run, with its ratio "w", [T] or [T, n]. Raises BadInput if it has none (yet)."""
     state = load_checkpoint(run)
     if state["algo"] != "comadice" or state.get("w") is None:
         raise BadInput(f"{run} holds no ratio: give a run of comadice_train.py whose critics are trained")
     # Runs older than --episode-alpha drew all episodes equally.
     state["config"] = config = {"episode_alpha": 0.0} | state["config"]
-    w, shape = state["w"], (state["card"]["samples"],)
-    if not isinstance(w, torch.Tensor) or w.shape != shape or not w.is_floating_point():
-        raise BadInput(f"{run}: its ratio is not one number for each of the dataset's {shape[0]} transitions")
+    w, n_samples, n_agents = state["w"], state["card"]["samples"], state["card"]["n_agents"]
+    shapes = (n_samples,), (n_samples, n_agents)
+    if not isinstance(w, torch.Tensor) or w.shape not in shapes or not w.is_floating_point():
+        what = f"one number for each of the dataset's {n_samples} transitions (or one for each agent)"
+        raise BadInput(f"{run}: its ratio is not {what}")
     flags = {"f": str, "episode_alpha": int | float, "data": str | None, "quality": str}
     if not all(isinstance(config.get(k), kind) for k, kind in flags.items()) or config["f"] not in DIVERGENCES:
         raise BadInput(f"{run}: the checkpoint's config is not that of a run of comadice_train.py")

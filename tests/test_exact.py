@@ -626,7 +626,7 @@ def sampled_dataset(m, episodes, seed=0):
     return rows, s[keep], a[keep]
 
 
-@pytest.mark.parametrize("advantage", ["td", "q"])
+@pytest.mark.parametrize("advantage", ["agent", "td", "q"])
 @pytest.mark.parametrize(
     "seed, termination",
     [(0, "random"), (1, "random"), (2, "random"), (0, "none")],  # endless games take far longer
@@ -635,22 +635,25 @@ def test_policy_of_the_default_tends_to_the_behaviour(seed, termination, advanta
     """Through the code that trains: data of a random MMDP, updates of tabular critics, and w* of the whole dataset.
 
     For tabular policies of the team, Eq. 11's optimum is the weighted share of each action. It is compared with the
-    plain share.
+    plain share. With a weight for each agent, the same is done for each agent's own actions.
     """
     m = random_model(seed, termination=termination)
     rows, s, a = sampled_dataset(m, 60)
-    count, alone, both = np.zeros((m.S, m.A)), {}, {}
-    np.add.at(count, (s, a), 1)
+    alone, both = {}, {}
     pairs = torch.stack([transition_rows(rows), transition_rows(rows) + 1], -1)
     batch, init = as_transition(rows[pairs]), rows[rows["is_init"][:, 0]]
     for alpha in (0.5, 1000.0, 10_000.0):
-        given = comadice_train.Args(alpha=alpha, advantage=advantage, gamma=m.gamma, critic_lr=0.02)
+        # The alpha that counts is that of the weights, so it is not divided for --advantage agent.
+        given = comadice_train.Args(alpha=alpha, policy_alpha=1.0, advantage=advantage, gamma=m.gamma, critic_lr=0.02)
         args = comadice_train.resolve(given, rows["reward"].abs().mean().item(), return_deviation(rows))
         assert args.objective == "semi" and args.bound
         critics = tabular_critics(m.n, m.S, m.S)
         target, optimizer = copy.deepcopy(critics), torch.optim.Adam(critics.parameters(), args.critic_lr)
         if advantage == "td":
             del critics.q, target.q
+        if advantage == "agent":
+            critics.v = TabularNu(m.n, m.S)
+            target, optimizer = copy.deepcopy(critics), torch.optim.Adam(critics.parameters(), args.critic_lr)
         data = comadice_train.data_facts(rows, args)
         update = comadice_train.make_critic_update(critics, target, optimizer, args, data)
         for _ in range(300):
@@ -658,10 +661,18 @@ def test_policy_of_the_default_tends_to_the_behaviour(seed, termination, advanta
         w = comadice_train.dataset_ratio(target, rows, args, data).numpy()
         # how often Eq. 11 draws a transition
         draws = episode_weights(rows, args.episode_alpha, args.f).numpy()
-        for far, weights in ((alone, w), (both, w * draws)):
-            weighted = np.zeros((m.S, m.A))
-            np.add.at(weighted, (s, a), weights)
-            far[alpha] = variation(weighted / count.clip(1), count)
+        if advantage == "agent":
+            table, each = np.asarray(m.actions)[a], w.T  # every agent's action, and its weights
+        else:
+            table, each = a[:, None], w[None]
+        for far, factor in ((alone, 1), (both, draws)):
+            variations = []
+            for taken, weights in zip(table.T, each):
+                plain, weighted = np.zeros((m.S, taken.max() + 1)), np.zeros((m.S, taken.max() + 1))
+                np.add.at(plain, (s, taken), 1)
+                np.add.at(weighted, (s, taken), weights * factor)
+                variations.append(variation(weighted / plain.clip(1), plain))
+            far[alpha] = np.mean(variations)
         mean_w = w.mean()
     show = lambda far: ", ".join(f"{value:.5f} at alpha {alpha:g}" for alpha, value in far.items())
     print(
@@ -855,7 +866,7 @@ def test_no_parameter_is_in_both_losses(objective, mixer_layers, lambda_scale):
 
 @pytest.mark.parametrize("objective", ["exact", "semi"])
 def test_without_q_nothing_else_changes(objective):
-    """q is there with --advantage q alone; nu, theta and their step are the same without it."""
+    """q is not there with --advantage td; nu, theta and their step are the same without it."""
     critics, target, batch, init = random_setting(lam=0.0)
     args = comadice_train.Args(
         objective=objective,
@@ -881,7 +892,8 @@ def test_without_q_nothing_else_changes(objective):
             card, comadice_train.Args(advantage=advantage, layer_norm=True)
         ).named_parameters()
     }
-    assert parts("td") == {"nu", "mixer", "lam"} and parts("q") == {"nu", "q", "mixer", "lam"}
+    assert parts("td") == {"nu", "mixer", "lam"}
+    assert parts("q") == {"nu", "q", "mixer", "lam"} and parts("agent") == {"nu", "q", "v", "mixer", "lam"}
 
 
 def two_row_episodes(batch):
@@ -910,8 +922,9 @@ def test_dataset_ratio_by_hand(objective, advantage, bound, monkeypatch):
     monkeypatch.setattr(comadice_train, "CHUNK", 16)
     critics, _, batch, init = random_setting(lam=0.0)
     args = comadice_train.Args(
-        objective=objective, advantage=advantage, gamma=GAMMA, alpha=ALPHA / SCALE, reward_scale=SCALE, bound=bound
-    )
+        objective=objective, advantage=advantage, gamma=GAMMA, alpha=ALPHA / SCALE, reward_scale=SCALE, bound=bound,
+        policy_alpha=1.0,
+    )  # fmt: skip
     rows = two_row_episodes(batch)
     w = comadice_train.dataset_ratio(critics, rows, args, comadice_train.data_facts(rows, args))
     # Here every transition is an episode, and what follows a state is its one reward.
@@ -923,6 +936,61 @@ def test_dataset_ratio_by_hand(objective, advantage, bound, monkeypatch):
             parameter.data.zero_()
         hand = by_hand(no_bias, no_bias, batch, init, "printed", "soft_chi2", 0.0)
     np.testing.assert_allclose(w, hand.w, rtol=1e-9)
+
+
+def test_v_is_the_mean_of_q_over_recorded_actions():
+    """Through the update that trains, on one batch; v has no influence on the other networks."""
+    critics, target, batch, init = random_setting(lam=0.0)
+    critics.v, target.v = TabularNu(N_AGENTS, N_OBS), TabularNu(N_AGENTS, N_OBS)
+    args = comadice_train.Args(
+        objective="semi", advantage="agent", gamma=GAMMA, alpha=ALPHA / SCALE, reward_scale=SCALE, lambda_scale=0.0,
+        tau=0.1,
+    )  # fmt: skip
+    L_q, L_nu, _, _ = comadice_train.critic_losses(critics, target, batch, init, ALPHA, args, FREE)
+    hand = by_hand(critics, target, batch, init, "semi", "soft_chi2", 0.0)
+    obs, q = batch["agents", "observation"], critics.q(batch["agents", "observation"], batch["agents", "action"])
+    assert L_q.item() == pytest.approx(hand.L_q + (critics.v(obs) - q).square().mean().item())
+    gradients = torch.autograd.grad(L_q + L_nu, [critics.q.table, critics.nu.table])
+    for gradient, expected in zip(gradients, (hand.psi_q, hand.psi_nu)):
+        torch.testing.assert_close(gradient, torch.as_tensor(expected))
+    minimise(lambda: losses.v_loss(critics.v(obs), q), [critics.v.table])
+    for i in range(N_AGENTS):
+        for o in range(N_OBS):
+            seen = obs[:, i, o] == 1
+            if seen.any():
+                assert critics.v.table[i, o].item() == pytest.approx(q[seen, i].mean().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("residual", [0.0, 0.4])
+def test_dataset_ratio_of_each_agent_by_hand(residual, monkeypatch):
+    """W_i (q_i - v_i) and a share of what these leave of the TD form, from tables, one transition at a time."""
+    monkeypatch.setattr(comadice_train, "CHUNK", 16)
+    critics, _, batch, _ = random_setting(lam=0.0)
+    critics.v = TabularNu(N_AGENTS, N_OBS)
+    nn.init.normal_(critics.v.table, generator=torch.Generator().manual_seed(9))
+    args = comadice_train.Args(
+        objective="semi", advantage="agent", residual=residual, gamma=GAMMA, alpha=ALPHA / SCALE, reward_scale=SCALE,
+        policy_alpha=0.5,
+    )  # fmt: skip
+    w = comadice_train.dataset_ratio(critics, two_row_episodes(batch), args, FREE)
+    assert w.shape == (B, N_AGENTS)
+    nu_table, q_table, v_table = (x.table.detach() for x in (critics.nu, critics.q, critics.v))
+    mix = lambda state: [part.detach() for part in critics.mixer.at(state)]
+    for t in range(B):
+        see = lambda b: b["agents", "observation"][t].argmax(-1).tolist()
+        (W, b), (W_next, b_next) = mix(batch["state"][t]), mix(batch["next"]["state"][t])
+        nu = torch.stack([nu_table[i, o] for i, o in enumerate(see(batch))])
+        nu_next = torch.stack([nu_table[i, o] for i, o in enumerate(see(batch["next"]))])
+        q = torch.stack(
+            [q_table[i, o, u] for i, (o, u) in enumerate(zip(see(batch), batch["agents", "action"][t].tolist()))]
+        )
+        after = 0 if batch["terminated"][t, 0] else GAMMA * ((W_next * nu_next).sum() + b_next[0])
+        td = SCALE * batch["reward"][t, 0] + after - (W * nu).sum() - b[0]
+        v = torch.stack([v_table[i, o] for i, o in enumerate(see(batch))])
+        for i in range(N_AGENTS):
+            A_i = W[i] * (q[i] - v[i]) + residual * (td - (W * (q - v)).sum())
+            y = A_i.item() / (0.5 * ALPHA)
+            assert w[t, i].item() == pytest.approx(np.exp(y) if y < 0 else 1 + y)
 
 
 @pytest.mark.parametrize("alpha", [1.0, 10.0])
@@ -953,7 +1021,9 @@ def test_training_assembly_solves_a_dataset(name, alpha):
     rows = two_row_episodes(batch)
     batch = as_transition(rows.view(-1, 2))
 
-    args = comadice_train.Args(objective="exact", advantage="td", f=name, alpha=alpha, gamma=m.gamma, reward_scale=0.1)
+    args = comadice_train.Args(
+        objective="exact", advantage="td", f=name, alpha=alpha, gamma=m.gamma, reward_scale=0.1, policy_alpha=1.0
+    )
     critics = tabular_critics(m.n, m.S, m.S)
     loss = lambda: comadice_train.critic_losses(critics, critics, batch, init, alpha * args.reward_scale, args, FREE)[1]
     value = minimise(loss, [*critics.nu.parameters(), *critics.mixer.parameters()])

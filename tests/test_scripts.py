@@ -221,11 +221,21 @@ def test_objectives_train(nowhere, tmp_path, objective, mixer_layers):
     assert state["w"].isfinite().all() and (state["w"] >= 0).all() and state["critics"]["lam"] != 0
 
 
-def test_discrete_actions_train(discrete_data, tmp_path):
-    comadice_train.main(args(comadice_train, discrete_data, tmp_path))
-    comadice_bc.main(
-        args(comadice_bc, discrete_data, tmp_path, checkpoint=str(tmp_path / "nowhere/game/random/comadice/seed0"))
-    )
+@pytest.mark.parametrize("advantage", ["td", "agent"])
+def test_discrete_actions_train(discrete_data, tmp_path, advantage):
+    """One seed alone, then two together, and the first seed's ratio in another policy."""
+    comadice_train.main(args(comadice_train, discrete_data, tmp_path, advantage=advantage))
+    path = tmp_path / "nowhere/game/random/comadice/seed0"
+    comadice_bc.main(args(comadice_bc, discrete_data, tmp_path, checkpoint=str(path)))
+    comadice_train.main(args(comadice_train, discrete_data, tmp_path / "both", advantage=advantage, seeds=[0, 1]))
+    both = checkpoint(tmp_path / "both/nowhere/game/random/comadice/seed0")
+    card = both["card"]
+    shape = (card["samples"], card["n_agents"]) if advantage == "agent" else (card["samples"],)
+    assert checkpoint(path)["w"].shape == both["w"].shape == shape
+    torch.testing.assert_close(checkpoint(path)["w"], both["w"], rtol=0.05, atol=0.01)
+    if advantage == "agent":
+        assert both["w"].std(1).max() > 0
+    assert (path / "ratio.png").stat().st_size > 10_000
     for algo in ("comadice", "weighted-bc"):
         state = checkpoint(tmp_path / f"nowhere/game/random/{algo}/seed0")
         assert all(v.isfinite().all() for v in state["policy"].values())
@@ -800,6 +810,10 @@ TRAIN_FLAGS = [
     ({"objective": "exact", "lambda_scale": -1.0}, "--lambda-scale"),
     ({"objective": "released_nu", "mixer_layers": 2}, "--mixer-layers"),
     ({"objective": "printed", "advantage": "td"}, "--advantage q"),
+    ({"objective": "printed", "advantage": "agent"}, "--advantage q"),
+    ({"residual": 1.5}, "--residual is 1.5"),
+    ({"policy_alpha": 0.0}, "--policy-alpha"),
+    ({"residual": float("nan")}, "--residual is nan"),
     ({"objective": "released_nu", "advantage": "td"}, "--advantage q"),
     ({"critic_lr": 0.0}, "--critic-lr"),
     ({"action_scale": 0.0}, "--action-scale"),
@@ -1347,6 +1361,7 @@ def test_an_objective_brings_its_own_values(objective):
     assert (args.advantage, args.tau, args.bound) == (advantage, tau, bound)
     assert (args.alpha, args.reward_scale) == (alpha * size, 0.2 / size)
     assert (args.lambda_scale, args.critic_lr, args.lr, args.ema) == (0.0, 3e-4, 1e-3, 0.999)
+    assert (args.policy_alpha, args.action_scale) == (1, 0.85)
     assert (args.layer_norm, args.lr_decay) == (True, True)
     # The ratio between episodes is semi's. Its alpha grows with the square of --alpha, and does not shrink with it.
     episode_alpha = lambda **flags: (
@@ -1360,6 +1375,14 @@ def test_an_objective_brings_its_own_values(objective):
         comadice_train.Args(objective=objective, advantage="q", reward_scale=3.0, alpha=7.0, tau=0.5), size
     )
     assert (given.advantage, given.reward_scale, given.alpha, given.tau, given.bound) == ("q", 3.0, 7.0, 0.5, bound)
+
+
+def test_a_weight_for_each_agent_brings_its_own_values():
+    default, agent = (comadice_train.resolve(comadice_train.Args(advantage=way), 2.0) for way in (None, "agent"))
+    own = {"advantage": "agent", "policy_alpha": 0.15, "critic_lr": 1e-3, "action_scale": 0.75}
+    assert agent == dataclasses.replace(default, **own)
+    given = comadice_train.resolve(comadice_train.Args(advantage="agent", policy_alpha=2.0), 2.0)
+    assert given == dataclasses.replace(agent, policy_alpha=2.0)
 
 
 def test_the_default_is_semi():
@@ -1384,7 +1407,7 @@ def test_preset_paper_is_table_4():
     # Eq. 10 as it is printed, and nothing that the paper does not have.
     assert (args.objective, args.advantage, args.bound) == ("printed", "q", False)
     assert (args.reward_scale, args.layer_norm, args.lr_decay, args.ema) == (1.0, False, False, 0.0)
-    assert args.action_scale == 1
+    assert args.action_scale == args.policy_alpha == 1
     assert comadice_train.resolve(comadice_train.Args(preset="paper", objective="printed"), 2.0) == args
     # Other flags override it. Another objective brings its own alpha and tau, what is left of Table 4 stays.
     assert comadice_train.resolve(comadice_train.Args(preset="paper", tau=0.5), 2.0) == dataclasses.replace(
@@ -1408,13 +1431,12 @@ def test_preset_paper_trains(hopper_data, tmp_path, capsys):
     rows, card = open_dataset(hopper_data)
     arguments = comadice_train.Args(**state["config"])
     critics = comadice_train.make_critics(card, arguments)
-    for module in (critics.nu, critics.q):
-        for parameter in module.parameters():
-            parameter.data.zero_()
-    b = critics.mixer.b(rows["state"])[:, 0]
-    torch.testing.assert_close(comadice_train.q_form(critics, rows, arguments, trains_q=True), b)
+    for parameter in critics.nu.parameters():
+        parameter.data.zero_()
+    b, q = critics.mixer.b(rows["state"])[:, 0], torch.zeros(len(rows), card["n_agents"])
+    torch.testing.assert_close(comadice_train.q_form(critics, rows, q, arguments, trains_q=True), b)
     exact = dataclasses.replace(arguments, objective="exact")
-    assert not comadice_train.q_form(critics, rows, exact, trains_q=True).any()
+    assert not comadice_train.q_form(critics, rows, q, exact, trains_q=True).any()
 
 
 # ---------------------------------------------------------------- what the losses know of the data

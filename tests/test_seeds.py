@@ -120,11 +120,12 @@ def test_critics_together_are_critics_alone(changes, discrete, double, way):
         same(states[s], seed_states(parts, generators)[0], rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("shape", [(300,), (300, 3)], ids=["w of the team", "w of each agent"])
 @pytest.mark.parametrize("discrete", [False, True])
-def test_policies_together_are_policies_alone(discrete, double, way):
+def test_policies_together_are_policies_alone(discrete, shape, double, way):
     """Each with a ratio of its own."""
     rows = data(discrete)
-    ratios = [torch.rand(300, generator=torch.Generator().manual_seed(seed)) for seed in SEEDS]
+    ratios = [torch.rand(shape, generator=torch.Generator().manual_seed(seed)) for seed in SEEDS]
 
     def train(seeds: list[int], ratios: list) -> list[dict]:
         each = []

@@ -92,7 +92,10 @@ def adam_reads(parameters: int) -> int:
 
 OBJECTIVES = pytest.mark.parametrize(
     "objective, advantage",
-    [("semi", "td"), ("semi", "q"), ("exact", "td"), ("exact", "q"), ("printed", "q"), ("released_nu", "q")],
+    [
+        ("semi", "td"), ("semi", "q"), ("semi", "agent"), ("exact", "td"), ("exact", "q"), ("printed", "q"),
+        ("released_nu", "q"),
+    ],
 )
 
 
