@@ -41,7 +41,7 @@ class Args:
     # Method
     checkpoint: str | None = None
     """a ComaDICE run whose saved ratio w* weights the data, which is drawn as in that run; plain BC without it. Other
-    flags are not taken from that run"""
+    flags are not taken from that run: one with --advantage agent played --action-scale 0.75"""
     best: float = 1.0
     """share of the episodes, the best by return, that are cloned; 1: all of them"""
     action_scale: float = 0.85
@@ -137,7 +137,7 @@ AVERAGED = 0.1  # the average covers about this share of the steps so far, until
 
 
 def usable(w: Tensor) -> bool:
-    """Whether a ratio w [T] can be divided by its mean."""
+    """Whether a ratio w, [T] or [T, n], can be divided by its mean."""
     return 0 < w.mean().item() < math.inf
 
 
@@ -224,9 +224,9 @@ def train_policies(
 ):  # fmt: skip
     """Lines 9 to 12 for runs at the same step: args.steps gradient steps on Eq. 11, with args.evals evaluations.
 
-    "w" [T] in a run's state is the transitions' ratio, None for BC. Transitions are drawn from the row numbers
-    `drawn_from` [K], by default from all T, in proportion to `weights` [K], by default equally. Each evaluation is
-    saved in the runs' directories.
+    "w" in a run's state is the transitions' ratio, [T] or [T, n], or None for BC. Transitions are drawn from the row
+    numbers `drawn_from` [K], by default from all T, in proportion to `weights` [K], by default equally. Each evaluation
+    is saved in the runs' directories.
     """
     device, seeds = pick_device(args.device), [run.seed for run in runs]
     sizes = card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], args.hidden, args.action_scale
@@ -292,7 +292,7 @@ def train_seeds(
 
 
 def load_ratio(run: str, rows: TensorDict, card: dict) -> tuple[Tensor, Tensor | None]:
-    """w* of a ComaDICE run on this dataset, [T], and the episode_weights that it drew with.
+    """w* of a ComaDICE run on this dataset, [T] or [T, n], and the episode_weights that it drew with.
 
     Raises BadInput if the run has no w*, one that can't be used, or one of another dataset.
     """

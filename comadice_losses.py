@@ -1,9 +1,8 @@
 """ComaDICE's equations, one short function each. The numbers of equations are the paper's.
 
 Not in the paper: semi_loss, v_loss, agent_advantage, episode_ratio, KL_CAP, and the mass of dual_loss, which are this
-project's. lam of
-dual_loss is OptiDICE's, released_nu_* are the released code's, effective_sample_size is Kish's. f* is derived from
-B.5's f.
+project's. lam of dual_loss is OptiDICE's, released_nu_* are the released code's, effective_sample_size is Kish's. f* is
+derived from B.5's f.
 
 This file needs only torch. It can be copied into another project as it is.
 
@@ -208,14 +207,16 @@ def agent_advantage(A_parts: Tensor, A_sum: Tensor, td: Tensor, residual: float)
     """A_i = agent i's part of A_tot + residual (td - A_sum), for a weight (f')^-1(A_i / alpha) of each agent's own.
 
     Not in the paper, whose w_tot* is one weight for the whole team. A_parts [B, n] are the agents' parts of A_sum [B] =
-    M[q - v] (`parts` of the mixers): W_i (q_i - v_i) with one layer. td [B] is r + gamma nu_tot(s') - nu_tot(s), which
-    q was fitted to. residual is in [0, 1] -> [B, n].
+    M[q - v] - M[0] (`parts` of the mixers): W_i (q_i - v_i) with one layer. td [B] is r + gamma nu_tot(s') -
+    nu_tot(s), which q was fitted to. residual is in [0, 1] -> [B, n].
 
     Why: w_tot* rewards an agent for what the others did. Let agents act independently. Then the others' parts have mean
     0. If (f')^-1 is linear, the mean of w_tot* over the others' actions depends on agent i's part alone. In Eq. 11 that
-    mean gives the same optimum with less noise. The same holds for f_KL, up to a factor.
-    td - A_sum is chance, and what q has not learned. With residual = 1, A_i is td without the other agents' parts. It
-    has the right mean, whatever q is. With residual = 0, A_i trusts q alone. That has the least noise.
+    mean gives the same optimum with less noise. The same holds for f_KL, up to a factor, and for the other f nearly, if
+    alpha is large.
+    td - A_sum is chance, and what q has not learned. With residual = 1 and one layer, A_i is td without the other
+    agents' parts. It has the right mean if v is that of q, whatever q is. With residual = 0, A_i trusts q alone. That
+    has the least noise.
     """
     return A_parts + residual * (td - A_sum).unsqueeze(-1)
 
@@ -223,8 +224,9 @@ def agent_advantage(A_parts: Tensor, A_sum: Tensor, td: Tensor, residual: float)
 def occupancy_ratio(A_tot: Tensor, alpha: float | Tensor, f: Divergence, lam: float | Tensor = 0.0) -> Tensor:
     """w_tot*(s, a) = max(0, (f')^-1((A_tot - lam) / alpha)), [B] -> [B], or [B, n] -> [B, n] for agent_advantage.
 
-    With `exact` it is rho^pi / rho^mu. With `semi` it is pi(a|s) / mu(a|s), since E[w | s] = 1. lam is 0 where
-    --lambda-scale is 0, the default. (Section 5 prints the argument negated.)
+    With `exact` it is rho^pi / rho^mu. With `semi` it is pi(a|s) / mu(a|s), since E[w | s] = 1; not so with another
+    alpha than that of nu's loss, as with --policy-alpha. lam is 0 where --lambda-scale is 0, the default. (Section 5
+    prints the argument negated.)
     """
     return f.w_star((A_tot - lam) / alpha)  # Prop. 4.1 and Section 4.3
 

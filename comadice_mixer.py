@@ -226,7 +226,7 @@ class Critics(nn.Module):
 
     nu(obs [..., n, O]) and q(obs, action) give local values [..., n], and mixer(values, state [..., S]) mixes them ->
     [...]. Without `with_q` there is no q. lam is a scalar. v(obs) [..., n] is there `with_v`: the mean of q_i over
-    recorded actions. It is not in the paper. nu_i can't take its place: only the mixed nu_tot is trained to be a value.
+    recorded actions. It is not in the paper. nu_i need not be that mean: only the mixed nu_tot is trained as a value.
     """
 
     def __init__(

@@ -4,8 +4,8 @@
     python comadice_train.py --env mamujoco --task hopper --quality medium-replay --seeds 0 1 2 3 4
 
 Read `algorithm_1` first, near the end of this file. Lines 3 to 8 of Algorithm 1 are in this file: they train nu and the
-mixer, and q if w* is to come from it (--advantage q). Then w* is computed once for every transition of the dataset.
-Lines 9 to 12 train the local policies by weighted behavioural cloning, in comadice_bc.py. The equations are in
+mixer, and q if w* is to come from it (--advantage q or agent). Then w* is computed once for every transition of the
+dataset. Lines 9 to 12 train the local policies by weighted behavioural cloning, in comadice_bc.py. The equations are in
 comadice_losses.py, the networks in comadice_mixer.py.
 
 By default (objective `semi`, w* from the TD form) there is no q: line 5 has nothing to do, and lines 6 and 7 minimise
@@ -465,10 +465,14 @@ def train_seeds(args: Args, rows: TensorDict, card: dict, env) -> list[list[dict
     return end_runs(runs)
 
 
-def demonstrate(args: Args, rows: TensorDict, card: dict, env):
-    """Compares ComaDICE with BC and BC on the best episodes, on the small dataset that comes with the code."""
+def demonstrate(args: Args, action_scale: float, rows: TensorDict, card: dict, env):
+    """Compares ComaDICE with BC and BC on the best episodes, on the small dataset that comes with the code.
+
+    action_scale is that of both BCs.
+    """
     curves = {"ComaDICE": train_seeds(args, rows, card, env)}
     shared = {k: v for k, v in asdict(args).items() if k in comadice_bc.Args.__dataclass_fields__}
+    shared["action_scale"] = action_scale
     for name, best in (("BC", 1.0), ("BC on the best 10%", 0.1)):
         curves[name] = comadice_bc.train_seeds(comadice_bc.Args(**shared | {"best": best}), rows, card, None, env)
     report(curves, card, args, "demonstration.png")
@@ -482,14 +486,17 @@ def main(args: Args, is_demo: bool = False):
     check_args(args)
     device = pick_device(args.device, args.tf32)
     rows, card = load_dataset(args, device, "comadice")  # line 1: the offline data D
+    bc_scale = args.action_scale or comadice_bc.Args.action_scale
     args = resolve(args, mean_abs_reward(rows), return_deviation(rows))
     alphas = f"alpha {args.alpha:g}, episode alpha {args.episode_alpha:g}"
     scale = "" if card["discrete"] else f", action scale {args.action_scale:g}"
     objective = f"objective {args.objective}, w* from {args.advantage}"
+    if args.advantage == "agent":
+        alphas = f"residual {args.residual:g}, alpha of the weights {args.policy_alpha * args.alpha:.4g}, {alphas}"
     print(f"preset {args.preset}: {objective}, {alphas}, tau {args.tau:g}{scale}")
     env = try_eval_env(card, args.eval_episodes, args.workers)
     if is_demo:
-        demonstrate(args, rows, card, env)
+        demonstrate(args, bc_scale, rows, card, env)
     else:
         report({"ComaDICE": train_seeds(args, rows, card, env)}, card, args, "learning_curve.png")
 

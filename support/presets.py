@@ -51,6 +51,8 @@ def check(args):
         raise BadInput("--objective released_nu needs local weights W_i, so it needs --mixer-layers 1")
     if args.objective in ("printed", "released_nu") and args.advantage != "q":
         raise BadInput(f"--objective {args.objective} is defined with q: use --advantage q")
+    if args.advantage == "agent" and args.objective != "semi":  # its --policy-alpha belongs to semi's alpha
+        raise BadInput("--advantage agent is made for --objective semi")
 
 
 def resolve(args, mean_abs_reward: float, return_deviation: float = 0.0):

@@ -28,7 +28,7 @@ from offline_data.durable import write_figure
 from offline_data.published import published
 from support import loggers, scores
 from support.report_args import Args
-from support.runs import FREE, eval_steps, evaluations_that_count, last_evaluations
+from support.runs import FREE, OLDER, eval_steps, evaluations_that_count, last_evaluations
 
 METHODS = ["bc", "bc-best10", "bcq", "cql", "icq", "omar", "omiga", "comadice"]  # the paper's order, with bc-best10
 ABLATIONS = {"alpha": "alpha", "f": "f-divergence", "mixer_layers": "layers of the mixer"}  # Sections B.4, B.5, B.6
@@ -150,6 +150,8 @@ def read_run(path: Path) -> Run:
         config.setdefault("action_scale", 1.0)  # runs from before this flag play their mean action
     else:
         config.pop("action_scale", None)  # battles have discrete actions
+    if config["algo"] == "comadice":
+        config = OLDER | config
     settings = {k: show(v) for k, v in config.items() if k in ("steps", "evals") or k not in (*FREE, *kinds)}
     if "checkpoint" in settings:  # weighted BC: each seed has the ratio of another run
         settings["checkpoint"] = re.sub(r"seed\d+$", "seed*", settings["checkpoint"])

@@ -44,7 +44,9 @@ from support.flags import ABOUT, commit, versions
 from support.seeds import name_seeds
 
 # Flags of a run that its summary.json repeats.
-METHOD_FLAGS = ("preset", "objective", "advantage", "alpha", "episode_alpha", "action_scale", "tau", "lr")
+METHOD_FLAGS = ("preset", "objective", "advantage", "residual", "alpha", "policy_alpha", "episode_alpha",
+                "action_scale", "tau", "lr")  # fmt: skip
+OLDER = {"policy_alpha": 1.0, "residual": 0.3}  # what ComaDICE's runs from before these flags are taken to have
 FITS = 0.7  # share of a GPU's free memory that a dataset may take; training needs the rest
 # Arguments that may differ when a run is resumed.
 FREE = ("seeds", "data", "out", "resume", "overwrite", "device", "data_device", "workers", "graph", "quiet", "logger",
@@ -339,6 +341,8 @@ def begin(args, algo: str, card: dict, where: str, seed: int, path: Path, first:
         raise BadInput(f"{path}/config.json is not that of a run")
     if "action_scale" in config:  # runs older than this flag play their mean action; in battles it has no effect
         old = {"action_scale": config["action_scale"] if card["discrete"] else 1.0} | old
+    if algo == "comadice":
+        old = OLDER | old
     grows = isinstance(old.get("steps"), int) and args.steps > old["steps"]
     free = FREE + GROWS * grows
     changed = [key for key in sorted(config) if key not in free and old.get(key) != config[key]]

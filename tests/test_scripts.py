@@ -495,6 +495,17 @@ def test_action_scale_reaches_the_simulator(module, algo, hopper_data, tmp_path)
         train(hopper_data, tmp_path, module, algo, action_scale=0.4, **flags)
 
 
+def test_a_run_from_before_policy_alpha_goes_on(hopper_data, tmp_path):
+    run = train(hopper_data, tmp_path, steps=10, evals=1)
+    config = json.loads((run / "config.json").read_text())
+    del config["policy_alpha"], config["residual"]
+    (run / "config.json").write_text(json.dumps(config))
+    train(hopper_data, tmp_path, steps=20, evals=2, resume=True)
+    assert checkpoint(run)["step"] == 20
+    with pytest.raises(BadInput, match=r"policy_alpha 1\.0, not 0\.5"):
+        train(hopper_data, tmp_path, steps=20, evals=2, resume=True, policy_alpha=0.5)
+
+
 def test_evaluate_more_episodes_than_robots():
     policy, env = wobbly_policy(), make_env("mamujoco", "hopper", 2)
     five = comadice_eval.evaluate(policy, env, 5, 5)
@@ -811,6 +822,7 @@ TRAIN_FLAGS = [
     ({"objective": "released_nu", "mixer_layers": 2}, "--mixer-layers"),
     ({"objective": "printed", "advantage": "td"}, "--advantage q"),
     ({"objective": "printed", "advantage": "agent"}, "--advantage q"),
+    ({"objective": "exact", "advantage": "agent"}, "--objective semi"),
     ({"residual": 1.5}, "--residual is 1.5"),
     ({"policy_alpha": 0.0}, "--policy-alpha"),
     ({"residual": float("nan")}, "--residual is nan"),

@@ -100,6 +100,7 @@ def same(state: dict, other: dict, **tolerance):
         {"objective": "exact"},
         {"objective": "semi", "alpha": 5.0},
         {"objective": "semi", "advantage": "q"},
+        {"objective": "semi", "advantage": "agent"},
         {"objective": "printed"},
         {"objective": "released_nu"},
         {"objective": "exact", "mixer_layers": 2, "lambda_scale": 0.5},
