@@ -486,8 +486,9 @@ def main(args: Args, is_demo: bool = False):
     check_args(args)
     device = pick_device(args.device, args.tf32)
     rows, card = load_dataset(args, device, "comadice")  # line 1: the offline data D
-    bc_scale = args.action_scale or comadice_bc.Args.action_scale
-    args = resolve(args, mean_abs_reward(rows), return_deviation(rows))
+    units = mean_abs_reward(rows), return_deviation(rows)
+    bc_scale = resolve(replace(args, advantage=None), *units).action_scale  # --advantage agent has one of its own
+    args = resolve(args, *units)
     alphas = f"alpha {args.alpha:g}, episode alpha {args.episode_alpha:g}"
     scale = "" if card["discrete"] else f", action scale {args.action_scale:g}"
     objective = f"objective {args.objective}, w* from {args.advantage}"

@@ -329,6 +329,18 @@ def test_demonstration(hopper_data, tmp_path, monkeypatch, capsys):
     assert (runs / "ratio.png").read_bytes() == (runs / "comadice/seed0/ratio.png").read_bytes()
 
 
+@pytest.mark.parametrize("flags, scales", [({"preset": "paper"}, (1.0, 1.0)), ({"advantage": "agent"}, (0.75, 0.85))])
+def test_the_demonstration_s_bcs_play_the_preset_s_action_scale(flags, scales, hopper_data, tmp_path):
+    """--advantage agent brings an --action-scale for ComaDICE alone."""
+    size = {"seeds": [0], "steps": 2, "evals": 1, "eval_episodes": 1, "hidden": 16, "device": "cpu"}
+    place = {"data": str(hopper_data), "out": str(tmp_path / "runs")}
+    comadice_train.main(dataclasses.replace(comadice_train.DEMO, **size | place | flags), is_demo=True)
+    played = lambda algo: json.loads(
+        (tmp_path / f"runs/mamujoco/hopper/random/{algo}/seed0/config.json").read_text()
+    )["action_scale"]
+    assert (played("comadice"), played("bc"), played("bc-best10")) == (*scales, scales[1])
+
+
 def test_the_demonstration_has_an_episode_alpha_of_its_own_only_with_its_own_method():
     """Otherwise --preset paper would draw by episodes, which the paper does not."""
     chosen = lambda **flags: comadice_train.demonstration(comadice_train.Args(**flags)).episode_alpha
