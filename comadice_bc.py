@@ -152,12 +152,12 @@ def with_ratios(rows: TensorDict, ratios: dict[int, Tensor | None]) -> TensorDic
     is_transition = (~last_rows(rows)).to(rows["reward"].dtype)
     columns = []
     for seed, w in ratios.items():
-        column = is_transition.clone()
+        column = is_transition
         if w is not None:
             if not usable(w):
                 why = f"the ratio w* can't be used (its mean is {w.mean():.3g}), the critics diverged"
                 raise Diverged([seed], f"{why}: use a larger --alpha or another --objective, or leave this seed out")
-            column = column.new_zeros(len(column), *w.shape[1:])
+            column = is_transition.new_zeros(len(is_transition), *w.shape[1:])
             column[is_transition > 0] = w / w.mean()
         columns.append(column)
     rows = rows.clone(recurse=False).unlock_()

@@ -272,8 +272,8 @@ def main(args: Args):
         scale = getattr(policy, "action_scale", None)
         how = {"episodes": args.episodes, "seed": args.seed, "workers": args.workers, "action_scale": scale}
         rows.append({"run": str(run)} | how | result)
-    settings = [{k: v for k, v in state["config"].items() if k not in (*FREE, "checkpoint")} for _, state in loaded]
-    settings = [OLDER | setting for setting in settings]
+    configs = [OLDER | state["config"] for _, state in loaded]
+    settings = [{k: v for k, v in config.items() if k not in (*FREE, "checkpoint")} for config in configs]
     for setting, row in zip(settings, rows):
         setting["action_scale"] = row["action_scale"]  # as it was played
     cells = [(state["algo"], state["card"], setting) for (_, state), setting in zip(loaded, settings)]

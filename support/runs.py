@@ -341,8 +341,7 @@ def begin(args, algo: str, card: dict, where: str, seed: int, path: Path, first:
         raise BadInput(f"{path}/config.json is not that of a run")
     if "action_scale" in config:  # runs older than this flag play their mean action; in battles it has no effect
         old = {"action_scale": config["action_scale"] if card["discrete"] else 1.0} | old
-    if algo == "comadice":
-        old = OLDER | old
+    old = OLDER | old
     grows = isinstance(old.get("steps"), int) and args.steps > old["steps"]
     free = FREE + GROWS * grows
     changed = [key for key in sorted(config) if key not in free and old.get(key) != config[key]]
