@@ -648,12 +648,11 @@ def test_policy_of_the_default_tends_to_the_behaviour(seed, termination, advanta
         args = comadice_train.resolve(given, rows["reward"].abs().mean().item(), return_deviation(rows))
         assert args.objective == "semi" and args.bound
         critics = tabular_critics(m.n, m.S, m.S)
-        target, optimizer = copy.deepcopy(critics), torch.optim.Adam(critics.parameters(), args.critic_lr)
         if advantage == "td":
-            del critics.q, target.q
+            del critics.q
         if advantage == "agent":
             critics.v = TabularNu(m.n, m.S)
-            target, optimizer = copy.deepcopy(critics), torch.optim.Adam(critics.parameters(), args.critic_lr)
+        target, optimizer = copy.deepcopy(critics), torch.optim.Adam(critics.parameters(), args.critic_lr)
         data = comadice_train.data_facts(rows, args)
         update = comadice_train.make_critic_update(critics, target, optimizer, args, data)
         for _ in range(300):
