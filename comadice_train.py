@@ -56,7 +56,8 @@ class Args:
     """what w* is computed from. td: r + gamma nu_tot(s') - nu_tot(s). q: M[q - nu] - M[0], with q trained by Eq. 9
     (printed: M[q - nu]; released_nu: from W_i (q_i - nu_i) of each agent). agent: every agent has its own w*, from its
     part W_i (q_i - v_i), plus --residual times what these parts leave of the TD form; v_i is the mean of q_i over
-    recorded actions. It has its own defaults of --policy-alpha, --critic-lr and --action-scale"""
+    recorded actions. It has its own defaults of --policy-alpha, --neighbours, --critic-lr, --critic-lr-decay and
+    --action-scale"""
     residual: float = 0.3
     """with --advantage agent: from 0 (q is trusted) to 1 (q only removes what the other agents did)"""
     alpha: float | None = None
@@ -67,7 +68,11 @@ class Args:
     episode_alpha: float | None = None
     """transitions of better episodes are drawn more often. A smaller value prefers them more; 0 switches this off. It
     is the alpha of a ratio between episodes, in units of the return (default with semi: the mean absolute deviation of
-    the episodes' returns, clipped to their 10th and 90th percentile)"""
+    the episodes' returns, clipped to their 10th and 90th percentile; with --neighbours half of that of the neighbours'
+    mean returns)"""
+    neighbours: bool | None = None
+    """an episode counts as good if the 32 episodes before it and the 32 after it have high returns. Its own return does
+    not count, since it is partly luck. It does if neighbours tell nothing about it (default with --advantage agent)"""
     action_scale: float | None = None
     """robots' policies play this multiple of their mean action, clipped to the simulator's box (default 0.85, with
     --advantage agent 0.75; 1: the mean)"""
@@ -90,6 +95,8 @@ class Args:
     critic_lr: float | None = None
     """Adam's learning rate for nu, q, v and the mixer (default 3e-4, with --advantage agent 1e-3; Table 4: 1e-4 for q,
     and none for the others)"""
+    critic_lr_decay: bool | None = None
+    """let the learning rate of nu, q, v and the mixer fall linearly to 0 (default with --advantage agent)"""
     lr: float | None = None
     """Adam's learning rate for the policies (default 1e-3; Table 4: 1e-4)"""
     lr_decay: bool | None = None
@@ -175,7 +182,7 @@ from comadice_eval import try_eval_env
 from comadice_mixer import Critics
 from environments import stops
 from environments.checks import pick_device, run_script
-from offline_data.dataset import CHUNK
+from offline_data.dataset import CHUNK, preferred_by
 from offline_data.facts import DataFacts, data_facts, mean_abs_reward, return_deviation
 from offline_data.replay import as_transition, episode_weights, initial_rows, make_replay, transition_rows
 from support import ratio_picture
@@ -207,7 +214,7 @@ from support.seeds import (
 from support.stages import Stage
 
 # The entries of a transition, and of an initial state, that Eq. 9 and Eq. 10 need.
-CRITIC_KEYS = ["state", ("agents", "observation"), ("agents", "action"), "reward", "terminated"]
+CRITIC_KEYS = ["state", ("agents", "observation"), ("agents", "action"), "reward", "terminated", "episode_ratio"]
 INIT_KEYS = ["state", ("agents", "observation")]
 STARTS = 1024  # nu_init in metrics.csv is the mean of nu_tot over the dataset's first 1024 initial states
 
@@ -273,7 +280,9 @@ def nu_loss(
     """
     f, gamma, lam = losses.DIVERGENCES[args.f], args.gamma, critics.lam
     if args.objective == "semi":  # the default, in the place of Eq. 10: no gradient flows at s'
-        return losses.semi_loss(nu_s, td, alpha, f), losses.occupancy_ratio(td, alpha, f)
+        ratio = batch.get("episode_ratio")  # [B, 1] if the batch was drawn without it, see train_critics
+        weights = None if ratio is None else ratio[:, 0] / len(ratio)
+        return losses.semi_loss(nu_s, td, alpha, f, weights), losses.occupancy_ratio(td, alpha, f)
     if args.objective == "released_nu":  # the released code's rule. theta gets no gradient: q's loss trains it
         A_i, nu_init = local_form(critics, batch, q), critics.nu(init["agents", "observation"])
         loss = losses.released_nu_loss(nu_init, A_i, alpha, f, gamma, lam)
@@ -366,7 +375,8 @@ def train_critics(rows: TensorDict, card: dict, args: Args, runs: list[Run], fac
 
     A transition is a row of `rows` and the next row. Not in the paper: for critics and policies, a transition is drawn
     with a probability proportional to `weights`, the ratio of its episode (comadice_losses.episode_ratio). Initial
-    states are drawn uniformly.
+    states are drawn uniformly. With --advantage agent the critics' transitions are drawn uniformly, too. Then the ratio
+    is a factor in nu's loss, so q and v learn from good and poor episodes alike.
     """
     device, seeds = pick_device(args.device), [run.seed for run in runs]
     critics, target = make_stacked(lambda: make_critics(card, args).to(device), seeds)  # line 1: theta, psi_q, psi_nu
@@ -375,6 +385,10 @@ def train_critics(rows: TensorDict, card: dict, args: Args, runs: list[Run], fac
     parts = {"critics": critics, "target": target, "critic_optimizer": optimizer}
     stage = Stage("critics", "critics", args, runs, parts, generators, "critic_")
     how, first_rows = {"generators": generators, "device": device}, initial_rows(rows)
+    if args.advantage == "agent" and weights is not None:
+        ratio = torch.zeros_like(rows["reward"])
+        ratio[transition_rows(rows), 0] = (weights / weights.mean()).to(ratio.dtype)
+        rows, weights = rows.clone(recurse=False).unlock_().set("episode_ratio", ratio), None
     transitions = make_replay(rows, CRITIC_KEYS, pairs=True, weights=weights, **how)
     initial_states = make_replay(rows, INIT_KEYS, pairs=False, drawn_from=first_rows, **how)
     # nu_tot(s0) of always the same initial states, for metrics.csv alone
@@ -386,6 +400,8 @@ def train_critics(rows: TensorDict, card: dict, args: Args, runs: list[Run], fac
     sources = (transitions, args.batch_size), (initial_states, args.init_batch_size)
     # line 3: training the occupancy ratio
     for step, batch, init in stage.steps(*sources):  # line 4: to step args.steps
+        if args.critic_lr_decay:
+            optimizer.param_groups[0]["lr"].fill_(args.critic_lr * (1 - (step - 1) / args.steps))  # not lambda's
         results = update(batch, init)  # lines 5 to 7: `update` of make_critic_update
         if step in stage.eval_steps:  # --evals times
             metrics = [critic_metrics(*result, args) for result in split_seeds(results, seeds)]
@@ -456,7 +472,7 @@ def train_seeds(args: Args, rows: TensorDict, card: dict, env) -> list[list[dict
     Seeds at the same step are trained together.
     """
     runs = start_runs(args, "comadice", card, rows, {"critic_step": 0, "critic_seconds": 0.0})
-    facts, weights = data_facts(rows, args), episode_weights(rows, args.episode_alpha, args.f)
+    facts, weights = data_facts(rows, args), episode_weights(rows, args.episode_alpha, args.f, args.neighbours)
     while group := next_group(runs):
         try:
             algorithm_1(rows, card, args, group, env, facts, weights)
@@ -486,12 +502,15 @@ def main(args: Args, is_demo: bool = False):
     check_args(args)
     device = pick_device(args.device, args.tf32)
     rows, card = load_dataset(args, device, "comadice")  # line 1: the offline data D
-    units = mean_abs_reward(rows), return_deviation(rows)
+    units = mean_abs_reward(rows), return_deviation(rows), return_deviation(rows, neighbours=True)
     bc_scale = resolve(replace(args, advantage=None), *units).action_scale  # --advantage agent has one of its own
     args = resolve(args, *units)
     alphas = f"alpha {args.alpha:g}, episode alpha {args.episode_alpha:g}"
     scale = "" if card["discrete"] else f", action scale {args.action_scale:g}"
     objective = f"objective {args.objective}, w* from {args.advantage}"
+    if args.neighbours and args.episode_alpha:
+        told = preferred_by(rows, neighbours=True)[1]
+        alphas += " by the neighbours' returns" if told else " by the own returns (neighbours tell nothing)"
     if args.advantage == "agent":
         alphas = f"residual {args.residual:g}, alpha of the weights {args.policy_alpha * args.alpha:.4g}, {alphas}"
     print(f"preset {args.preset}: {objective}, {alphas}, tau {args.tau:g}{scale}")

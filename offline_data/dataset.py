@@ -34,6 +34,7 @@ from environments.checks import BadInput
 from offline_data.card import COUNTS, RETURNS, check_card, read_json, verify
 
 CHUNK, CHUNK_BYTES = 65536, 2**26  # rows, and bytes of rows, that are read together: this bounds the memory
+NEIGHBOURS, TELLING = 32, 0.2  # see policy_returns
 CHECKED_AT_OPENING = 2**26  # bytes; the checksums of a smaller dataset are compared whenever it is opened
 
 
@@ -71,6 +72,42 @@ def episode_returns(rows: TensorDict) -> torch.Tensor:
     return torch.zeros(int(episode[-1]) + 1, dtype=torch.float64, device=episode.device).index_add_(
         0, episode, rows["reward"][:, 0].double()
     )
+
+
+def clipped(returns: torch.Tensor) -> torch.Tensor:
+    """Returns [E] clipped to their 10th and 90th percentile: a few episodes far from all others then count less."""
+    return returns.clamp(*returns.quantile(returns.new_tensor([0.1, 0.9])))
+
+
+def policy_returns(returns: torch.Tensor) -> torch.Tensor | None:
+    """An estimate of what the policy that played an episode returns on average: [E] float64 -> [E], or None.
+
+    It is the mean return of the NEIGHBOURS episodes before the episode and of as many after it, fewer at the ends. A
+    dataset is in the order in which it was recorded, so nearly the same policy played them. The episode itself is left
+    out, so its own luck does not count.
+
+    None: neighbours tell nothing. All episodes are of one policy, or they are not in the order of recording. This is
+    so if the estimate's correlation with the clipped returns is below TELLING, or if there are too few episodes.
+    """
+    count = len(returns)
+    if count <= 2 * NEIGHBOURS:
+        return None
+    index, before = torch.arange(count, device=returns.device), returns.new_zeros(count + 1)
+    before[1:] = returns.cumsum(0)  # before[i] is the sum of the first i returns
+    first, end = (index - NEIGHBOURS).clamp(min=0), (index + NEIGHBOURS + 1).clamp(max=count)
+    estimate = (before[end] - before[first] - returns) / (end - first - 1)
+    correlation = torch.corrcoef(torch.stack([estimate, clipped(returns)]))[0, 1]
+    return estimate if correlation >= TELLING else None  # nan, from equal returns, is not above it either
+
+
+def preferred_by(rows: TensorDict, neighbours: bool) -> tuple[torch.Tensor, bool]:
+    """([E] float64: by what the ratio between episodes prefers them, whether that is policy_returns).
+
+    It is the episodes' own returns without `neighbours`, or where policy_returns is None.
+    """
+    returns = episode_returns(rows)
+    estimate = policy_returns(returns) if neighbours else None
+    return (returns, False) if estimate is None else (estimate, True)
 
 
 def _check_values(path: Path, rows: TensorDict, card: dict):

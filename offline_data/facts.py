@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from tensordict import TensorDict
 
-from offline_data.dataset import episode_returns, last_rows
+from offline_data.dataset import clipped, last_rows, preferred_by
 
 
 class DataFacts(NamedTuple):
@@ -37,13 +37,14 @@ def mean_abs_reward(rows: TensorDict) -> float:
     return rows["reward"][~last_rows(rows)].double().abs().mean().item() or 1.0
 
 
-def return_deviation(rows: TensorDict) -> float:
+def return_deviation(rows: TensorDict, neighbours: bool = False) -> float:
     """The mean absolute deviation of the episodes' returns from their mean, the unit of --episode-alpha's default.
 
     Returns are first clipped to their 10th and 90th percentile. A few episodes far from all others, such as ant's very
-    poor ones, would otherwise decide it.
+    poor ones, would otherwise decide it. With `neighbours` it is half of the deviation of policy_returns, if these tell
+    anything: there is no luck in them, so they can be followed more closely.
     """
-    returns = episode_returns(rows)
-    low, high = returns.quantile(returns.new_tensor([0.1, 0.9]))
-    returns = returns.clamp(low, high)
-    return (returns - returns.mean()).abs().mean().item()
+    returns, of_policies = preferred_by(rows, neighbours)
+    returns = clipped(returns)
+    deviation = (returns - returns.mean()).abs().mean().item()
+    return deviation / 2 if of_policies else deviation

@@ -7,7 +7,7 @@ from torchrl.data.replay_buffers.samplers import Sampler
 
 from comadice_losses import DIVERGENCES, episode_ratio
 from environments.stops import asked
-from offline_data.dataset import episode_returns, last_rows
+from offline_data.dataset import episode_returns, last_rows, preferred_by
 
 DRAW = 16  # batches drawn together, see minibatches
 
@@ -35,14 +35,14 @@ def best_transitions(rows: TensorDict, share: float) -> torch.Tensor:
     return row[best_episodes(episode_returns(rows), share)[rows["episode"][row, 0]]]
 
 
-def episode_weights(rows: TensorDict, alpha: float, f: str) -> torch.Tensor | None:
+def episode_weights(rows: TensorDict, alpha: float, f: str, neighbours: bool = False) -> torch.Tensor | None:
     """The weights with which ComaDICE draws transitions, [T]: episode_ratio of their episodes. None with alpha 0.
 
-    alpha is in units of an episode's return, f is a key of DIVERGENCES.
+    alpha is in units of an episode's return, f is a key of DIVERGENCES. `neighbours`: see preferred_by.
     """
     if not alpha:
         return None
-    w = episode_ratio(episode_returns(rows), alpha, DIVERGENCES[f])
+    w = episode_ratio(preferred_by(rows, neighbours)[0], alpha, DIVERGENCES[f])
     return w[rows["episode"][transition_rows(rows), 0]]
 
 

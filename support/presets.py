@@ -24,10 +24,12 @@ OBJECTIVES = {
     "printed": {"advantage": "q", "alpha": 5.0, "tau": 0.005, "bound": False},
     "released_nu": {"advantage": "q", "alpha": 5.0, "tau": 0.005, "bound": False},
 }
-AGENT = {"policy_alpha": 0.15, "critic_lr": 1e-3, "action_scale": 0.75}  # what --advantage agent brings
+AGENT = {  # what --advantage agent brings
+    "policy_alpha": 0.15, "neighbours": True, "critic_lr": 1e-3, "critic_lr_decay": True, "action_scale": 0.75,
+}  # fmt: skip
 COMMON = {
     "episode_alpha": 0.0, "lambda_scale": 0.0, "critic_lr": 3e-4, "layer_norm": True, "lr": 1e-3, "lr_decay": True,
-    "ema": 0.999, "action_scale": 0.85, "policy_alpha": 1.0,
+    "ema": 0.999, "action_scale": 0.85, "policy_alpha": 1.0, "neighbours": False, "critic_lr_decay": False,
 }  # fmt: skip
 
 
@@ -55,10 +57,11 @@ def check(args):
         raise BadInput("--advantage agent is made for --objective semi")
 
 
-def resolve(args, mean_abs_reward: float, return_deviation: float = 0.0):
+def resolve(args, mean_abs_reward: float, return_deviation: float = 0.0, policy_deviation: float = 0.0):
     """comadice_train.Args with every flag filled in. Raises BadInput as check does.
 
-    mean_abs_reward and return_deviation: see offline_data/facts.py. With a deviation of 0 all episodes count the same.
+    mean_abs_reward, return_deviation and policy_deviation, which is return_deviation with --neighbours: see
+    offline_data/facts.py. With a deviation of 0 all episodes count the same.
     """
     given = {name: value for name, value in asdict(args).items() if value is not None}
     if "alpha" in given:
@@ -75,7 +78,9 @@ def resolve(args, mean_abs_reward: float, return_deviation: float = 0.0):
         # much farther from 1 than w*, so it grows by the square, to catch up with w*. It does not shrink with --alpha:
         # too few episodes would be left to learn from.
         times = max(given.get("alpha", own["alpha"]) / own["alpha"], 1.0) ** 2
-        own["episode_alpha"] = four_digits(own["episode_alpha"] * return_deviation * times)
+        neighbours = (COMMON | own | preset | given)["neighbours"]
+        deviation = policy_deviation if neighbours else return_deviation
+        own["episode_alpha"] = four_digits(own["episode_alpha"] * deviation * times)
     own["reward_scale"] = four_digits(0.2 / mean_abs_reward)
     args = replace(args, **COMMON | own | preset | given)
     check(args)

@@ -44,9 +44,10 @@ from support.flags import ABOUT, commit, versions
 from support.seeds import name_seeds
 
 # Flags of a run that its summary.json repeats.
-METHOD_FLAGS = ("preset", "objective", "advantage", "residual", "alpha", "policy_alpha", "episode_alpha",
+METHOD_FLAGS = ("preset", "objective", "advantage", "residual", "alpha", "policy_alpha", "episode_alpha", "neighbours",
                 "action_scale", "tau", "lr")  # fmt: skip
-OLDER = {"policy_alpha": 1.0, "residual": 0.3}  # what ComaDICE's runs from before these flags are taken to have
+# What ComaDICE's runs from before these flags are taken to have.
+OLDER = {"policy_alpha": 1.0, "residual": 0.3, "neighbours": False, "critic_lr_decay": False}
 FITS = 0.7  # share of a GPU's free memory that a dataset may take; training needs the rest
 # Arguments that may differ when a run is resumed.
 FREE = ("seeds", "data", "out", "resume", "overwrite", "device", "data_device", "workers", "graph", "quiet", "logger",

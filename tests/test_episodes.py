@@ -12,7 +12,7 @@ from tensordict import TensorDict
 import comadice_bc
 import comadice_train
 from comadice_losses import DIVERGENCES, effective_sample_size, episode_ratio
-from offline_data.dataset import episode_returns, open_dataset
+from offline_data.dataset import episode_returns, open_dataset, policy_returns
 from offline_data.facts import return_deviation
 from offline_data.replay import episode_weights, make_replay, transition_rows
 
@@ -96,6 +96,56 @@ def test_a_few_very_poor_episodes_do_not_change_the_deviation():
     assert deviation([2.0] * 95 + [0.0] * 5) == 0, "nearly all are equal: no episode is preferred"
 
 
+def played_by_better_and_better_policies(count: int = 500) -> tuple[np.ndarray, np.ndarray]:
+    """(what each episode's policy returns on average, the returns), with as much luck as there is progress."""
+    expected = np.linspace(0, 10, count)
+    return expected, expected + np.random.default_rng(0).normal(0, 3, count)
+
+
+def test_policy_returns_are_means_over_neighbours():
+    expected, returns = played_by_better_and_better_policies()
+    estimate = policy_returns(torch.tensor(returns)).numpy()
+    for i in (0, 1, 40, 250, 498, 499):
+        neighbours = [returns[j] for j in range(max(i - 32, 0), min(i + 33, 500)) if j != i]
+        assert estimate[i] == pytest.approx(np.mean(neighbours))
+    assert np.abs(estimate - expected)[32:-32].mean() < 0.2 * np.abs(returns - expected).mean()
+    luck = (returns - expected)[32:-32]
+    assert abs(np.corrcoef(luck, estimate[32:-32])[0, 1]) < 0.1, "an episode's own luck does not count"
+
+
+def test_neighbours_that_tell_nothing():
+    _, returns = played_by_better_and_better_policies()
+    rng = np.random.default_rng(1)
+    for other in (rng.permutation(returns), rng.normal(size=500), np.ones(500), returns[:64]):
+        assert policy_returns(torch.tensor(other)) is None
+    assert policy_returns(torch.tensor(returns[:65] * np.arange(65))) is not None
+
+
+def recorded(returns: np.ndarray) -> TensorDict:
+    """A dataset of episodes of one transition each."""
+    last = torch.arange(2 * len(returns))[:, None] % 2 == 1
+    reward = torch.tensor(returns).repeat_interleave(2)[:, None].where(~last, 0.0)
+    episode = torch.arange(len(returns)).repeat_interleave(2)[:, None]
+    return TensorDict({"reward": reward, "episode": episode, "done": ~last, "is_init": ~last}, [len(last)])
+
+
+def test_neighbours_decide_which_episodes_are_preferred():
+    _, returns = played_by_better_and_better_policies()
+    rows = recorded(returns)
+    estimate = policy_returns(torch.tensor(returns))
+    clipped = np.clip(estimate, *np.percentile(estimate, [10, 90]))
+    half = np.abs(clipped - clipped.mean()).mean() / 2
+    assert return_deviation(rows, neighbours=True) == pytest.approx(half)
+    expected = episode_ratio(estimate, half, DIVERGENCES["soft_chi2"])
+    torch.testing.assert_close(episode_weights(rows, half, "soft_chi2", neighbours=True), expected)
+    # Where neighbours tell nothing, each episode's own return counts, as without them.
+    shuffled = recorded(np.random.default_rng(1).permutation(returns))
+    assert return_deviation(shuffled, neighbours=True) == return_deviation(shuffled)
+    torch.testing.assert_close(
+        episode_weights(shuffled, 2.0, "soft_chi2", neighbours=True), episode_weights(shuffled, 2.0, "soft_chi2")
+    )
+
+
 def test_the_default_prefers_the_good_episodes_and_tends_to_all_of_them():
     rows, _ = open_dataset(FEW_GOOD)
     deviation = return_deviation(rows)
@@ -142,3 +192,27 @@ def test_critics_and_policies_both_draw_by_the_ratio(tmp_path, monkeypatch):
     drawn.clear()
     comadice_bc.main(comadice_bc.Args(**short))
     assert drawn == {("comadice_bc", False): [None]}, "plain BC draws equally"
+
+
+def test_with_a_weight_for_each_agent_the_critics_draw_equally(tmp_path, monkeypatch):
+    """The ratio between episodes is then an entry of their transitions, with mean 1. The policies draw by it."""
+    drawn, entries = {}, []
+
+    def watch(module, real):
+        def make(rows, keys, **how):
+            drawn.setdefault((module.__name__, how["pairs"]), []).append(how.get("weights"))
+            entries.append(rows.get("episode_ratio"))
+            return real(rows, keys, **how)
+
+        monkeypatch.setattr(module, "make_replay", make)
+
+    for module in (comadice_train, comadice_bc):
+        watch(module, module.make_replay)
+    short = {"data": str(FEW_GOOD), "out": str(tmp_path), "steps": 1, "evals": 1, "eval_episodes": 1, "hidden": 8}
+    comadice_train.main(comadice_train.Args(episode_alpha=50.0, advantage="agent", **short))
+    rows, _ = open_dataset(FEW_GOOD)
+    expected = episode_weights(rows, 50.0, "soft_chi2")
+    assert drawn["comadice_train", True] == [None]
+    torch.testing.assert_close(drawn["comadice_bc", False][0], expected)
+    ratio = entries[0][transition_rows(rows), 0].double()
+    torch.testing.assert_close(ratio, expected / expected.mean(), rtol=1e-5, atol=1e-6)

@@ -645,7 +645,8 @@ def test_policy_of_the_default_tends_to_the_behaviour(seed, termination, advanta
     for alpha in (0.5, 1000.0, 10_000.0):
         # The alpha that counts is that of the weights, so it is not divided for --advantage agent.
         given = comadice_train.Args(alpha=alpha, policy_alpha=1.0, advantage=advantage, gamma=m.gamma, critic_lr=0.02)
-        args = comadice_train.resolve(given, rows["reward"].abs().mean().item(), return_deviation(rows))
+        deviations = return_deviation(rows), return_deviation(rows, neighbours=True)
+        args = comadice_train.resolve(given, rows["reward"].abs().mean().item(), *deviations)
         assert args.objective == "semi" and args.bound
         critics = tabular_critics(m.n, m.S, m.S)
         if advantage == "td":
@@ -659,7 +660,7 @@ def test_policy_of_the_default_tends_to_the_behaviour(seed, termination, advanta
             update(batch, init)
         w = comadice_train.dataset_ratio(target, rows, args, data).numpy()
         # how often Eq. 11 draws a transition
-        draws = episode_weights(rows, args.episode_alpha, args.f).numpy()
+        draws = episode_weights(rows, args.episode_alpha, args.f, args.neighbours).numpy()
         if advantage == "agent":
             table, each = np.asarray(m.actions)[a], w.T  # every agent's action, and its weights
         else:
@@ -958,6 +959,23 @@ def test_v_is_the_mean_of_q_over_recorded_actions():
             seen = obs[:, i, o] == 1
             if seen.any():
                 assert critics.v.table[i, o].item() == pytest.approx(q[seen, i].mean().item(), abs=1e-6)
+
+
+def test_the_ratio_between_episodes_is_a_factor_in_nu_s_loss_alone():
+    """A transition with ratio 2 counts in nu's gradient as if it was there twice, one with ratio 0 as if it was not."""
+    critics, target, batch, init = random_setting(lam=0.0)
+    args = comadice_train.Args(
+        objective="semi", advantage="q", gamma=GAMMA, alpha=ALPHA / SCALE, reward_scale=SCALE, lambda_scale=0.0
+    )
+    ratio = torch.tensor([2.0, 0.0] + [1.0] * (B - 2), dtype=torch.float64)
+    twice = batch[torch.tensor([0, 0, *range(2, B)])]
+    plain, weighted = batch.clone(), batch.clone().set("episode_ratio", ratio[:, None])
+    L_q, L_nu = {}, {}
+    for name, given in (("twice", twice), ("plain", plain), ("weighted", weighted)):
+        L_q[name], L_nu[name], _, _ = comadice_train.critic_losses(critics, target, given, init, ALPHA, args, FREE)
+    torch.testing.assert_close(L_nu["weighted"], L_nu["twice"])
+    torch.testing.assert_close(L_q["weighted"], L_q["plain"])
+    assert (L_nu["plain"] - L_nu["twice"]).abs() > 1e-5 and (L_q["plain"] - L_q["twice"]).abs() > 1e-5
 
 
 @pytest.mark.parametrize("residual", [0.0, 0.4])

@@ -510,7 +510,8 @@ def test_action_scale_reaches_the_simulator(module, algo, hopper_data, tmp_path)
 def test_a_run_from_before_policy_alpha_goes_on(hopper_data, tmp_path):
     run = train(hopper_data, tmp_path, steps=10, evals=1)
     config = json.loads((run / "config.json").read_text())
-    del config["policy_alpha"], config["residual"]
+    for flag in ("policy_alpha", "residual", "neighbours", "critic_lr_decay"):
+        del config[flag]
     (run / "config.json").write_text(json.dumps(config))
     train(hopper_data, tmp_path, steps=20, evals=2, resume=True)
     assert checkpoint(run)["step"] == 20
@@ -1402,11 +1403,13 @@ def test_an_objective_brings_its_own_values(objective):
 
 
 def test_a_weight_for_each_agent_brings_its_own_values():
-    default, agent = (comadice_train.resolve(comadice_train.Args(advantage=way), 2.0) for way in (None, "agent"))
-    own = {"advantage": "agent", "policy_alpha": 0.15, "critic_lr": 1e-3, "action_scale": 0.75}
-    assert agent == dataclasses.replace(default, **own)
-    given = comadice_train.resolve(comadice_train.Args(advantage="agent", policy_alpha=2.0), 2.0)
-    assert given == dataclasses.replace(agent, policy_alpha=2.0)
+    sizes = 2.0, 30.0, 8.0  # of rewards, of returns, and of neighbours' mean returns
+    default, agent = (comadice_train.resolve(comadice_train.Args(advantage=way), *sizes) for way in (None, "agent"))
+    own = {"advantage": "agent", "policy_alpha": 0.15, "critic_lr": 1e-3, "critic_lr_decay": True, "action_scale": 0.75}
+    assert (default.neighbours, default.critic_lr_decay, default.episode_alpha) == (False, False, 30)
+    assert agent == dataclasses.replace(default, **own, neighbours=True, episode_alpha=8.0)
+    given = comadice_train.resolve(comadice_train.Args(advantage="agent", policy_alpha=2.0, neighbours=False), *sizes)
+    assert given == dataclasses.replace(agent, policy_alpha=2.0, neighbours=False, episode_alpha=30.0)
 
 
 def test_the_default_is_semi():
