@@ -214,7 +214,7 @@ from support.seeds import (
 from support.stages import Stage
 
 # The entries of a transition, and of an initial state, that Eq. 9 and Eq. 10 need.
-CRITIC_KEYS = ["state", ("agents", "observation"), ("agents", "action"), "reward", "terminated", "episode_ratio"]
+CRITIC_KEYS = ["state", ("agents", "observation"), ("agents", "action"), "reward", "terminated"]
 INIT_KEYS = ["state", ("agents", "observation")]
 STARTS = 1024  # nu_init in metrics.csv is the mean of nu_tot over the dataset's first 1024 initial states
 
@@ -280,9 +280,7 @@ def nu_loss(
     """
     f, gamma, lam = losses.DIVERGENCES[args.f], args.gamma, critics.lam
     if args.objective == "semi":  # the default, in the place of Eq. 10: no gradient flows at s'
-        ratio = batch.get("episode_ratio")  # [B, 1] if the batch was drawn without it, see train_critics
-        weights = None if ratio is None else ratio[:, 0] / len(ratio)
-        return losses.semi_loss(nu_s, td, alpha, f, weights), losses.occupancy_ratio(td, alpha, f)
+        return losses.semi_loss(nu_s, td, alpha, f), losses.occupancy_ratio(td, alpha, f)
     if args.objective == "released_nu":  # the released code's rule. theta gets no gradient: q's loss trains it
         A_i, nu_init = local_form(critics, batch, q), critics.nu(init["agents", "observation"])
         loss = losses.released_nu_loss(nu_init, A_i, alpha, f, gamma, lam)
@@ -297,18 +295,23 @@ def nu_loss(
 
 def critic_losses(
     critics: Critics, target: Critics, batch: TensorDict, init: TensorDict, alpha: float | Tensor, args: Args,
-    facts: DataFacts,
+    facts: DataFacts, q_batch: TensorDict | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The losses of lines 5 to 7: (L_q, L(nu, theta), w [B], nu_tot(s) [B]). The last two are for metrics.csv.
 
     batch is [B] transitions, init [B0] initial states, alpha a scalar in scaled rewards; both losses are scalars. L_q
     is 0 if w* does not come from q. With --advantage agent the loss of v is added to it. In Eq. 9 the target networks
     give nu_tot(s'). No parameter gets a gradient from both losses.
+
+    With --advantage agent, `q_batch` are the [B] transitions that q and v learn from, instead of `batch`.
     """
     nu_s, with_q = nu_tot(critics, batch), args.advantage != "td"
     td = td_form(target, batch, nu_s, args, facts) if with_q or args.objective == "semi" else None
-    q = critics.q(batch["agents", "observation"], batch["agents", "action"]) if with_q else None
+    q = critics.q(batch["agents", "observation"], batch["agents", "action"]) if with_q and q_batch is None else None
     L_nu, w = nu_loss(critics, batch, init, nu_s, td, q, alpha, args, facts)  # lines 6 and 7
+    if q_batch is not None:
+        batch, q = q_batch, critics.q(q_batch["agents", "observation"], q_batch["agents", "action"])
+        td = td_form(target, batch, nu_tot(critics, batch), args, facts)
     L_q = torch.zeros_like(L_nu)
     if with_q:
         if args.objective == "released_nu":  # M[q] is fitted to r + gamma nu_tot(s'), and theta is trained with q
@@ -350,18 +353,21 @@ def make_critic_update(
 ):  # fmt: skip
     """Lines 5 to 7 as a function of (batch, init): one Adam step for all at once, then a step of the target networks.
 
-    It returns what critic_losses does. With stacked critics of S seeds, batches are [S, B], losses [S], w and nu_s
-    [S, B]. alpha [S] is in scaled rewards, one for each seed. By default it is args.alpha times args.reward_scale.
+    With --advantage agent it takes q_batch as well. It returns what critic_losses does. With stacked critics of S
+    seeds, batches are [S, B], losses [S], w and nu_s [S, B]. alpha [S] is in scaled rewards, one for each seed. By
+    default it is args.alpha times args.reward_scale.
     """
     alpha = torch.full_like(critics.lam, args.alpha * args.reward_scale) if alpha is None else alpha
     trained = [parameter for name, parameter in critics.named_parameters() if name != "lam" or args.lambda_scale]
-    on_batch = lambda *inputs: critic_losses(*inputs, args, facts)
+    on_batch = lambda critics, target, batch, init, alpha, *q_batch: critic_losses(
+        critics, target, batch, init, alpha, args, facts, *q_batch
+    )
     # losses_of(batch, init, alpha) is critic_losses(critics, target, batch, init, alpha, args, facts), for each seed
     losses_of = per_seed(on_batch, [critics, target], alpha.numel(), args.compile)
     update_target = target_update(target, critics, args.tau)
 
-    def update(batch: TensorDict, init: TensorDict):
-        L_q, L_nu, w, nu_s = losses_of(batch, init, alpha)
+    def update(batch: TensorDict, init: TensorDict, *q_batch: TensorDict):
+        L_q, L_nu, w, nu_s = losses_of(batch, init, alpha, *q_batch)
         set_gradients((L_q + L_nu).sum(), trained)  # no parameter gets a gradient from both
         optimizer.step()  # lines 5, 6 and 7: psi_q, theta and psi_nu
         update_target()
@@ -375,8 +381,8 @@ def train_critics(rows: TensorDict, card: dict, args: Args, runs: list[Run], fac
 
     A transition is a row of `rows` and the next row. Not in the paper: for critics and policies, a transition is drawn
     with a probability proportional to `weights`, the ratio of its episode (comadice_losses.episode_ratio). Initial
-    states are drawn uniformly. With --advantage agent the critics' transitions are drawn uniformly, too. Then the ratio
-    is a factor in nu's loss, so q and v learn from good and poor episodes alike.
+    states are drawn uniformly. So are the transitions of q and v with --advantage agent: these learn from good and poor
+    episodes alike.
     """
     device, seeds = pick_device(args.device), [run.seed for run in runs]
     critics, target = make_stacked(lambda: make_critics(card, args).to(device), seeds)  # line 1: theta, psi_q, psi_nu
@@ -385,10 +391,6 @@ def train_critics(rows: TensorDict, card: dict, args: Args, runs: list[Run], fac
     parts = {"critics": critics, "target": target, "critic_optimizer": optimizer}
     stage = Stage("critics", "critics", args, runs, parts, generators, "critic_")
     how, first_rows = {"generators": generators, "device": device}, initial_rows(rows)
-    if args.advantage == "agent" and weights is not None:
-        ratio = torch.zeros_like(rows["reward"])
-        ratio[transition_rows(rows), 0] = (weights / weights.mean()).to(ratio.dtype)
-        rows, weights = rows.clone(recurse=False).unlock_().set("episode_ratio", ratio), None
     transitions = make_replay(rows, CRITIC_KEYS, pairs=True, weights=weights, **how)
     initial_states = make_replay(rows, INIT_KEYS, pairs=False, drawn_from=first_rows, **how)
     # nu_tot(s0) of always the same initial states, for metrics.csv alone
@@ -397,12 +399,14 @@ def train_critics(rows: TensorDict, card: dict, args: Args, runs: list[Run], fac
     nu_at_starts = per_seed(lambda critics, states: (nu_tot(critics, states).mean(),), [target], len(seeds))
     update = Graph(make_critic_update(critics, target, optimizer, args, facts), args.graph)
     # `semi` ignores the initial states. They are drawn for it too, so that all objectives see the same transitions.
-    sources = (transitions, args.batch_size), (initial_states, args.init_batch_size)
+    sources = [(transitions, args.batch_size), (initial_states, args.init_batch_size)]
+    if args.advantage == "agent":
+        sources.append((make_replay(rows, CRITIC_KEYS, pairs=True, **how), args.batch_size))
     # line 3: training the occupancy ratio
-    for step, batch, init in stage.steps(*sources):  # line 4: to step args.steps
+    for step, *batches in stage.steps(*sources):  # line 4: to step args.steps
         if args.critic_lr_decay:
             optimizer.param_groups[0]["lr"].fill_(args.critic_lr * (1 - (step - 1) / args.steps))  # not lambda's
-        results = update(batch, init)  # lines 5 to 7: `update` of make_critic_update
+        results = update(*batches)  # lines 5 to 7: `update` of make_critic_update
         if step in stage.eval_steps:  # --evals times
             metrics = [critic_metrics(*result, args) for result in split_seeds(results, seeds)]
             with torch.no_grad():

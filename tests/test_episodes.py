@@ -168,8 +168,9 @@ def test_the_default_prefers_the_good_episodes_and_tends_to_all_of_them():
     assert comadice_train.resolve(comadice_train.Args(episode_alpha=0.0), 2.0, deviation).episode_alpha == 0
 
 
-def test_critics_and_policies_both_draw_by_the_ratio(tmp_path, monkeypatch):
-    """What both stages hand to make_replay: the ratio for transitions, nothing for initial states."""
+@pytest.mark.parametrize("advantage", ["td", "agent"])
+def test_critics_and_policies_both_draw_by_the_ratio(advantage, tmp_path, monkeypatch):
+    """What both stages hand to make_replay: the ratio for transitions, nothing for initial states, and for q and v."""
     drawn = {}
 
     def watch(module, real):
@@ -182,37 +183,15 @@ def test_critics_and_policies_both_draw_by_the_ratio(tmp_path, monkeypatch):
     for module in (comadice_train, comadice_bc):
         watch(module, module.make_replay)
     short = {"data": str(FEW_GOOD), "out": str(tmp_path), "steps": 1, "evals": 1, "eval_episodes": 1, "hidden": 8}
-    comadice_train.main(comadice_train.Args(episode_alpha=50.0, **short))
+    comadice_train.main(comadice_train.Args(episode_alpha=50.0, advantage=advantage, **short))
     rows, _ = open_dataset(FEW_GOOD)
     expected = episode_weights(rows, 50.0, "soft_chi2")
     assert expected.std() > 0
+    if advantage == "agent":
+        assert drawn["comadice_train", True].pop() is None
     for weights in (*drawn["comadice_train", True], *drawn["comadice_bc", False]):
         torch.testing.assert_close(weights, expected)
     assert drawn["comadice_train", False] == [None] and len(drawn) == 3
     drawn.clear()
     comadice_bc.main(comadice_bc.Args(**short))
     assert drawn == {("comadice_bc", False): [None]}, "plain BC draws equally"
-
-
-def test_with_a_weight_for_each_agent_the_critics_draw_equally(tmp_path, monkeypatch):
-    """The ratio between episodes is then an entry of their transitions, with mean 1. The policies draw by it."""
-    drawn, entries = {}, []
-
-    def watch(module, real):
-        def make(rows, keys, **how):
-            drawn.setdefault((module.__name__, how["pairs"]), []).append(how.get("weights"))
-            entries.append(rows.get("episode_ratio"))
-            return real(rows, keys, **how)
-
-        monkeypatch.setattr(module, "make_replay", make)
-
-    for module in (comadice_train, comadice_bc):
-        watch(module, module.make_replay)
-    short = {"data": str(FEW_GOOD), "out": str(tmp_path), "steps": 1, "evals": 1, "eval_episodes": 1, "hidden": 8}
-    comadice_train.main(comadice_train.Args(episode_alpha=50.0, advantage="agent", **short))
-    rows, _ = open_dataset(FEW_GOOD)
-    expected = episode_weights(rows, 50.0, "soft_chi2")
-    assert drawn["comadice_train", True] == [None]
-    torch.testing.assert_close(drawn["comadice_bc", False][0], expected)
-    ratio = entries[0][transition_rows(rows), 0].double()
-    torch.testing.assert_close(ratio, expected / expected.mean(), rtol=1e-5, atol=1e-6)

@@ -961,21 +961,25 @@ def test_v_is_the_mean_of_q_over_recorded_actions():
                 assert critics.v.table[i, o].item() == pytest.approx(q[seen, i].mean().item(), abs=1e-6)
 
 
-def test_the_ratio_between_episodes_is_a_factor_in_nu_s_loss_alone():
-    """A transition with ratio 2 counts in nu's gradient as if it was there twice, one with ratio 0 as if it was not."""
+def test_q_and_v_learn_from_a_batch_of_their_own():
     critics, target, batch, init = random_setting(lam=0.0)
+    critics.v, target.v = TabularNu(N_AGENTS, N_OBS), TabularNu(N_AGENTS, N_OBS)
     args = comadice_train.Args(
-        objective="semi", advantage="q", gamma=GAMMA, alpha=ALPHA / SCALE, reward_scale=SCALE, lambda_scale=0.0
-    )
-    ratio = torch.tensor([2.0, 0.0] + [1.0] * (B - 2), dtype=torch.float64)
-    twice = batch[torch.tensor([0, 0, *range(2, B)])]
-    plain, weighted = batch.clone(), batch.clone().set("episode_ratio", ratio[:, None])
-    L_q, L_nu = {}, {}
-    for name, given in (("twice", twice), ("plain", plain), ("weighted", weighted)):
-        L_q[name], L_nu[name], _, _ = comadice_train.critic_losses(critics, target, given, init, ALPHA, args, FREE)
-    torch.testing.assert_close(L_nu["weighted"], L_nu["twice"])
-    torch.testing.assert_close(L_q["weighted"], L_q["plain"])
-    assert (L_nu["plain"] - L_nu["twice"]).abs() > 1e-5 and (L_q["plain"] - L_q["twice"]).abs() > 1e-5
+        objective="semi", advantage="agent", gamma=GAMMA, alpha=ALPHA / SCALE, reward_scale=SCALE, lambda_scale=0.0,
+        tau=0.1,
+    )  # fmt: skip
+    halves = batch[: B // 2], batch[B // 2 :]
+    first, second = (comadice_train.critic_losses(critics, target, x, init, ALPHA, args, FREE) for x in halves)
+    of_nu, q_batch = halves
+    L_q, L_nu, w, nu_s = comadice_train.critic_losses(critics, target, of_nu, init, ALPHA, args, FREE, q_batch)
+    torch.testing.assert_close([L_q, L_nu, w, nu_s], [second[0], *first[1:]])
+    assert (first[0] - second[0]).abs() > 1e-5 and (first[1] - second[1]).abs() > 1e-5
+    tables = [critics.q.table, critics.v.table, critics.nu.table]
+    gradients = [*torch.autograd.grad(second[0], tables[:2]), *torch.autograd.grad(first[1], tables[2:])]
+    expected = [(table - 0.1 * gradient).detach() for table, gradient in zip(tables, gradients)]
+    optimizer = torch.optim.SGD(critics.parameters(), 0.1)
+    comadice_train.make_critic_update(critics, target, optimizer, args, FREE)(of_nu, init, q_batch)
+    torch.testing.assert_close([table.detach() for table in tables], expected)
 
 
 @pytest.mark.parametrize("residual", [0.0, 0.4])
