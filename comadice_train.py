@@ -274,7 +274,7 @@ def nu_loss(
     """What lines 6 and 7 minimise: L(nu, theta) of args.objective, and w [B], which is for metrics.csv alone.
 
     nu_s is nu_tot(s) [B]. td is the TD form [B] with nu_tot(s') from the target networks, slowly moving copies of the
-    networks; only `semi` needs it. q is q_i(o_i, a_i) [B, n], or None with --advantage td. `init` are initial states,
+    networks; only `semi` needs it. q is q_i(o_i, a_i) [B, n], or None without --advantage q. `init` are initial states,
     which `semi` does not need. alpha is in scaled rewards. critics.lam is the multiplier of mass E[w] = 1. It stays at
     0 where --lambda-scale is 0.
     """
@@ -293,6 +293,17 @@ def nu_loss(
     return loss, losses.occupancy_ratio(A_tot, alpha, f, lam)
 
 
+def agent_losses(critics: Critics, target: Critics, batch: TensorDict, args: Args, facts: DataFacts) -> Tensor:
+    """Eq. 9 plus the loss of v, for --advantage agent: a scalar from transitions [B]. It trains q and v alone."""
+    observation, state = batch["agents", "observation"], batch["state"]
+    with torch.no_grad():
+        nu, at = critics.nu(observation), critics.mixer.at(state)
+        td = td_form(target, batch, critics.mixer(nu, state, at), args, facts)
+    q = critics.q(observation, batch["agents", "action"])
+    L_q = losses.q_loss(critics.mixer.advantage(q - nu, state, at), td)  # line 5, Eq. 9
+    return L_q + losses.v_loss(critics.v(observation), q)
+
+
 def critic_losses(
     critics: Critics, target: Critics, batch: TensorDict, init: TensorDict, alpha: float | Tensor, args: Args,
     facts: DataFacts, q_batch: TensorDict | None = None,
@@ -300,18 +311,14 @@ def critic_losses(
     """The losses of lines 5 to 7: (L_q, L(nu, theta), w [B], nu_tot(s) [B]). The last two are for metrics.csv.
 
     batch is [B] transitions, init [B0] initial states, alpha a scalar in scaled rewards; both losses are scalars. L_q
-    is 0 if w* does not come from q. With --advantage agent the loss of v is added to it. In Eq. 9 the target networks
-    give nu_tot(s'). No parameter gets a gradient from both losses.
-
-    With --advantage agent, `q_batch` are the [B] transitions that q and v learn from, instead of `batch`.
+    is 0 if w* does not come from q. In Eq. 9 the target networks give nu_tot(s'). No parameter gets a gradient from
+    both losses. With --advantage agent, q and v learn from the transitions `q_batch`, if there are any, instead of
+    `batch`.
     """
-    nu_s, with_q = nu_tot(critics, batch), args.advantage != "td"
+    nu_s, with_q = nu_tot(critics, batch), args.advantage == "q"
     td = td_form(target, batch, nu_s, args, facts) if with_q or args.objective == "semi" else None
-    q = critics.q(batch["agents", "observation"], batch["agents", "action"]) if with_q and q_batch is None else None
+    q = critics.q(batch["agents", "observation"], batch["agents", "action"]) if with_q else None
     L_nu, w = nu_loss(critics, batch, init, nu_s, td, q, alpha, args, facts)  # lines 6 and 7
-    if q_batch is not None:
-        batch, q = q_batch, critics.q(q_batch["agents", "observation"], q_batch["agents", "action"])
-        td = td_form(target, batch, nu_tot(critics, batch), args, facts)
     L_q = torch.zeros_like(L_nu)
     if with_q:
         if args.objective == "released_nu":  # M[q] is fitted to r + gamma nu_tot(s'), and theta is trained with q
@@ -320,7 +327,7 @@ def critic_losses(
             A_q = q_form(critics, batch, q, args, trains_q=True)
         L_q = losses.q_loss(A_q, td)  # line 5, Eq. 9 (released_nu: the same with M[q])
     if args.advantage == "agent":
-        L_q = L_q + losses.v_loss(critics.v(batch["agents", "observation"]), q)
+        L_q = agent_losses(critics, target, batch if q_batch is None else q_batch, args, facts)
     return L_q, L_nu, w.detach(), nu_s.detach()
 
 
