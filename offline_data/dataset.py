@@ -101,9 +101,9 @@ def policy_returns(returns: torch.Tensor) -> torch.Tensor | None:
 
 
 def preferred_by(rows: TensorDict, neighbours: bool) -> tuple[torch.Tensor, bool]:
-    """([E] float64: by what the ratio between episodes prefers them, whether that is policy_returns).
+    """The scores that the ratio between episodes goes by, [E] float64, and whether they are policy_returns.
 
-    It is the episodes' own returns without `neighbours`, or where policy_returns is None.
+    Without `neighbours`, or if these tell nothing, a score is the episode's own return.
     """
     returns = episode_returns(rows)
     estimate = policy_returns(returns) if neighbours else None
