@@ -111,7 +111,6 @@ from offline_data.dataset import last_rows
 from offline_data.replay import best_transitions, episode_weights, make_replay
 from support.report import report
 from support.runs import (
-    OLDER,
     Diverged,
     Run,
     check_args,
@@ -301,7 +300,7 @@ def load_ratio(run: str, rows: TensorDict, card: dict) -> tuple[Tensor, Tensor |
     check_checkpoint(source, card, run)
     if not usable(source["w"]):
         raise BadInput(f"{run}: its ratio w* can't be used, since its mean is {source['w'].mean():.3g}")
-    config = OLDER | source["config"]
+    config = source["config"]
     drawn = episode_weights(rows, config["episode_alpha"], config["f"], config["neighbours"])
     return source["w"].to(rows["state"].device), drawn
 

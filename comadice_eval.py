@@ -73,7 +73,7 @@ from environments.simulators import check_playable, check_sizes, make_env
 from offline_data.dataset import open_dataset
 from offline_data.durable import check_new, write_text
 from support import video
-from support.runs import FREE, OLDER, load_checkpoint
+from support.runs import FREE, load_checkpoint
 
 MAX_WIDTH = 50  # environments that one process steps together
 
@@ -272,8 +272,8 @@ def main(args: Args):
         scale = getattr(policy, "action_scale", None)
         how = {"episodes": args.episodes, "seed": args.seed, "workers": args.workers, "action_scale": scale}
         rows.append({"run": str(run)} | how | result)
-    configs = [OLDER | state["config"] for _, state in loaded]
-    settings = [{k: v for k, v in config.items() if k not in (*FREE, "checkpoint")} for config in configs]
+    left_out = (*FREE, "checkpoint")
+    settings = [{k: v for k, v in state["config"].items() if k not in left_out} for _, state in loaded]
     for setting, row in zip(settings, rows):
         setting["action_scale"] = row["action_scale"]  # as it was played
     cells = [(state["algo"], state["card"], setting) for (_, state), setting in zip(loaded, settings)]

@@ -69,10 +69,11 @@ class Args:
     """transitions of better episodes are drawn more often. A smaller value prefers them more; 0 switches this off. It
     is the alpha of a ratio between episodes, in units of the return (default with semi: the mean absolute deviation of
     the episodes' returns, clipped to their 10th and 90th percentile; with --neighbours half of that of the neighbours'
-    mean returns)"""
+    mean returns, if these tell something)"""
     neighbours: bool | None = None
     """an episode counts as good if the 32 episodes before it and the 32 after it have high returns. Its own return does
-    not count, since it is partly luck. It does if neighbours tell nothing about it (default with --advantage agent)"""
+    not count, since it is partly luck. Where neighbours tell nothing about an episode's return, its own return counts
+    instead (default with --advantage agent)"""
     action_scale: float | None = None
     """robots' policies play this multiple of their mean action, clipped to the simulator's box (default 0.85, with
     --advantage agent 0.75; 1: the mean)"""
@@ -158,7 +159,7 @@ DEMO = Args(
 
 
 def demonstration(args: Args) -> Args:
-    """DEMO with the method's own --episode-alpha if the flags that it depends on are given in `args`."""
+    """DEMO with the method's own --episode-alpha if `args` has another preset, an objective or an alpha."""
     other = args.preset != "comadice" or args.objective is not None or args.alpha is not None
     return replace(DEMO, resume=not args.overwrite, episode_alpha=None if other else DEMO.episode_alpha)
 
@@ -312,8 +313,7 @@ def critic_losses(
 
     batch is [B] transitions, init [B0] initial states, alpha a scalar in scaled rewards; both losses are scalars. L_q
     is 0 if w* does not come from q. In Eq. 9 the target networks give nu_tot(s'). No parameter gets a gradient from
-    both losses. With --advantage agent, q and v learn from the transitions `q_batch`, if there are any, instead of
-    `batch`.
+    both losses. With --advantage agent, q and v learn from the transitions `q_batch` instead.
     """
     nu_s, with_q = nu_tot(critics, batch), args.advantage == "q"
     td = td_form(target, batch, nu_s, args, facts) if with_q or args.objective == "semi" else None
@@ -327,7 +327,7 @@ def critic_losses(
             A_q = q_form(critics, batch, q, args, trains_q=True)
         L_q = losses.q_loss(A_q, td)  # line 5, Eq. 9 (released_nu: the same with M[q])
     if args.advantage == "agent":
-        L_q = agent_losses(critics, target, batch if q_batch is None else q_batch, args, facts)
+        L_q = agent_losses(critics, target, q_batch, args, facts)
     return L_q, L_nu, w.detach(), nu_s.detach()
 
 

@@ -103,8 +103,8 @@ def needed(card: dict, args: comadice_train.Args) -> tuple[list, list]:
         critics += nu_tot(B, False)
     if args.advantage != "td":
         critics += products(B * n, [O + n, H, H, A] if card["discrete"] else [O + n + A, H, H, 1])
-    if args.advantage == "agent":  # v
-        critics += products(B * n, [O + n, H, H, 1])
+    if args.advantage == "agent":  # v, and on the batch of q and v nu_tot(s) and nu_tot(s')
+        critics += products(B * n, [O + n, H, H, 1]) + 2 * nu_tot(B, False)
     return critics, products(B * n, [O + n, H, H, A if card["discrete"] else 2 * A])
 
 
@@ -162,17 +162,22 @@ def critics_stage(rows: TensorDict, card: dict, n_seeds: int, args: Args, device
     how = {"generators": generators, "device": device}
     replay = make_replay(rows, comadice_train.CRITIC_KEYS, **how)
     initial = make_replay(rows, comadice_train.INIT_KEYS, pairs=False, drawn_from=initial_rows(rows), **how)
-    draw = lambda: minibatches(0, {args.steps}, (replay, train.batch_size), (initial, train.init_batch_size))
+    sources = [(replay, train.batch_size), (initial, train.init_batch_size)]
+    if train.advantage == "agent":
+        sources.append((replay, train.batch_size))
+    draw = lambda: minibatches(0, {args.steps}, *sources)
 
     def steps():
-        for _, batch, init in draw():
-            update(batch, init)
+        for _, *batches in draw():
+            update(*batches)
 
-    _, batch, init = next(draw())
+    _, batch, init, *q_batch = next(draw())
     alpha = torch.full_like(critics.lam, train.alpha * train.reward_scale)
-    on_batch = lambda *inputs: comadice_train.critic_losses(*inputs, train, data)
+    on_batch = lambda critics, target, batch, init, alpha, *q_batch: comadice_train.critic_losses(
+        critics, target, batch, init, alpha, train, data, *q_batch
+    )
     losses_of = per_seed(on_batch, [critics, target], n_seeds, train.compile)
-    losses = lambda: losses_of(batch, init, alpha)
+    losses = lambda: losses_of(batch, init, alpha, *q_batch)
     parts = {
         "sample": lambda: [None for _ in draw()],
         "losses": losses,

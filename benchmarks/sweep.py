@@ -6,9 +6,9 @@ Every member of the grid is what `python comadice_train.py` trains with its flag
 batches differ, since in comadice_train.py they depend on the steps of evaluations. And if w* is computed both ways, all
 critics have a q, so the mixer's first weights differ. The ratio between episodes is off, since w* is what is compared.
 Of the --train flags, these have no effect here: objective, advantage, residual, alpha, episode_alpha, neighbours,
-critic_lr_decay, steps, and those of the groups Task and Run, except compile. Plain BC is a member too, once per --bc-
-lr. A member's score is the mean return of its last evaluations, since single ones are noisy. On a GPU the update is one
-CUDA graph, and the evaluations run in processes beside it.
+critic_lr_decay, steps, and those of the groups Task and Run, except compile. Plain BC is a member too, once per
+--bc-lr. A member's score is the mean return of its last evaluations, since single ones are noisy. On a GPU the update
+is one CUDA graph, and the evaluations run in processes beside it.
 """
 
 import csv

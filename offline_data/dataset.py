@@ -82,12 +82,12 @@ def clipped(returns: torch.Tensor) -> torch.Tensor:
 def policy_returns(returns: torch.Tensor) -> torch.Tensor | None:
     """An estimate of what the policy that played an episode returns on average: [E] float64 -> [E], or None.
 
-    It is the mean return of the NEIGHBOURS episodes before the episode and of as many after it, fewer at the ends. A
-    dataset is in the order in which it was recorded, so nearly the same policy played them. The episode itself is left
+    It is the mean return of the NEIGHBOURS episodes before the episode and of as many after it, fewer at the ends.
+    Usually a dataset is in the order of recording, so nearly the same policy played them. The episode itself is left
     out, so its own luck does not count.
 
-    None: neighbours tell nothing. All episodes are of one policy, or they are not in the order of recording. This is
-    so if the estimate's correlation with the clipped returns is below TELLING, or if there are too few episodes.
+    None if neighbours tell nothing: the estimate's correlation with the clipped returns is below TELLING, or there are
+    too few episodes. One policy may have played all of them, or they may be in another order.
     """
     count = len(returns)
     if count <= 2 * NEIGHBOURS:
@@ -97,7 +97,7 @@ def policy_returns(returns: torch.Tensor) -> torch.Tensor | None:
     first, end = (index - NEIGHBOURS).clamp(min=0), (index + NEIGHBOURS + 1).clamp(max=count)
     estimate = (before[end] - before[first] - returns) / (end - first - 1)
     correlation = torch.corrcoef(torch.stack([estimate, clipped(returns)]))[0, 1]
-    return estimate if correlation >= TELLING else None  # nan, from equal returns, is not above it either
+    return estimate if correlation >= TELLING else None  # equal returns give nan, which fails this too
 
 
 def preferred_by(rows: TensorDict, neighbours: bool) -> tuple[torch.Tensor, bool]:

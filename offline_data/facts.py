@@ -42,7 +42,7 @@ def return_deviation(rows: TensorDict, neighbours: bool = False) -> float:
 
     Returns are first clipped to their 10th and 90th percentile. A few episodes far from all others, such as ant's very
     poor ones, would otherwise decide it. With `neighbours` it is half of the deviation of policy_returns, if these tell
-    anything: there is no luck in them, so they can be followed more closely.
+    anything: there is little luck in them, so they can be followed more closely.
     """
     returns, of_policies = preferred_by(rows, neighbours)
     returns = clipped(returns)

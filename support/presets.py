@@ -57,11 +57,11 @@ def check(args):
         raise BadInput("--advantage agent is made for --objective semi")
 
 
-def resolve(args, mean_abs_reward: float, return_deviation: float = 0.0, policy_deviation: float = 0.0):
+def resolve(args, mean_abs_reward: float, return_deviation: float = 0.0, policy_deviation: float | None = None):
     """comadice_train.Args with every flag filled in. Raises BadInput as check does.
 
-    mean_abs_reward, return_deviation and policy_deviation, which is return_deviation with --neighbours: see
-    offline_data/facts.py. With a deviation of 0 all episodes count the same.
+    mean_abs_reward and return_deviation: see offline_data/facts.py. policy_deviation is the latter with `neighbours`,
+    by default the same as without. With a deviation of 0 all episodes count the same.
     """
     given = {name: value for name, value in asdict(args).items() if value is not None}
     if "alpha" in given:
@@ -79,7 +79,7 @@ def resolve(args, mean_abs_reward: float, return_deviation: float = 0.0, policy_
         # too few episodes would be left to learn from.
         times = max(given.get("alpha", own["alpha"]) / own["alpha"], 1.0) ** 2
         neighbours = (COMMON | own | preset | given)["neighbours"]
-        deviation = policy_deviation if neighbours else return_deviation
+        deviation = policy_deviation if neighbours and policy_deviation is not None else return_deviation
         own["episode_alpha"] = four_digits(own["episode_alpha"] * deviation * times)
     own["reward_scale"] = four_digits(0.2 / mean_abs_reward)
     args = replace(args, **COMMON | own | preset | given)

@@ -22,7 +22,7 @@ from offline_data.dataset import episode_returns, open_dataset
 from offline_data.durable import check_new, write_figure
 from offline_data.replay import best_episodes, episode_weights, transition_rows
 from support.ratio_args import Args
-from support.runs import OLDER, check_checkpoint, load_ratio_run
+from support.runs import check_checkpoint, load_ratio_run
 
 LEAST = -4  # weights below 10^-4 are drawn at this logarithm
 BEST = 0.1  # the picture says how much of the weight this share of the episodes has, the best by return
@@ -53,7 +53,7 @@ class Weights(NamedTuple):
         return sums / torch.bincount(self.episode, minlength=len(self.returns))
 
 
-def weights_of(w: Tensor, rows: TensorDict, episode_alpha: float, f: str, neighbours: bool = False) -> Weights:
+def weights_of(w: Tensor, rows: TensorDict, episode_alpha: float, f: str, neighbours: bool) -> Weights:
     """Weights from a run's ratio w, [T] or [T, n], and its three flags.
 
     Raises BadInput for a ratio that can't be used.
@@ -166,7 +166,7 @@ def draw(state: dict, rows: TensorDict, metrics: list[dict], out: Path, shared: 
     """
     from matplotlib.figure import Figure
 
-    config = OLDER | state["config"]
+    config = state["config"]
     weights = weights_of(state["w"], rows, config["episode_alpha"], config["f"], config["neighbours"])
     figure = Figure(figsize=(9, 6.8))
     axes = figure.subplots(2, 2)

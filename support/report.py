@@ -28,7 +28,7 @@ from offline_data.durable import write_figure
 from offline_data.published import published
 from support import loggers, scores
 from support.report_args import Args
-from support.runs import FREE, OLDER, eval_steps, evaluations_that_count, last_evaluations
+from support.runs import FREE, eval_steps, evaluations_that_count, last_evaluations, with_older
 
 METHODS = ["bc", "bc-best10", "bcq", "cql", "icq", "omar", "omiga", "comadice"]  # the paper's order, with bc-best10
 ABLATIONS = {"alpha": "alpha", "f": "f-divergence", "mixer_layers": "layers of the mixer"}  # Sections B.4, B.5, B.6
@@ -151,7 +151,7 @@ def read_run(path: Path) -> Run:
     else:
         config.pop("action_scale", None)  # battles have discrete actions
     if config["algo"] == "comadice":
-        config = OLDER | config
+        config = with_older(config)
     settings = {k: show(v) for k, v in config.items() if k in ("steps", "evals") or k not in (*FREE, *kinds)}
     if "checkpoint" in settings:  # weighted BC: each seed has the ratio of another run
         settings["checkpoint"] = re.sub(r"seed\d+$", "seed*", settings["checkpoint"])
@@ -224,7 +224,11 @@ def make_cells(runs: list[Run]) -> list[Cell]:
         for configs in by_instance.values():
             names = {name for config in configs for name, _ in config}
             varying |= {name for name in names if len({dict(config).get(name, "(none)") for config in configs}) > 1}
-        if all(follows_alpha([dict(config) for config in configs]) for configs in by_instance.values()):
+        of_rules = defaultdict(list)  # what --episode-alpha is derived from depends on the dataset and on --neighbours
+        for instance, configs in by_instance.items():
+            for config in map(dict, configs):
+                of_rules[instance, config.get("neighbours")].append(config)
+        if all(map(follows_alpha, of_rules.values())):
             varying.discard("episode_alpha")
         for instance, configs in by_instance.items():
             for config, seeds in configs.items():

@@ -48,6 +48,7 @@ METHOD_FLAGS = ("preset", "objective", "advantage", "residual", "alpha", "policy
                 "action_scale", "tau", "lr")  # fmt: skip
 # What ComaDICE's runs from before these flags are taken to have.
 OLDER = {"policy_alpha": 1.0, "residual": 0.3, "neighbours": False, "critic_lr_decay": False}
+OLDER_AGENT = {"neighbours": None}  # those with --advantage agent: their q and v learned from other transitions
 FITS = 0.7  # share of a GPU's free memory that a dataset may take; training needs the rest
 # Arguments that may differ when a run is resumed.
 FREE = ("seeds", "data", "out", "resume", "overwrite", "device", "data_device", "workers", "graph", "quiet", "logger",
@@ -279,8 +280,16 @@ def is_row(row: object) -> bool:
     )
 
 
+def with_older(config: dict) -> dict:
+    """The config of a ComaDICE run, with what its flags are taken to be if it is older than they are."""
+    return OLDER | (OLDER_AGENT if config.get("advantage") == "agent" else {}) | config
+
+
 def load_checkpoint(run: str | Path) -> dict:
-    """A run's checkpoint, on the CPU. Raises BadInput if it is missing, damaged or not of this project."""
+    """A run's checkpoint, on the CPU. Raises BadInput if it is missing, damaged or not of this project.
+
+    The config of a ComaDICE run has all flags, see with_older.
+    """
     path = Path(run, "checkpoint.pt")
     state = sealed.load(path)
     foreign = f"{path} is not a checkpoint of this project"
@@ -298,6 +307,8 @@ def load_checkpoint(run: str | Path) -> dict:
         raise BadInput(f"{foreign}: its step is {state['step']}, beyond its {state['config']['steps']} steps")
     if not all(map(is_row, state["metrics"])):
         raise BadInput(f"{foreign}: its metrics are not a table of numbers")
+    if state["algo"] == "comadice":
+        state["config"] = with_older(state["config"])
     return state
 
 
@@ -313,7 +324,8 @@ def load_ratio_run(run: str | Path) -> dict:
     if not isinstance(w, torch.Tensor) or w.shape not in shapes or not w.is_floating_point():
         what = f"one number for each of the dataset's {n_samples} transitions (or one for each agent)"
         raise BadInput(f"{run}: its ratio is not {what}")
-    flags = {"f": str, "episode_alpha": int | float, "data": str | None, "quality": str}
+    flags = {"f": str, "episode_alpha": int | float, "neighbours": bool | None, "data": str | None,
+             "quality": str}  # fmt: skip
     if not all(isinstance(config.get(k), kind) for k, kind in flags.items()) or config["f"] not in DIVERGENCES:
         raise BadInput(f"{run}: the checkpoint's config is not that of a run of comadice_train.py")
     return state
@@ -342,7 +354,7 @@ def begin(args, algo: str, card: dict, where: str, seed: int, path: Path, first:
         raise BadInput(f"{path}/config.json is not that of a run")
     if "action_scale" in config:  # runs older than this flag play their mean action; in battles it has no effect
         old = {"action_scale": config["action_scale"] if card["discrete"] else 1.0} | old
-    old = OLDER | old
+    old = with_older(old) if algo == "comadice" else old
     grows = isinstance(old.get("steps"), int) and args.steps > old["steps"]
     free = FREE + GROWS * grows
     changed = [key for key in sorted(config) if key not in free and old.get(key) != config[key]]

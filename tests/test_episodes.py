@@ -15,8 +15,10 @@ from comadice_losses import DIVERGENCES, effective_sample_size, episode_ratio
 from offline_data.dataset import episode_returns, open_dataset, policy_returns
 from offline_data.facts import return_deviation
 from offline_data.replay import episode_weights, make_replay, transition_rows
+from support import ratio_picture
+from support.runs import load_checkpoint
 
-FEW_GOOD = ROOT / "data" / "mamujoco" / "hopper" / "few-good"
+FEW_GOOD, DEMO = (ROOT / "data" / "mamujoco" / "hopper" / name for name in ("few-good", "demo"))
 
 
 @pytest.mark.parametrize("name", ["soft_chi2", "chi2", "kl"])
@@ -169,7 +171,8 @@ def test_the_default_prefers_the_good_episodes_and_tends_to_all_of_them():
 
 
 @pytest.mark.parametrize("advantage", ["td", "agent"])
-def test_critics_and_policies_both_draw_by_the_ratio(advantage, tmp_path, monkeypatch):
+@pytest.mark.parametrize("neighbours", [False, True])
+def test_critics_and_policies_both_draw_by_the_ratio(neighbours, advantage, tmp_path, monkeypatch):
     """What both stages hand to make_replay: the ratio for transitions, nothing for initial states, and for q and v."""
     drawn = {}
 
@@ -182,16 +185,23 @@ def test_critics_and_policies_both_draw_by_the_ratio(advantage, tmp_path, monkey
 
     for module in (comadice_train, comadice_bc):
         watch(module, module.make_replay)
-    short = {"data": str(FEW_GOOD), "out": str(tmp_path), "steps": 1, "evals": 1, "eval_episodes": 1, "hidden": 8}
-    comadice_train.main(comadice_train.Args(episode_alpha=50.0, advantage=advantage, **short))
-    rows, _ = open_dataset(FEW_GOOD)
-    expected = episode_weights(rows, 50.0, "soft_chi2")
-    assert expected.std() > 0
+    short = {"data": str(DEMO), "out": str(tmp_path), "steps": 1, "evals": 1, "eval_episodes": 1, "hidden": 8}
+    method = {"episode_alpha": 50.0, "advantage": advantage, "neighbours": neighbours}
+    comadice_train.main(comadice_train.Args(**method, **short))
+    rows, card = open_dataset(DEMO)
+    expected = episode_weights(rows, 50.0, "soft_chi2", neighbours)
+    assert (expected - episode_weights(rows, 50.0, "soft_chi2")).abs().max() > 0.1 or not neighbours
     if advantage == "agent":
         assert drawn["comadice_train", True].pop() is None
     for weights in (*drawn["comadice_train", True], *drawn["comadice_bc", False]):
         torch.testing.assert_close(weights, expected)
     assert drawn["comadice_train", False] == [None] and len(drawn) == 3
+    run = tmp_path / "mamujoco" / "hopper" / "demo" / "comadice" / "seed0"
+    torch.testing.assert_close(comadice_bc.load_ratio(str(run), rows, card)[1], expected)
+    of_checkpoint = []
+    monkeypatch.setattr(ratio_picture, "episode_weights", lambda *flags: of_checkpoint.append(flags[1:]))
+    ratio_picture.draw(load_checkpoint(run), rows, [], tmp_path / "ratio.png")
+    assert of_checkpoint == [(50.0, "soft_chi2", neighbours)]
     drawn.clear()
     comadice_bc.main(comadice_bc.Args(**short))
     assert drawn == {("comadice_bc", False): [None]}, "plain BC draws equally"

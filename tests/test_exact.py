@@ -657,7 +657,7 @@ def test_policy_of_the_default_tends_to_the_behaviour(seed, termination, advanta
         data = comadice_train.data_facts(rows, args)
         update = comadice_train.make_critic_update(critics, target, optimizer, args, data)
         for _ in range(300):
-            update(batch, init)
+            update(batch, init, *[batch] * (advantage == "agent"))
         w = comadice_train.dataset_ratio(target, rows, args, data).numpy()
         # how often Eq. 11 draws a transition
         draws = episode_weights(rows, args.episode_alpha, args.f, args.neighbours).numpy()
@@ -946,7 +946,7 @@ def test_v_is_the_mean_of_q_over_recorded_actions():
         objective="semi", advantage="agent", gamma=GAMMA, alpha=ALPHA / SCALE, reward_scale=SCALE, lambda_scale=0.0,
         tau=0.1,
     )  # fmt: skip
-    L_q, L_nu, _, _ = comadice_train.critic_losses(critics, target, batch, init, ALPHA, args, FREE)
+    L_q, L_nu, _, _ = comadice_train.critic_losses(critics, target, batch, init, ALPHA, args, FREE, batch)
     hand = by_hand(critics, target, batch, init, "semi", "soft_chi2", 0.0)
     obs, q = batch["agents", "observation"], critics.q(batch["agents", "observation"], batch["agents", "action"])
     assert L_q.item() == pytest.approx(hand.L_q + (critics.v(obs) - q).square().mean().item())
@@ -969,7 +969,7 @@ def test_q_and_v_learn_from_a_batch_of_their_own():
         tau=0.1,
     )  # fmt: skip
     halves = batch[: B // 2], batch[B // 2 :]
-    first, second = (comadice_train.critic_losses(critics, target, x, init, ALPHA, args, FREE) for x in halves)
+    first, second = (comadice_train.critic_losses(critics, target, x, init, ALPHA, args, FREE, x) for x in halves)
     of_nu, q_batch = halves
     L_q, L_nu, w, nu_s = comadice_train.critic_losses(critics, target, of_nu, init, ALPHA, args, FREE, q_batch)
     torch.testing.assert_close([L_q, L_nu, w, nu_s], [second[0], *first[1:]])

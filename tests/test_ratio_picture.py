@@ -47,20 +47,20 @@ def spread(per_episode: list[float]) -> torch.Tensor:
 def test_the_correlation_is_that_of_known_weights(per_episode, sign):
     """A ratio that rises with the return is found as such, and one that falls."""
     w = spread([x + 40 for x in per_episode])
-    weights = weights_of(w, made_rows(), 0.0, "chi2")
+    weights = weights_of(w, made_rows(), 0.0, "chi2", False)
     assert correlation(weights) == pytest.approx(sign, abs=1e-6)
     assert f"return: {sign:.2f};" in verdict(weights)
 
 
 def test_all_the_weight_on_the_good_episode():
-    weights = weights_of(spread([0, 0, 1, 0, 0]), made_rows(), 0.0, "chi2")
+    weights = weights_of(spread([0, 0, 1, 0, 0]), made_rows(), 0.0, "chi2", False)
     assert share_of_best(weights) == (1.0, pytest.approx(6 / 20))
     assert correlation(weights) == pytest.approx(np.corrcoef([0, 0, 1, 0, 0], RETURNS)[0, 1])
     assert "the best 10% of the episodes have 100% of the weight and 30% of the transitions" in verdict(weights)
 
 
 def test_plain_cloning_prefers_none():
-    weights = weights_of(spread([1.0] * 5), made_rows(), 0.0, "chi2")
+    weights = weights_of(spread([1.0] * 5), made_rows(), 0.0, "chi2", False)
     assert math.isnan(correlation(weights)) and "undefined" in verdict(weights)
     assert share_of_best(weights) == (pytest.approx(6 / 20), pytest.approx(6 / 20))
 
@@ -68,7 +68,7 @@ def test_plain_cloning_prefers_none():
 def test_both_factors_and_their_product():
     """The weight in Eq. 11 is what the policies' training uses: drawn by the episode's ratio, multiplied by w*."""
     rows, w = made_rows(), torch.rand(20, generator=torch.Generator().manual_seed(0))
-    weights = weights_of(w, rows, 5.0, "soft_chi2")
+    weights = weights_of(w, rows, 5.0, "soft_chi2", False)
     drawn = episode_weights(rows, 5.0, "soft_chi2")
     torch.testing.assert_close(weights.between, drawn / drawn.mean())
     torch.testing.assert_close(weights.step, w.double() / w.double().mean())
@@ -80,7 +80,7 @@ def test_both_factors_and_their_product():
 @pytest.mark.parametrize("w", [torch.zeros(20), torch.full((20,), math.nan)])
 def test_a_ratio_that_is_no_weight(w):
     with pytest.raises(BadInput, match=r"w\* can't be drawn"):
-        weights_of(w, made_rows(), 0.0, "chi2")
+        weights_of(w, made_rows(), 0.0, "chi2", False)
 
 
 @pytest.fixture(scope="module")

@@ -176,6 +176,17 @@ def test_an_ablation_of_alpha_names_alpha_alone(tmp_path):
     assert "alpha=5 episode_alpha=0" in [row["setting"] for row in rows]
 
 
+def test_episode_alpha_follows_from_neighbours_too(tmp_path):
+    """Two ways of choosing w* on two datasets are two columns."""
+    for task, sizes in (("hopper", (2.0, 108.4, 40.0)), ("ant", (1.0, 29.5, 17.0))):
+        for way in ("td", "agent"):
+            args = resolve(comadice_train.Args(advantage=way), *sizes)
+            flags = {name: getattr(args, name) for name in ("advantage", "neighbours", "alpha", "episode_alpha")}
+            make_run(tmp_path / f"{task}-{way}", returns=[1.0], task=task, **flags)
+    _, rows = report(tmp_path)
+    assert {row["setting"] for row in rows} == {"advantage=agent neighbours=true", "advantage=td neighbours=false"}
+
+
 def test_runs_from_before_the_action_scale(tmp_path):
     """A robot's run without --action-scale counts as one with 1. In battles the flag is ignored."""
     make_run(tmp_path / "old", "bc", seed=0, returns=[1.0])

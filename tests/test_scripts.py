@@ -37,6 +37,7 @@ from comadice_mixer import make_policy
 from environments.checks import BadInput
 from environments.simulators import make_env
 from offline_data.dataset import episodes, last_rows, open_dataset
+from offline_data.replay import episode_weights
 from offline_data.writer import DatasetWriter
 
 TINY = {"device": "cpu", "steps": 20, "evals": 2, "eval_episodes": 2, "hidden": 16, "batch_size": 32}
@@ -510,13 +511,39 @@ def test_action_scale_reaches_the_simulator(module, algo, hopper_data, tmp_path)
 def test_a_run_from_before_policy_alpha_goes_on(hopper_data, tmp_path):
     run = train(hopper_data, tmp_path, steps=10, evals=1)
     config = json.loads((run / "config.json").read_text())
-    for flag in ("policy_alpha", "residual", "neighbours", "critic_lr_decay"):
-        del config[flag]
+    state, flags = checkpoint(run), ("policy_alpha", "residual", "neighbours", "critic_lr_decay")
+    for flag in flags:
+        del config[flag], state["config"][flag]
     (run / "config.json").write_text(json.dumps(config))
+    torch.save(state, run / "checkpoint.pt")
+    assert support.runs.load_checkpoint(run)["config"]["neighbours"] is False
+    rows, card = open_dataset(hopper_data)
+    _, weights = comadice_bc.load_ratio(str(run), rows, card)
+    torch.testing.assert_close(weights, episode_weights(rows, config["episode_alpha"], config["f"]))
     train(hopper_data, tmp_path, steps=20, evals=2, resume=True)
     assert checkpoint(run)["step"] == 20
     with pytest.raises(BadInput, match=r"policy_alpha 1\.0, not 0\.5"):
         train(hopper_data, tmp_path, steps=20, evals=2, resume=True, policy_alpha=0.5)
+
+
+def test_an_older_run_with_a_weight_for_each_agent_does_not_go_on(hopper_data, tmp_path):
+    """Its q and v learned from other transitions, whatever the flags."""
+    older = {"advantage": "agent", "neighbours": False, "critic_lr_decay": False, "evals": 1}
+    run = train(hopper_data, tmp_path, steps=10, **older)
+    config = json.loads((run / "config.json").read_text())
+    del config["neighbours"], config["critic_lr_decay"]
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput, match=r"neighbours None, not False"):
+        train(hopper_data, tmp_path, steps=20, resume=True, **older)
+
+
+@pytest.mark.parametrize("decay", [True, False])
+def test_the_critics_learning_rate_falls_to_zero(decay, hopper_data, tmp_path):
+    flags = {"objective": "exact", "lambda_scale": 0.5, "critic_lr": 1e-3, "critic_lr_decay": decay}
+    run = train(hopper_data, tmp_path, steps=10, evals=1, **flags)
+    networks, multiplier = checkpoint(run)["critic_optimizer"]["param_groups"]
+    assert float(networks["lr"]) == pytest.approx(1e-4 if decay else 1e-3)
+    assert float(multiplier["lr"]) == pytest.approx(5e-4)
 
 
 def test_evaluate_more_episodes_than_robots():

@@ -73,10 +73,10 @@ def critics_of(seeds: list[int], rows: TensorDict, card: dict, args, device: str
     parts = {"critics": critics, "target": target, "optimizer": comadice_train.make_optimizer(critics, args)}
     generators = make_generators(seeds, 1, rows)
     starts = {"pairs": False, "generators": generators, "drawn_from": initial_rows(rows)}
-    sources = (
-        (make_replay(rows, comadice_train.CRITIC_KEYS, generators=generators), args.batch_size),
-        (make_replay(rows, comadice_train.INIT_KEYS, **starts), args.init_batch_size),
-    )
+    transitions = make_replay(rows, comadice_train.CRITIC_KEYS, generators=generators), args.batch_size
+    sources = [transitions, (make_replay(rows, comadice_train.INIT_KEYS, **starts), args.init_batch_size)]
+    if args.advantage == "agent":
+        sources.append(transitions)
     update = comadice_train.make_critic_update(critics, target, parts["optimizer"], args, DATA)
     return parts, generators, update, lambda start, stop: minibatches(start, {stop}, *sources)
 
@@ -110,13 +110,13 @@ def same(state: dict, other: dict, **tolerance):
 def test_critics_together_are_critics_alone(changes, discrete, double, way):
     args, card, rows = resolved(**changes), CARD | {"discrete": discrete}, data(discrete)
     parts, generators, update, batches = critics_of(SEEDS, rows, card, args)
-    together = [update(batch, init) for _, batch, init in batches(0, 50)]
+    together = [update(*each) for _, *each in batches(0, 50)]
     states = seed_states(parts, generators)
     for s, seed in enumerate(SEEDS):
         parts, generators, update, batches = critics_of([seed], rows, card, args)
-        for results, (_, batch, init) in zip(together, batches(0, 50)):
+        for results, (_, batch, init, *q_batch) in zip(together, batches(0, 50)):
             assert batch.batch_size == (16,) and init.batch_size == (4,)
-            for ours, alone in zip(split_seeds(results, SEEDS)[s], update(batch, init)):
+            for ours, alone in zip(split_seeds(results, SEEDS)[s], update(batch, init, *q_batch)):
                 torch.testing.assert_close(ours, alone, rtol=1e-9, atol=1e-9)
         same(states[s], seed_states(parts, generators)[0], rtol=1e-9, atol=1e-10)
 
@@ -302,16 +302,23 @@ def test_an_update_can_be_captured(stage, seeds, monkeypatch):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("seeds", [[0], SEEDS], ids=len)
-@pytest.mark.parametrize("objective", ["exact", "semi", "printed", "released_nu"])
-def test_graph_trains_as_a_cpu_does(objective, seeds, double):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"objective": objective} for objective in ("exact", "semi", "printed", "released_nu")),
+        {"objective": "semi", "advantage": "agent"},
+    ],
+    ids=lambda c: " ".join(c.values()),
+)
+def test_graph_trains_as_a_cpu_does(changes, seeds, double):
     """The same batches in float64: the first steps are eager, the later ones replays."""
-    args, card, rows = resolved(objective=objective, alpha=5.0), CARD | {"discrete": False}, data(False)
+    args, card, rows = resolved(alpha=5.0, **changes), CARD | {"discrete": False}, data(False)
     here = critics_of(seeds, rows, card, args)
     there = critics_of(seeds, rows.to("cuda"), card, args, "cuda")
     graph = Graph(there[2])
-    for _, batch, init in here[3](0, 20):
-        results = graph(batch.to("cuda"), init.to("cuda"))
-        for ours, theirs in zip(here[2](batch, init), results):
+    for _, *batches in here[3](0, 20):
+        results = graph(*(batch.to("cuda") for batch in batches))
+        for ours, theirs in zip(here[2](*batches), results):
             torch.testing.assert_close(theirs.cpu(), ours, rtol=1e-8, atol=1e-8)
     assert graph.graph is not None
     for ours, theirs in zip(here[0]["critics"].parameters(), there[0]["critics"].parameters()):
