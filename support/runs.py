@@ -281,7 +281,7 @@ def is_row(row: object) -> bool:
 
 
 def with_older(config: dict) -> dict:
-    """The config of a ComaDICE run, with what its flags are taken to be if it is older than they are."""
+    """A ComaDICE run's config, plus the flags that did not exist yet when it was begun."""
     return OLDER | (OLDER_AGENT if config.get("advantage") == "agent" else {}) | config
 
 
