@@ -938,14 +938,20 @@ def test_dataset_ratio_by_hand(objective, advantage, bound, monkeypatch):
     np.testing.assert_allclose(w, hand.w, rtol=1e-9)
 
 
-def test_v_is_the_mean_of_q_over_recorded_actions():
-    """Through the update that trains, on one batch; v has no influence on the other networks."""
+def agent_setting():
+    """random_setting with networks and flags of --advantage agent: (critics, target, batch, init, args)."""
     critics, target, batch, init = random_setting(lam=0.0)
     critics.v, target.v = TabularNu(N_AGENTS, N_OBS), TabularNu(N_AGENTS, N_OBS)
     args = comadice_train.Args(
         objective="semi", advantage="agent", gamma=GAMMA, alpha=ALPHA / SCALE, reward_scale=SCALE, lambda_scale=0.0,
         tau=0.1,
     )  # fmt: skip
+    return critics, target, batch, init, args
+
+
+def test_v_is_the_mean_of_q_over_recorded_actions():
+    """Through the update that trains, on one batch; v has no influence on the other networks."""
+    critics, target, batch, init, args = agent_setting()
     L_q, L_nu, _, _ = comadice_train.critic_losses(critics, target, batch, init, ALPHA, args, FREE, batch)
     hand = by_hand(critics, target, batch, init, "semi", "soft_chi2", 0.0)
     obs, q = batch["agents", "observation"], critics.q(batch["agents", "observation"], batch["agents", "action"])
@@ -962,12 +968,7 @@ def test_v_is_the_mean_of_q_over_recorded_actions():
 
 
 def test_q_and_v_learn_from_a_batch_of_their_own():
-    critics, target, batch, init = random_setting(lam=0.0)
-    critics.v, target.v = TabularNu(N_AGENTS, N_OBS), TabularNu(N_AGENTS, N_OBS)
-    args = comadice_train.Args(
-        objective="semi", advantage="agent", gamma=GAMMA, alpha=ALPHA / SCALE, reward_scale=SCALE, lambda_scale=0.0,
-        tau=0.1,
-    )  # fmt: skip
+    critics, target, batch, init, args = agent_setting()
     halves = batch[: B // 2], batch[B // 2 :]
     first, second = (comadice_train.critic_losses(critics, target, x, init, ALPHA, args, FREE, x) for x in halves)
     of_nu, q_batch = halves
