@@ -354,6 +354,14 @@ def make_optimizer(critics: Critics, args: Args) -> torch.optim.Adam:
     return adam(groups, args.critic_lr, critics.lam.device)
 
 
+def losses_per_seed(critics: Critics, target: Critics, args: Args, facts: DataFacts, n_seeds: int):
+    """critic_losses for each seed, as a function of (batch, init, alpha), and of q_batch with --advantage agent."""
+    on_batch = lambda critics, target, batch, init, alpha, *q_batch: critic_losses(
+        critics, target, batch, init, alpha, args, facts, *q_batch
+    )
+    return per_seed(on_batch, [critics, target], n_seeds, args.compile)
+
+
 def make_critic_update(
     critics: Critics, target: Critics, optimizer: torch.optim.Adam, args: Args, facts: DataFacts,
     alpha: Tensor | None = None,
@@ -366,11 +374,7 @@ def make_critic_update(
     """
     alpha = torch.full_like(critics.lam, args.alpha * args.reward_scale) if alpha is None else alpha
     trained = [parameter for name, parameter in critics.named_parameters() if name != "lam" or args.lambda_scale]
-    on_batch = lambda critics, target, batch, init, alpha, *q_batch: critic_losses(
-        critics, target, batch, init, alpha, args, facts, *q_batch
-    )
-    # losses_of(batch, init, alpha) is critic_losses(critics, target, batch, init, alpha, args, facts), for each seed
-    losses_of = per_seed(on_batch, [critics, target], alpha.numel(), args.compile)
+    losses_of = losses_per_seed(critics, target, args, facts, alpha.numel())
     update_target = target_update(target, critics, args.tau)
 
     def update(batch: TensorDict, init: TensorDict, *q_batch: TensorDict):

@@ -33,7 +33,7 @@ from comadice_mixer import make_policy
 from environments.checks import BadInput, pick_device, run_script
 from offline_data.replay import initial_rows, make_replay, minibatches
 from support.flags import program
-from support.seeds import Graph, adam, make_generators, per_seed, set_gradients, stack, target_update
+from support.seeds import Graph, adam, make_generators, set_gradients, stack, target_update
 
 SHAPES = {  # Table 3
     "hopper": {"n_agents": 3, "obs_dim": 14, "state_dim": 42, "action_dim": 1, "discrete": False},
@@ -173,10 +173,7 @@ def critics_stage(rows: TensorDict, card: dict, n_seeds: int, args: Args, device
 
     _, batch, init, *q_batch = next(draw())
     alpha = torch.full_like(critics.lam, train.alpha * train.reward_scale)
-    on_batch = lambda critics, target, batch, init, alpha, *q_batch: comadice_train.critic_losses(
-        critics, target, batch, init, alpha, train, data, *q_batch
-    )
-    losses_of = per_seed(on_batch, [critics, target], n_seeds, train.compile)
+    losses_of = comadice_train.losses_per_seed(critics, target, train, data, n_seeds)
     losses = lambda: losses_of(batch, init, alpha, *q_batch)
     parts = {
         "sample": lambda: [None for _ in draw()],
