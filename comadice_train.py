@@ -53,18 +53,18 @@ class Args:
     """how nu and theta are trained (docs/PAPER.md). It has its own defaults of --advantage, --alpha, --episode-alpha,
     --bound and --tau"""
     advantage: Literal["td", "q", "agent"] | None = None
-    """what w* is computed from. td: r + gamma nu_tot(s') - nu_tot(s). q: M[q - nu] - M[0], with q trained by Eq. 9
-    (printed: M[q - nu]; released_nu: from W_i (q_i - nu_i) of each agent). agent: every agent has its own w*, from its
-    part W_i (q_i - v_i), plus --residual times what these parts leave of the TD form; v_i is the mean of q_i over
-    recorded actions. It has its own defaults of --policy-alpha, --neighbours, --critic-lr, --critic-lr-decay and
-    --action-scale"""
+    """what w* is computed from. td: the TD form r + gamma nu_tot(s') - nu_tot(s). q: M[q - nu] - M[0], with q trained
+    by Eq. 9 (semi: plus --residual times what this leaves of the TD form; printed: M[q - nu]; released_nu: from
+    W_i (q_i - nu_i) of each agent). agent: every agent has its own w*, from its part W_i (q_i - v_i), plus --residual
+    times what these parts leave of the TD form; v_i is the mean of q_i over recorded actions. With semi, q and agent
+    have their own defaults of --policy-alpha, --neighbours, --critic-lr, --critic-lr-decay and --action-scale"""
     residual: float = 0.3
-    """with --advantage agent: from 0 (q is trusted) to 1 (q only removes what the other agents did)"""
+    """with semi and --advantage q or agent: from 0 (q is trusted) to 1 (with q, w* is that of the TD form)"""
     alpha: float | None = None
     """weight of the divergence from the data, in units of the reward (default with semi: 5 mean absolute rewards). If
     it is k > 1 times its default, the default of --episode-alpha is multiplied by k squared"""
     policy_alpha: float | None = None
-    """w* in Eq. 11 is computed with this multiple of --alpha (default 1; with --advantage agent 0.15)"""
+    """w* in Eq. 11 is computed with this multiple of --alpha (default 1; 0.15 with semi and --advantage q or agent)"""
     episode_alpha: float | None = None
     """transitions of better episodes are drawn more often. A smaller value prefers them more; 0 switches this off. It
     is the alpha of a ratio between episodes, in units of the return (default with semi: the mean absolute deviation of
@@ -73,10 +73,10 @@ class Args:
     neighbours: bool | None = None
     """an episode counts as good if the 32 episodes before it and the 32 after it have high returns. Its own return does
     not count, since it is partly luck. Where neighbours tell nothing about an episode's return, its own return counts
-    instead (default with --advantage agent)"""
+    instead (default with semi and --advantage q or agent)"""
     action_scale: float | None = None
     """robots' policies play this multiple of their mean action, clipped to the simulator's box (default 0.85, with
-    --advantage agent 0.75; 1: the mean)"""
+    semi and --advantage q or agent 0.75; 1: the mean)"""
     f: Literal["soft_chi2", "chi2", "kl"] = "soft_chi2"
     """f-divergence (Section B.5)"""
     gamma: float = 0.99
@@ -94,10 +94,11 @@ class Args:
     steps: int = 200_000
     """gradient steps of each stage"""
     critic_lr: float | None = None
-    """Adam's learning rate for nu, q, v and the mixer (default 3e-4, with --advantage agent 1e-3; Table 4: 1e-4 for q,
-    and none for the others)"""
+    """Adam's learning rate for nu, q, v and the mixer (default 3e-4, with semi and --advantage q or agent 1e-3;
+    Table 4: 1e-4 for q, and none for the others)"""
     critic_lr_decay: bool | None = None
-    """let the learning rate of nu, q, v and the mixer fall linearly to 0 (default with --advantage agent)"""
+    """let the learning rate of nu, q, v and the mixer fall linearly to 0 (default with semi and --advantage q or
+    agent)"""
     lr: float | None = None
     """Adam's learning rate for the policies (default 1e-3; Table 4: 1e-4)"""
     lr_decay: bool | None = None
@@ -294,15 +295,20 @@ def nu_loss(
     return loss, losses.occupancy_ratio(A_tot, alpha, f, lam)
 
 
-def agent_losses(critics: Critics, target: Critics, batch: TensorDict, args: Args, facts: DataFacts) -> Tensor:
-    """Eq. 9 plus the loss of v, for --advantage agent: a scalar from transitions [B]. It trains q and v alone."""
+def draws_for_q(args: Args) -> bool:
+    """Whether line 5 has a batch of its own. nu of `semi` sees good episodes more often, q should see all alike."""
+    return args.objective == "semi" and args.advantage != "td"
+
+
+def own_q_loss(critics: Critics, target: Critics, batch: TensorDict, args: Args, facts: DataFacts) -> Tensor:
+    """Eq. 9 on a batch [B] of its own, plus the loss of v with --advantage agent: a scalar. It trains q and v alone."""
     observation, state = batch["agents", "observation"], batch["state"]
     with torch.no_grad():
         nu, at = critics.nu(observation), critics.mixer.at(state)
         td = td_form(target, batch, critics.mixer(nu, state, at), args, facts)
     q = critics.q(observation, batch["agents", "action"])
     L_q = losses.q_loss(critics.mixer.advantage(q - nu, state, at), td)  # line 5, Eq. 9
-    return L_q + losses.v_loss(critics.v(observation), q)
+    return L_q + losses.v_loss(critics.v(observation), q) if args.advantage == "agent" else L_q
 
 
 def critic_losses(
@@ -313,9 +319,9 @@ def critic_losses(
 
     batch is [B] transitions, init [B0] initial states, alpha a scalar in scaled rewards; both losses are scalars. L_q
     is 0 if w* does not come from q. In Eq. 9 the target networks give nu_tot(s'). No parameter gets a gradient from
-    both losses. With --advantage agent, q and v learn from the transitions `q_batch` instead.
+    both losses. With draws_for_q, q and v learn from the transitions `q_batch` instead.
     """
-    nu_s, with_q = nu_tot(critics, batch), args.advantage == "q"
+    nu_s, with_q = nu_tot(critics, batch), args.advantage == "q" and q_batch is None
     td = td_form(target, batch, nu_s, args, facts) if with_q or args.objective == "semi" else None
     q = critics.q(batch["agents", "observation"], batch["agents", "action"]) if with_q else None
     L_nu, w = nu_loss(critics, batch, init, nu_s, td, q, alpha, args, facts)  # lines 6 and 7
@@ -326,8 +332,8 @@ def critic_losses(
         else:
             A_q = q_form(critics, batch, q, args, trains_q=True)
         L_q = losses.q_loss(A_q, td)  # line 5, Eq. 9 (released_nu: the same with M[q])
-    if args.advantage == "agent":
-        L_q = agent_losses(critics, target, q_batch, args, facts)
+    if q_batch is not None:
+        L_q = own_q_loss(critics, target, q_batch, args, facts)  # line 5, Eq. 9
     return L_q, L_nu, w.detach(), nu_s.detach()
 
 
@@ -355,7 +361,7 @@ def make_optimizer(critics: Critics, args: Args) -> torch.optim.Adam:
 
 
 def losses_per_seed(critics: Critics, target: Critics, args: Args, facts: DataFacts, n_seeds: int):
-    """critic_losses for each seed, as a function of (batch, init, alpha), and of q_batch with --advantage agent."""
+    """critic_losses for each seed, as a function of (batch, init, alpha), and of q_batch with draws_for_q."""
     on_batch = lambda critics, target, batch, init, alpha, *q_batch: critic_losses(
         critics, target, batch, init, alpha, args, facts, *q_batch
     )
@@ -368,7 +374,7 @@ def make_critic_update(
 ):  # fmt: skip
     """Lines 5 to 7 as a function of (batch, init): one Adam step for all at once, then a step of the target networks.
 
-    With --advantage agent it takes q_batch as well. It returns what critic_losses does. With stacked critics of S
+    With draws_for_q it takes q_batch as well. It returns what critic_losses does. With stacked critics of S
     seeds, batches are [S, B], losses [S], w and nu_s [S, B]. alpha [S] is in scaled rewards, one for each seed. By
     default it is args.alpha times args.reward_scale.
     """
@@ -392,8 +398,8 @@ def train_critics(rows: TensorDict, card: dict, args: Args, runs: list[Run], fac
 
     A transition is a row of `rows` and the next row. Not in the paper: for critics and policies, a transition is drawn
     with a probability proportional to `weights`, the ratio of its episode (comadice_losses.episode_ratio). Initial
-    states are drawn uniformly. So are the transitions of q and v with --advantage agent: these learn from good and poor
-    episodes alike.
+    states are drawn uniformly. So are the transitions of q and v with `semi`: these learn from good and poor episodes
+    alike.
     """
     device, seeds = pick_device(args.device), [run.seed for run in runs]
     critics, target = make_stacked(lambda: make_critics(card, args).to(device), seeds)  # line 1: theta, psi_q, psi_nu
@@ -411,7 +417,7 @@ def train_critics(rows: TensorDict, card: dict, args: Args, runs: list[Run], fac
     update = Graph(make_critic_update(critics, target, optimizer, args, facts), args.graph)
     # `semi` ignores the initial states. They are drawn for it too, so that all objectives see the same transitions.
     sources = [(transitions, args.batch_size), (initial_states, args.init_batch_size)]
-    if args.advantage == "agent":
+    if draws_for_q(args):
         sources.append((make_replay(rows, CRITIC_KEYS, pairs=True, **how), args.batch_size))
     # line 3: training the occupancy ratio
     for step, *batches in stage.steps(*sources):  # line 4: to step args.steps
@@ -450,6 +456,9 @@ def dataset_ratio(target: Critics, rows: TensorDict, args: Args, facts: DataFact
                 A = td_form(target, batch, nu_tot(target, batch), args, facts)
             else:
                 A = q_form(target, batch, q, args, trains_q=False)  # no gradient is taken here
+                if args.objective == "semi":
+                    td = td_form(target, batch, nu_tot(target, batch), args, facts)
+                    A = A + args.residual * (td - A)  # what q leaves: chance, but also what q can't represent
             w_batch = losses.occupancy_ratio(A, alpha, f, target.lam)  # w* of Section 4.3
         out.copy_(w_batch)
     return w
@@ -526,7 +535,7 @@ def main(args: Args, is_demo: bool = False):
     if args.neighbours and args.episode_alpha:
         told = preferred_by(rows, neighbours=True)[1]
         alphas += " by the neighbours' returns" if told else " by the own returns (neighbours tell nothing)"
-    if args.advantage == "agent":
+    if draws_for_q(args):
         alphas = f"residual {args.residual:g}, alpha of the weights {args.policy_alpha * args.alpha:.4g}, {alphas}"
     print(f"preset {args.preset}: {objective}, {alphas}, tau {args.tau:g}{scale}")
     env = try_eval_env(card, args.eval_episodes, args.workers)

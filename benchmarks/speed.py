@@ -103,8 +103,10 @@ def needed(card: dict, args: comadice_train.Args) -> tuple[list, list]:
         critics += nu_tot(B, False)
     if args.advantage != "td":
         critics += products(B * n, [O + n, H, H, A] if card["discrete"] else [O + n + A, H, H, 1])
-    if args.advantage == "agent":  # v, and on the batch of q and v nu_tot(s) and nu_tot(s')
-        critics += products(B * n, [O + n, H, H, 1]) + 2 * nu_tot(B, False)
+    if comadice_train.draws_for_q(args):  # nu_tot(s) and nu_tot(s') on the batch of q
+        critics += 2 * nu_tot(B, False)
+    if args.advantage == "agent":  # v
+        critics += products(B * n, [O + n, H, H, 1])
     return critics, products(B * n, [O + n, H, H, A if card["discrete"] else 2 * A])
 
 
@@ -163,7 +165,7 @@ def critics_stage(rows: TensorDict, card: dict, n_seeds: int, args: Args, device
     replay = make_replay(rows, comadice_train.CRITIC_KEYS, **how)
     initial = make_replay(rows, comadice_train.INIT_KEYS, pairs=False, drawn_from=initial_rows(rows), **how)
     sources = [(replay, train.batch_size), (initial, train.init_batch_size)]
-    if train.advantage == "agent":
+    if comadice_train.draws_for_q(train):
         sources.append((replay, train.batch_size))
     draw = lambda: minibatches(0, {args.steps}, *sources)
 

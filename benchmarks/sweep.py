@@ -2,9 +2,10 @@
 
     python -m benchmarks.sweep --data data/mamujoco/hopper/medium-replay --steps 20000 --out sweep.csv
 
-Every member of the grid is what `python comadice_train.py` trains with its flags and seed, with two exceptions. The
-batches differ, since in comadice_train.py they depend on the steps of evaluations. And if w* is computed both ways, all
-critics have a q, so the mixer's first weights differ. The ratio between episodes is off, since w* is what is compared.
+Every member of the grid is what `python comadice_train.py` trains with its flags and seed, with three exceptions. The
+batches differ, since in comadice_train.py they depend on the steps of evaluations. If w* is computed both ways, all
+critics have a q, so the mixer's first weights differ. And semi's q has the values of td, and a residual of 0. The ratio
+between episodes is off, since w* is what is compared.
 Of the --train flags, these have no effect here: objective, advantage, residual, alpha, episode_alpha, neighbours,
 critic_lr_decay, steps, and those of the groups Task and Run, except compile. Plain BC is a member too, once per
 --bc-lr. A member's score is the mean return of its last evaluations, since single ones are noisy. On a GPU the update
@@ -81,9 +82,11 @@ def train_critics(objective: str, rows: TensorDict, card: dict, args: Args) -> l
 
     Returns (the member's setting and seed, w* of all transitions) for each member and advantage.
     """
-    advantages = args.advantages if objective in ("semi", "exact") else ["q"]
-    with_q = "q" if "q" in advantages else "td"
-    train = resolved(replace(args.train, objective=objective, advantage=with_q), rows)
+    both = objective in ("semi", "exact")
+    advantages = args.advantages if both else ["q"]
+    # --advantage q of semi brings values of its own. Here it has those of td, since the two ways are compared.
+    train = resolved(replace(args.train, objective=objective, advantage="td" if both else "q"), rows)
+    train = replace(train, advantage="q" if "q" in advantages else "td", residual=0.0)
     members = [(alpha, seed) for alpha in args.alphas for seed in args.seeds]
     device, seeds = rows["state"].device, [seed for _, seed in members]
     critics, target = make_stacked(lambda: comadice_train.make_critics(card, train).to(device), seeds)
@@ -94,9 +97,11 @@ def train_critics(objective: str, rows: TensorDict, card: dict, args: Args) -> l
     replay = make_replay(rows, comadice_train.CRITIC_KEYS, generators=generators)
     starts = {"pairs": False, "drawn_from": initial_rows(rows), "generators": generators}
     initial = make_replay(rows, comadice_train.INIT_KEYS, **starts)
-    batches = minibatches(0, {args.steps}, (replay, train.batch_size), (initial, train.init_batch_size))
-    for _, batch, init in tqdm(batches, total=args.steps, desc=f"{objective}: {len(members)} critics", mininterval=2):
-        update(batch, init)
+    sources = [(replay, train.batch_size), (initial, train.init_batch_size)]
+    sources += [(replay, train.batch_size)] * comadice_train.draws_for_q(train)
+    batches = minibatches(0, {args.steps}, *sources)
+    for _, *drawn in tqdm(batches, total=args.steps, desc=f"{objective}: {len(members)} critics", mininterval=2):
+        update(*drawn)
     model, first, results = comadice_train.make_critics(card, train).to(device), rows[initial_rows(rows)[:1000]], []
     for (a, seed), state in zip(members, seed_states({"target": target}, generators)):
         model.load_state_dict(state["target"])

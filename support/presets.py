@@ -1,7 +1,7 @@
 """The values of comadice_train.py's flags that were not given.
 
-A flag takes the preset's value. Where the preset has none, it takes that of --advantage agent if that was given, then
-the objective's, and after that COMMON's.
+A flag takes the preset's value. Where the preset has none, it takes that of WITH_Q if semi trains q, then the
+objective's, and after that COMMON's.
 """
 
 from dataclasses import asdict, replace
@@ -24,7 +24,7 @@ OBJECTIVES = {
     "printed": {"advantage": "q", "alpha": 5.0, "tau": 0.005, "bound": False},
     "released_nu": {"advantage": "q", "alpha": 5.0, "tau": 0.005, "bound": False},
 }
-AGENT = {  # what --advantage agent brings
+WITH_Q = {  # what --advantage q and agent bring with semi
     "policy_alpha": 0.15, "neighbours": True, "critic_lr": 1e-3, "critic_lr_decay": True, "action_scale": 0.75,
 }  # fmt: skip
 COMMON = {
@@ -69,9 +69,10 @@ def resolve(args, mean_abs_reward: float, return_deviation: float = 0.0, policy_
     preset = PRESETS[args.preset]
     if args.objective not in (None, preset["objective"]):  # another objective brings its own values and lambda_scale 0
         preset = {k: v for k, v in preset.items() if k not in OBJECTIVES[args.objective] and k != "lambda_scale"}
-    own = dict(OBJECTIVES[given.get("objective") or preset["objective"]])
-    if given.get("advantage") == "agent":
-        own |= AGENT
+    objective = given.get("objective", preset["objective"])
+    own = dict(OBJECTIVES[objective])
+    if objective == "semi" and given.get("advantage", "td") != "td":
+        own |= WITH_Q
     own["alpha"] = four_digits(own["alpha"] * mean_abs_reward)
     if "episode_alpha" in own:
         # A large --alpha means imitation, so episode_alpha grows with it. At the default the ratio between episodes is

@@ -643,7 +643,7 @@ def test_policy_of_the_default_tends_to_the_behaviour(seed, termination, advanta
     pairs = torch.stack([transition_rows(rows), transition_rows(rows) + 1], -1)
     batch, init = as_transition(rows[pairs]), rows[rows["is_init"][:, 0]]
     for alpha in (0.5, 1000.0, 10_000.0):
-        # The alpha that counts is that of the weights, so it is not divided for --advantage agent.
+        # The alpha that counts is that of the weights, so it is not divided for --advantage q and agent.
         given = comadice_train.Args(alpha=alpha, policy_alpha=1.0, advantage=advantage, gamma=m.gamma, critic_lr=0.02)
         deviations = return_deviation(rows), return_deviation(rows, neighbours=True)
         args = comadice_train.resolve(given, rows["reward"].abs().mean().item(), *deviations)
@@ -657,7 +657,7 @@ def test_policy_of_the_default_tends_to_the_behaviour(seed, termination, advanta
         data = comadice_train.data_facts(rows, args)
         update = comadice_train.make_critic_update(critics, target, optimizer, args, data)
         for _ in range(300):
-            update(batch, init, *[batch] * (advantage == "agent"))
+            update(batch, init, *[batch] * comadice_train.draws_for_q(args))
         w = comadice_train.dataset_ratio(target, rows, args, data).numpy()
         # how often Eq. 11 draws a transition
         draws = episode_weights(rows, args.episode_alpha, args.f, args.neighbours).numpy()
@@ -984,18 +984,23 @@ def test_q_and_v_learn_from_a_batch_of_their_own():
 
 
 @pytest.mark.parametrize("residual", [0.0, 0.4])
-def test_dataset_ratio_of_each_agent_by_hand(residual, monkeypatch):
-    """W_i (q_i - v_i) and a share of what these leave of the TD form, from tables, one transition at a time."""
+@pytest.mark.parametrize("advantage", ["q", "agent"])
+def test_dataset_ratio_with_a_residual_by_hand(advantage, residual, monkeypatch):
+    """q's part of A_tot and a share of what it leaves of the TD form, from tables, one transition at a time.
+
+    The part is W (q - nu) with q, and each agent's W_i (q_i - v_i) with agent.
+    """
     monkeypatch.setattr(comadice_train, "CHUNK", 16)
     critics, _, batch, _ = random_setting(lam=0.0)
     critics.v = TabularNu(N_AGENTS, N_OBS)
     nn.init.normal_(critics.v.table, generator=torch.Generator().manual_seed(9))
     args = comadice_train.Args(
-        objective="semi", advantage="agent", residual=residual, gamma=GAMMA, alpha=ALPHA / SCALE, reward_scale=SCALE,
+        objective="semi", advantage=advantage, residual=residual, gamma=GAMMA, alpha=ALPHA / SCALE, reward_scale=SCALE,
         policy_alpha=0.5,
     )  # fmt: skip
     w = comadice_train.dataset_ratio(critics, two_row_episodes(batch), args, FREE)
-    assert w.shape == (B, N_AGENTS)
+    assert w.shape == ((B,) if advantage == "q" else (B, N_AGENTS))
+    ratio = lambda A: np.exp(y) if (y := A.item() / (0.5 * ALPHA)) < 0 else 1 + y
     nu_table, q_table, v_table = (x.table.detach() for x in (critics.nu, critics.q, critics.v))
     mix = lambda state: [part.detach() for part in critics.mixer.at(state)]
     for t in range(B):
@@ -1008,11 +1013,14 @@ def test_dataset_ratio_of_each_agent_by_hand(residual, monkeypatch):
         )
         after = 0 if batch["terminated"][t, 0] else GAMMA * ((W_next * nu_next).sum() + b_next[0])
         td = SCALE * batch["reward"][t, 0] + after - (W * nu).sum() - b[0]
+        if advantage == "q":
+            A = (W * (q - nu)).sum()
+            assert w[t].item() == pytest.approx(ratio(A + residual * (td - A)))
+            continue
         v = torch.stack([v_table[i, o] for i, o in enumerate(see(batch))])
         for i in range(N_AGENTS):
             A_i = W[i] * (q[i] - v[i]) + residual * (td - (W * (q - v)).sum())
-            y = A_i.item() / (0.5 * ALPHA)
-            assert w[t, i].item() == pytest.approx(np.exp(y) if y < 0 else 1 + y)
+            assert w[t, i].item() == pytest.approx(ratio(A_i))
 
 
 @pytest.mark.parametrize("alpha", [1.0, 10.0])

@@ -1429,14 +1429,20 @@ def test_an_objective_brings_its_own_values(objective):
     assert (given.advantage, given.reward_scale, given.alpha, given.tau, given.bound) == ("q", 3.0, 7.0, 0.5, bound)
 
 
-def test_a_weight_for_each_agent_brings_its_own_values():
+@pytest.mark.parametrize("way", ["q", "agent"])
+def test_w_from_q_brings_its_own_values(way):
     sizes = 2.0, 30.0, 8.0  # of rewards, of returns, and of neighbours' mean returns
-    default, agent = (comadice_train.resolve(comadice_train.Args(advantage=way), *sizes) for way in (None, "agent"))
-    own = {"advantage": "agent", "policy_alpha": 0.15, "critic_lr": 1e-3, "critic_lr_decay": True, "action_scale": 0.75}
+    resolved = lambda **flags: comadice_train.resolve(comadice_train.Args(**flags), *sizes)
+    default, with_q = resolved(), resolved(advantage=way)
+    own = {"advantage": way, "policy_alpha": 0.15, "critic_lr": 1e-3, "critic_lr_decay": True, "action_scale": 0.75}
     assert (default.neighbours, default.critic_lr_decay, default.episode_alpha) == (False, False, 30)
-    assert agent == dataclasses.replace(default, **own, neighbours=True, episode_alpha=8.0)
-    given = comadice_train.resolve(comadice_train.Args(advantage="agent", policy_alpha=2.0, neighbours=False), *sizes)
-    assert given == dataclasses.replace(agent, policy_alpha=2.0, neighbours=False, episode_alpha=30.0)
+    assert with_q == dataclasses.replace(default, **own, neighbours=True, episode_alpha=8.0)
+    given = resolved(advantage=way, policy_alpha=2.0, neighbours=False)
+    assert given == dataclasses.replace(with_q, policy_alpha=2.0, neighbours=False, episode_alpha=30.0)
+    if way == "q":  # only with semi
+        assert resolved(objective="exact", advantage="q") == dataclasses.replace(
+            resolved(objective="exact"), advantage="q"
+        )
 
 
 def test_the_default_is_semi():

@@ -75,7 +75,7 @@ def critics_of(seeds: list[int], rows: TensorDict, card: dict, args, device: str
     starts = {"pairs": False, "generators": generators, "drawn_from": initial_rows(rows)}
     transitions = make_replay(rows, comadice_train.CRITIC_KEYS, generators=generators), args.batch_size
     sources = [transitions, (make_replay(rows, comadice_train.INIT_KEYS, **starts), args.init_batch_size)]
-    if args.advantage == "agent":
+    if comadice_train.draws_for_q(args):
         sources.append(transitions)
     update = comadice_train.make_critic_update(critics, target, parts["optimizer"], args, DATA)
     return parts, generators, update, lambda start, stop: minibatches(start, {stop}, *sources)
@@ -306,7 +306,7 @@ def test_an_update_can_be_captured(stage, seeds, monkeypatch):
     "changes",
     [
         *({"objective": objective} for objective in ("exact", "semi", "printed", "released_nu")),
-        {"objective": "semi", "advantage": "agent"},
+        *({"objective": "semi", "advantage": advantage} for advantage in ("q", "agent")),
     ],
     ids=lambda c: " ".join(c.values()),
 )

@@ -64,7 +64,7 @@ def critic_step(n: int, discrete: bool, args: comadice_train.Args) -> list[str]:
     )
     update = comadice_train.make_critic_update(critics, target, optimizer, args, DATA)
     with Recorder() as recorder:
-        update(replay.sample(16), initial.sample(4), *[replay.sample(16)] * (args.advantage == "agent"))
+        update(replay.sample(16), initial.sample(4), *[replay.sample(16)] * comadice_train.draws_for_q(args))
     return recorder.names
 
 
@@ -135,7 +135,7 @@ def test_critic_step_on_a_gpu_does_not_synchronise(objective, advantage):
         make_replay(data, comadice_train.INIT_KEYS, pairs=False, drawn_from=initial_rows(data)),
     )
     update = comadice_train.make_critic_update(critics, target, optimizer, args, DATA)
-    draw = lambda: (replay.sample(16), initial.sample(4), *[replay.sample(16)] * (advantage == "agent"))
+    draw = lambda: (replay.sample(16), initial.sample(4), *[replay.sample(16)] * comadice_train.draws_for_q(args))
     update(*draw())
     torch.cuda.set_sync_debug_mode("error")
     try:
