@@ -59,7 +59,8 @@ class Args:
     times what these parts leave of the TD form; v_i is the mean of q_i over recorded actions. With semi, q and agent
     have their own defaults of --policy-alpha, --neighbours, --critic-lr, --critic-lr-decay and --action-scale"""
     residual: float = 0.3
-    """with semi and --advantage q or agent: from 0 (q is trusted) to 1 (with q, w* is that of the TD form)"""
+    """with semi and --advantage q or agent: from 0 (q is trusted) to 1 (q: A_tot is the TD form; agent: q only removes
+    what the other agents did)"""
     alpha: float | None = None
     """weight of the divergence from the data, in units of the reward (default with semi: 5 mean absolute rewards). If
     it is k > 1 times its default, the default of --episode-alpha is multiplied by k squared"""
@@ -321,7 +322,7 @@ def critic_losses(
     is 0 if w* does not come from q. In Eq. 9 the target networks give nu_tot(s'). No parameter gets a gradient from
     both losses. With draws_for_q, q and v learn from the transitions `q_batch` instead.
     """
-    nu_s, with_q = nu_tot(critics, batch), args.advantage == "q" and q_batch is None
+    nu_s, with_q = nu_tot(critics, batch), args.advantage == "q" and not draws_for_q(args)
     td = td_form(target, batch, nu_s, args, facts) if with_q or args.objective == "semi" else None
     q = critics.q(batch["agents", "observation"], batch["agents", "action"]) if with_q else None
     L_nu, w = nu_loss(critics, batch, init, nu_s, td, q, alpha, args, facts)  # lines 6 and 7
@@ -332,7 +333,7 @@ def critic_losses(
         else:
             A_q = q_form(critics, batch, q, args, trains_q=True)
         L_q = losses.q_loss(A_q, td)  # line 5, Eq. 9 (released_nu: the same with M[q])
-    if q_batch is not None:
+    if draws_for_q(args):
         L_q = own_q_loss(critics, target, q_batch, args, facts)  # line 5, Eq. 9
     return L_q, L_nu, w.detach(), nu_s.detach()
 
@@ -527,7 +528,7 @@ def main(args: Args, is_demo: bool = False):
     device = pick_device(args.device, args.tf32)
     rows, card = load_dataset(args, device, "comadice")  # line 1: the offline data D
     units = mean_abs_reward(rows), return_deviation(rows), return_deviation(rows, neighbours=True)
-    bc_scale = resolve(replace(args, advantage=None), *units).action_scale  # --advantage agent has one of its own
+    bc_scale = resolve(replace(args, advantage=None), *units).action_scale  # q and agent have their own
     args = resolve(args, *units)
     alphas = f"alpha {args.alpha:g}, episode alpha {args.episode_alpha:g}"
     scale = "" if card["discrete"] else f", action scale {args.action_scale:g}"

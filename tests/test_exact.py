@@ -797,7 +797,9 @@ def test_critic_losses_and_gradients_by_hand(objective, lambda_scale, data, name
     hand = by_hand(critics, target, batch, init, objective, name, lam, data)
     if data is not FREE:  # the clip matters to what is compared
         assert hand.L_q != by_hand(critics, target, batch, init, objective, name, lam).L_q
-    L_q, L_nu, w, nu_tot = comadice_train.critic_losses(critics, target, batch, init, ALPHA, args, data)
+    L_q, L_nu, w, nu_tot = comadice_train.critic_losses(
+        critics, target, batch, init, ALPHA, args, data, batch
+    )
     np.testing.assert_allclose([L_q.item(), L_nu.item()], [hand.L_q, hand.L_nu], rtol=1e-9)
     np.testing.assert_allclose(w, hand.w, rtol=1e-9)
     metrics = comadice_train.critic_metrics(L_q, L_nu, w, nu_tot, args)
@@ -815,7 +817,7 @@ def test_critic_losses_and_gradients_by_hand(objective, lambda_scale, data, name
     for p in (p for name, p in critics.named_parameters() if name != "lam"):
         p.grad = torch.ones_like(p)  # as the last step may have left it
     comadice_train.make_critic_update(critics, target, torch.optim.SGD(critics.parameters(), 0.1), args, data)(
-        batch, init
+        batch, init, *[batch] * comadice_train.draws_for_q(args)
     )
     np.testing.assert_allclose(critics.q.table.grad, hand.psi_q, atol=1e-12)
     np.testing.assert_allclose(critics.nu.table.grad, hand.psi_nu, atol=1e-12)
@@ -847,7 +849,7 @@ def test_no_parameter_is_in_both_losses(objective, mixer_layers, lambda_scale):
     ).mixer.double()
     target.mixer = copy.deepcopy(critics.mixer).requires_grad_(False)
     args = comadice_train.Args(objective=objective, advantage="q", reward_scale=0.1, lambda_scale=lambda_scale)
-    L_q, L_nu, _, _ = comadice_train.critic_losses(critics, target, batch, init, ALPHA, args, FREE)
+    L_q, L_nu, _, _ = comadice_train.critic_losses(critics, target, batch, init, ALPHA, args, FREE, batch)
 
     def trains(loss) -> set[str]:
         parts = {"q": critics.q, "nu": critics.nu, "theta": critics.mixer}
@@ -877,7 +879,7 @@ def test_without_q_nothing_else_changes(objective):
         lambda_scale=0.0,
         tau=0.005,
     )
-    _, L_nu, w, nu_tot = comadice_train.critic_losses(critics, target, batch, init, ALPHA, args, FREE)
+    _, L_nu, w, nu_tot = comadice_train.critic_losses(critics, target, batch, init, ALPHA, args, FREE, batch)
     del critics.q, target.q
     args.advantage = "td"
     L_q, *same = comadice_train.critic_losses(critics, target, batch, init, ALPHA, args, FREE)

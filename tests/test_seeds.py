@@ -188,7 +188,7 @@ def test_stacked_losses_by_hand(objective, name, way):
     batch, init = (torch.stack([setting[i] for setting in settings]) for i in (2, 3))
     L_q, L_nu, w, _ = comadice_train.make_critic_update(
         critics, target, torch.optim.SGD(critics.parameters(), 0.1), args, FREE
-    )(batch, init)
+    )(batch, init, *[batch] * comadice_train.draws_for_q(args))
     for s in range(2):
         torch.testing.assert_close(torch.stack([L_q[s], L_nu[s]]), torch.tensor([hand[s].L_q, hand[s].L_nu]).double())
         torch.testing.assert_close(w[s], torch.as_tensor(hand[s].w))
