@@ -256,6 +256,13 @@ def q_form(critics: Critics, batch: TensorDict, q: Tensor, args: Args, trains_q:
     return mix(q - nu, state, at)
 
 
+def mixed_form(critics: Critics, batch: TensorDict, q: Tensor, args: Args, facts: DataFacts) -> Tensor:
+    """A_tot(s, a) of semi's --advantage q -> [B]: M_theta^s[q - nu] - M_theta^s[0], and a share of what it leaves."""
+    A_q = q_form(critics, batch, q, args, trains_q=False)
+    td = td_form(critics, batch, nu_tot(critics, batch), args, facts)
+    return A_q + args.residual * (td - A_q)
+
+
 def agent_form(critics: Critics, batch: TensorDict, q: Tensor, args: Args, facts: DataFacts) -> Tensor:
     """A_i(s, a) of --advantage agent, from q [B, n] -> [B, n]: W_i (q_i - v_i), and a share of what these leave."""
     x, state = q - critics.v(batch["agents", "observation"]), batch["state"]
@@ -455,11 +462,10 @@ def dataset_ratio(target: Critics, rows: TensorDict, args: Args, facts: DataFact
                 A = agent_form(target, batch, q, args, facts)
             elif args.advantage == "td":
                 A = td_form(target, batch, nu_tot(target, batch), args, facts)
+            elif args.objective == "semi":
+                A = mixed_form(target, batch, q, args, facts)
             else:
                 A = q_form(target, batch, q, args, trains_q=False)  # no gradient is taken here
-                if args.objective == "semi":
-                    td = td_form(target, batch, nu_tot(target, batch), args, facts)
-                    A = A + args.residual * (td - A)  # what q leaves: chance, but also what q can't represent
             w_batch = losses.occupancy_ratio(A, alpha, f, target.lam)  # w* of Section 4.3
         out.copy_(w_batch)
     return w

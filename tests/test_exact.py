@@ -797,9 +797,7 @@ def test_critic_losses_and_gradients_by_hand(objective, lambda_scale, data, name
     hand = by_hand(critics, target, batch, init, objective, name, lam, data)
     if data is not FREE:  # the clip matters to what is compared
         assert hand.L_q != by_hand(critics, target, batch, init, objective, name, lam).L_q
-    L_q, L_nu, w, nu_tot = comadice_train.critic_losses(
-        critics, target, batch, init, ALPHA, args, data, batch
-    )
+    L_q, L_nu, w, nu_tot = comadice_train.critic_losses(critics, target, batch, init, ALPHA, args, data, batch)
     np.testing.assert_allclose([L_q.item(), L_nu.item()], [hand.L_q, hand.L_nu], rtol=1e-9)
     np.testing.assert_allclose(w, hand.w, rtol=1e-9)
     metrics = comadice_train.critic_metrics(L_q, L_nu, w, nu_tot, args)
