@@ -1,2 +1,2 @@
-"""The paper's whole benchmark (`python -m benchmarks.paper`), and measurements: speed, sweep, convert, smax_speed,
-soak, disturb and cluster."""
+"""The paper's whole benchmark (`python -m benchmarks.paper`), and measurements: speed, convert, smax_speed, soak,
+disturb and cluster."""
