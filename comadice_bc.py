@@ -41,7 +41,7 @@ class Args:
     # Method
     checkpoint: str | None = None
     """a ComaDICE run whose saved ratio w* weights the data, which is drawn as in that run; plain BC without it. Other
-    flags are not taken from that run. With semi, one with --advantage q or agent played --action-scale 0.75"""
+    flags are not taken from that run"""
     best: float = 1.0
     """share of the episodes, the best by return, that are cloned; 1: all of them"""
     action_scale: float = 0.85
@@ -137,27 +137,26 @@ AVERAGED = 0.1  # the average covers about this share of the steps so far, until
 
 
 def usable(w: Tensor) -> bool:
-    """Whether a ratio w, [T] or [T, n], can be divided by its mean."""
+    """Whether a ratio w [T] can be divided by its mean."""
     return 0 < w.mean().item() < math.inf
 
 
 def with_ratios(rows: TensorDict, ratios: dict[int, Tensor | None]) -> TensorDict:
     """The dataset with one more key per row, "w": the transition's ratio over the mean ratio. It is 0 on last rows.
 
-    `ratios` holds each seed's ratio, [T] or [T, n] with one for each agent, or None for w = 1. "w" is [N] or [N, n] for
-    one seed, with a last dimension of S for S seeds. Eq. 11's optimum does not depend on the scale of w. Since w is
-    divided by its mean, the size of a gradient step hardly depends on it either.
+    `ratios` holds each seed's ratio [T], or None for w = 1. "w" is [N] for one seed and [N, S] for S seeds. Eq. 11's
+    optimum does not depend on the scale of w. Since w is divided by its mean, the size of a gradient step hardly
+    depends on it either.
     Raises Diverged for a ratio that is zero everywhere, or whose mean is not finite.
     """
     is_transition = (~last_rows(rows)).to(rows["reward"].dtype)
     columns = []
     for seed, w in ratios.items():
-        column = is_transition
+        column = is_transition.clone()
         if w is not None:
             if not usable(w):
                 why = f"the ratio w* can't be used (its mean is {w.mean():.3g}), the critics diverged"
                 raise Diverged([seed], f"{why}: use a larger --alpha or another --objective, or leave this seed out")
-            column = is_transition.new_zeros(len(is_transition), *w.shape[1:])
             column[is_transition > 0] = w / w.mean()
         columns.append(column)
     rows = rows.clone(recurse=False).unlock_()
@@ -184,8 +183,7 @@ def policy_losses(policy, batch: TensorDict) -> tuple[Tensor]:
 def make_policy_update(policy, average, optimizer, average_step: Tensor, n_seeds: int = 1, compiled: bool = False):
     """Line 11 as a function of a batch [B]: one Adam step, then the average moves towards the policy by `average_step`.
 
-    It returns the loss, a scalar. Stacked policies of S seeds take batches [S, B] with w [S, B, S] or [S, B, n, S], and
-    return [S].
+    It returns the loss, a scalar. Stacked policies of S seeds take batches [S, B] with w [S, B, S], and return [S].
     """
     parameters = list(policy.parameters())
     losses_of = per_seed(policy_losses, [policy], n_seeds, compiled)
@@ -194,7 +192,7 @@ def make_policy_update(policy, average, optimizer, average_step: Tensor, n_seeds
     def update(batch: TensorDict) -> Tensor:
         if n_seeds > 1:
             batch = batch.copy()
-            batch["w"] = batch["w"].diagonal(0, 0, -1).movedim(-1, 0)  # each seed's own ratio
+            batch["w"] = batch["w"].diagonal(0, 0, 2).T  # each seed's own ratio
         (loss,) = losses_of(batch)
         set_gradients(loss.sum(), parameters)
         optimizer.step()  # line 11: eta
@@ -224,9 +222,9 @@ def train_policies(
 ):  # fmt: skip
     """Lines 9 to 12 for runs at the same step: args.steps gradient steps on Eq. 11, with args.evals evaluations.
 
-    "w" in a run's state is the transitions' ratio, [T] or [T, n], or None for BC. Transitions are drawn from the row
-    numbers `drawn_from` [K], by default from all T, in proportion to `weights` [K], by default equally. Each evaluation
-    is saved in the runs' directories.
+    "w" [T] in a run's state is the transitions' ratio, None for BC. Transitions are drawn from the row numbers
+    `drawn_from` [K], by default from all T, in proportion to `weights` [K], by default equally. Each evaluation is
+    saved in the runs' directories.
     """
     device, seeds = pick_device(args.device), [run.seed for run in runs]
     sizes = card["n_agents"], card["obs_dim"], card["action_dim"], card["discrete"], args.hidden, args.action_scale
@@ -292,7 +290,7 @@ def train_seeds(
 
 
 def load_ratio(run: str, rows: TensorDict, card: dict) -> tuple[Tensor, Tensor | None]:
-    """w* of a ComaDICE run on this dataset, [T] or [T, n], and the episode_weights that it drew with.
+    """w* of a ComaDICE run on this dataset, [T], and the episode_weights that it drew with.
 
     Raises BadInput if the run has no w*, one that can't be used, or one of another dataset.
     """

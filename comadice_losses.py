@@ -1,8 +1,8 @@
 """ComaDICE's equations, one short function each. The numbers of equations are the paper's.
 
-Not in the paper: semi_loss, v_loss, agent_advantage, episode_ratio, KL_CAP, and the mass of dual_loss, which are this
-project's. lam of dual_loss is OptiDICE's, released_nu_* are the released code's, effective_sample_size is Kish's. f* is
-derived from B.5's f.
+Not in the paper: semi_loss, episode_ratio, KL_CAP, and the mass of dual_loss, which are this project's. lam of
+dual_loss is OptiDICE's, released_nu_* are the released code's, effective_sample_size is Kish's. f* is derived from
+B.5's f.
 
 This file needs only torch. It can be copied into another project as it is.
 
@@ -195,34 +195,8 @@ def released_nu_loss(
     return (1 - gamma) * nu_init.mean() + nu_term + (lam * (1 - constant_w)).mean()
 
 
-def v_loss(v: Tensor, q: Tensor) -> Tensor:
-    """The MSE between local values v_i(o_i) and q_i(o_i, a_i), [B, n], of recorded actions -> scalar. q is held fixed.
-
-    Not in the paper. At its minimum v_i is E_mu[q_i | o_i], the baseline that agent_advantage needs.
-    """
-    return ((v - q.detach()) ** 2).mean()
-
-
-def agent_advantage(A_parts: Tensor, A_sum: Tensor, td: Tensor, residual: float) -> Tensor:
-    """A_i = agent i's part of A_tot + residual (td - A_sum), for a weight (f')^-1(A_i / alpha) of each agent's own.
-
-    Not in the paper, whose w_tot* is one weight for the whole team. A_parts [B, n] are the agents' parts of A_sum [B] =
-    M[q - v] - M[0] (`parts` of the mixers): W_i (q_i - v_i) with one layer. td [B] is r + gamma nu_tot(s') -
-    nu_tot(s), which q was fitted to. residual is in [0, 1] -> [B, n].
-
-    Why: w_tot* rewards an agent for what the others did. Let agents act independently. Then the others' parts have mean
-    0. If (f')^-1 is linear, the mean of w_tot* over the others' actions depends on agent i's part alone. In Eq. 11 that
-    mean gives the same optimum with less noise. The same holds for f_KL, up to a factor, and for the other f nearly, if
-    alpha is large.
-    td - A_sum is chance, and what q has not learned. With residual = 1 and one layer, A_i is td without the other
-    agents' parts. It has the right mean if v is that of q, whatever q is. With residual = 0, A_i trusts q alone. That
-    has the least noise.
-    """
-    return A_parts + residual * (td - A_sum).unsqueeze(-1)
-
-
 def occupancy_ratio(A_tot: Tensor, alpha: float | Tensor, f: Divergence, lam: float | Tensor = 0.0) -> Tensor:
-    """w_tot*(s, a) = max(0, (f')^-1((A_tot - lam) / alpha)), [B] -> [B], or [B, n] -> [B, n] for agent_advantage.
+    """w_tot*(s, a) = max(0, (f')^-1((A_tot - lam) / alpha)), [B] -> [B].
 
     With `exact` it is rho^pi / rho^mu. With `semi` it is pi(a|s) / mu(a|s), since E[w | s] = 1; not so with another
     alpha than that of nu's loss, as with --policy-alpha. lam is 0 where --lambda-scale is 0, the default. (Section 5
@@ -254,22 +228,19 @@ def episode_ratio(returns: Tensor, alpha: float, f: Divergence) -> Tensor:
 
 
 def policy_loss(w: Tensor, log_prob: Tensor) -> Tensor:
-    """-E_D[w*(s, a) log pi_i(a_i | o_i)], summed over agents: log_prob [B, n] -> scalar. Plain BC is w = 1.
+    """-E_D[w_tot*(s, a) log pi_i(a_i | o_i)], summed over agents: w [B], log_prob [B, n] -> scalar. Plain BC is w = 1.
 
-    w is [B], the team's w_tot* of the paper, or [B, n] with a weight for each agent (agent_advantage).
-    With w [B] the sum is the team's weighted BC, Eq. 8, since pi_tot is the product of the pi_i. By Prop. 4.3 the local
+    The sum is the team's weighted BC, Eq. 8, since pi_tot is the product of the pi_i. By Prop. 4.3 the local
     optima together solve Eq. 8.
     """
-    w = w.unsqueeze(-1) if w.ndim < log_prob.ndim else w
-    return -(w * log_prob).sum(-1).mean()  # Eq. 11
+    return -(w * log_prob.sum(-1)).mean()  # Eq. 11
 
 
 def effective_sample_size(w: Tensor) -> Tensor:
-    """Kish's effective sample size over B, (sum w)^2 / (B sum w^2): w >= 0, [B] or [B, n] -> scalar.
+    """Kish's effective sample size over B, (sum w)^2 / (B sum w^2): w [B] >= 0 -> scalar.
 
-    It is 1 for uniform weights, which is plain BC, 1/B if one sample has all the weight, and 0 if all w are 0. With
-    weights for each agent it is the mean over agents.
+    It is 1 for uniform weights, which is plain BC, 1/B if one sample has all the weight, and 0 if all w are 0.
     """
     tiny = torch.finfo(w.dtype).tiny
-    w = w / w.amax(0).clamp(min=tiny)  # its scale cancels; so squares can't overflow
-    return (w.sum(0) ** 2 / (len(w) * (w**2).sum(0)).clamp(min=tiny)).mean()
+    w = w / w.amax().clamp(min=tiny)  # its scale cancels; so squares can't overflow
+    return w.sum() ** 2 / (len(w) * (w**2).sum()).clamp(min=tiny)

@@ -114,11 +114,7 @@ class LinearMixer(nn.Module):
 
         A_tot has no bias: in Eq. 5, A_tot = q_tot - nu_tot = M[q] - M[nu] = W (q - nu), b cancels.
         """
-        return self.parts(x, state, at).sum(-1)
-
-    def parts(self, x: Tensor, state: Tensor, at: tuple[Tensor, ...] | None = None) -> Tensor:
-        """Each agent's part of A_tot, W_i x_i: local advantages x = q - nu [..., n] -> [..., n]."""
-        return x * (at[0] if at else self.weights(state))
+        return (x * (at[0] if at else self.weights(state))).sum(-1)
 
 
 class TwoLayerMixer(nn.Module):
@@ -155,15 +151,6 @@ class TwoLayerMixer(nn.Module):
         """
         at = at or self.at(state)
         return self(x, state, at) - self(torch.zeros_like(x), state, at)
-
-    def parts(self, x: Tensor, state: Tensor, at: tuple[Tensor, ...] | None = None) -> Tensor:
-        """A_tot as it would be if the other agents' advantages were zero: x = q - nu [..., n] -> [..., n].
-
-        With two layers these parts do not add up to A_tot.
-        """
-        W1, b1, W2, _ = at or self.at(state)
-        b1, W2 = b1.unsqueeze(-2), W2.unsqueeze(-2)
-        return ((elu(x.unsqueeze(-1) * W1 + b1) - elu(b1)) * W2).sum(-1)
 
 
 MIXERS = {1: LinearMixer, 2: TwoLayerMixer}
@@ -225,20 +212,17 @@ class Critics(nn.Module):
     """psi_nu, psi_q and theta together: what lines 3 to 8 of Algorithm 1 train.
 
     nu(obs [..., n, O]) and q(obs, action) give local values [..., n], and mixer(values, state [..., S]) mixes them ->
-    [...]. Without `with_q` there is no q. lam is a scalar. v(obs) [..., n] is there `with_v`: the mean of q_i over
-    recorded actions. It is not in the paper. nu_i need not be that mean: only the mixed nu_tot is trained as a value.
+    [...]. Without `with_q` there is no q. lam is a scalar.
     """
 
     def __init__(
         self, n_agents, obs_dim, state_dim, action_dim, discrete, hidden=256, mixer_hidden=64, mixer_layers=1,
-        layer_norm=False, with_q=True, with_v=False,
+        layer_norm=False, with_q=True,
     ):  # fmt: skip
         super().__init__()
         self.nu = Nu(n_agents, obs_dim, hidden, layer_norm)
         if with_q:
             self.q = Q(n_agents, obs_dim, action_dim, hidden, discrete, layer_norm)
-        if with_v:
-            self.v = Nu(n_agents, obs_dim, hidden, layer_norm)
         self.mixer = MIXERS[mixer_layers](n_agents, state_dim, mixer_hidden)
         # The multiplier lam of comadice_losses.dual_loss. It stays at 0 where --lambda-scale is 0, the default.
         self.lam = nn.Parameter(torch.zeros(()))

@@ -4,7 +4,7 @@
     python comadice_train.py --env mamujoco --task hopper --quality medium-replay --seeds 0 1 2 3 4
 
 Read `algorithm_1` first, near the end of this file. Lines 3 to 8 of Algorithm 1 are in this file: they train nu and the
-mixer, and q if w* is to come from it (--advantage q or agent). Then w* is computed once for every transition of the
+mixer, and q if w* is to come from it (--advantage q). Then w* is computed once for every transition of the
 dataset. Lines 9 to 12 train the local policies by weighted behavioural cloning, in comadice_bc.py. The equations are in
 comadice_losses.py, the networks in comadice_mixer.py.
 
@@ -52,20 +52,14 @@ class Args:
     objective: Objective | None = None
     """how nu and theta are trained (docs/PAPER.md). It has its own defaults of --advantage, --alpha, --episode-alpha,
     --bound and --tau"""
-    advantage: Literal["td", "q", "agent"] | None = None
+    advantage: Literal["td", "q"] | None = None
     """what w* is computed from. td: the TD form r + gamma nu_tot(s') - nu_tot(s). q: M[q - nu] - M[0], with q trained
-    by Eq. 9 (semi: plus --residual times what this leaves of the TD form; printed: M[q - nu]; released_nu: from
-    W_i (q_i - nu_i) of each agent). agent: every agent has its own w*, from its part W_i (q_i - v_i), plus --residual
-    times what these parts leave of the TD form; v_i is the mean of q_i over recorded actions. With semi, q and agent
-    have their own defaults of --policy-alpha, --neighbours, --critic-lr, --critic-lr-decay and --action-scale"""
-    residual: float = 0.3
-    """with semi and --advantage q or agent: from 0 (q is trusted) to 1 (q: A_tot is the TD form; agent: q only removes
-    what the other agents did)"""
+    by Eq. 9 (printed: M[q - nu]; released_nu: from W_i (q_i - nu_i) of each agent)"""
     alpha: float | None = None
     """weight of the divergence from the data, in units of the reward (default with semi: 5 mean absolute rewards). If
     it is k > 1 times its default, the default of --episode-alpha is multiplied by k squared"""
     policy_alpha: float | None = None
-    """w* in Eq. 11 is computed with this multiple of --alpha (default 1; 0.15 with semi and --advantage q or agent)"""
+    """w* in Eq. 11 is computed with this multiple of --alpha (default 1, with semi 0.5)"""
     episode_alpha: float | None = None
     """transitions of better episodes are drawn more often. A smaller value prefers them more; 0 switches this off. It
     is the alpha of a ratio between episodes, in units of the return (default with semi: the mean absolute deviation of
@@ -74,10 +68,10 @@ class Args:
     neighbours: bool | None = None
     """an episode counts as good if the 32 episodes before it and the 32 after it have high returns. Its own return does
     not count, since it is partly luck. Where neighbours tell nothing about an episode's return, its own return counts
-    instead (default with semi and --advantage q or agent)"""
+    instead (default with semi)"""
     action_scale: float | None = None
-    """robots' policies play this multiple of their mean action, clipped to the simulator's box (default 0.85, with
-    semi and --advantage q or agent 0.75; 1: the mean)"""
+    """robots' policies play this multiple of their mean action, clipped to the simulator's box (default 0.85; 1: the
+    mean)"""
     f: Literal["soft_chi2", "chi2", "kl"] = "soft_chi2"
     """f-divergence (Section B.5)"""
     gamma: float = 0.99
@@ -95,11 +89,10 @@ class Args:
     steps: int = 200_000
     """gradient steps of each stage"""
     critic_lr: float | None = None
-    """Adam's learning rate for nu, q, v and the mixer (default 3e-4, with semi and --advantage q or agent 1e-3;
-    Table 4: 1e-4 for q, and none for the others)"""
+    """Adam's learning rate for nu, q and the mixer (default 3e-4, with semi 1e-3; Table 4: 1e-4 for q, and none for
+    the others)"""
     critic_lr_decay: bool | None = None
-    """let the learning rate of nu, q, v and the mixer fall linearly to 0 (default with semi and --advantage q or
-    agent)"""
+    """let the learning rate of nu, q and the mixer fall linearly to 0 (default with semi)"""
     lr: float | None = None
     """Adam's learning rate for the policies (default 1e-3; Table 4: 1e-4)"""
     lr_decay: bool | None = None
@@ -256,22 +249,6 @@ def q_form(critics: Critics, batch: TensorDict, q: Tensor, args: Args, trains_q:
     return mix(q - nu, state, at)
 
 
-def mixed_form(critics: Critics, batch: TensorDict, q: Tensor, args: Args, facts: DataFacts) -> Tensor:
-    """A_tot(s, a) of semi's --advantage q -> [B]: M_theta^s[q - nu] - M_theta^s[0], and a share of what it leaves."""
-    A_q = q_form(critics, batch, q, args, trains_q=False)
-    td = td_form(critics, batch, nu_tot(critics, batch), args, facts)
-    return A_q + args.residual * (td - A_q)
-
-
-def agent_form(critics: Critics, batch: TensorDict, q: Tensor, args: Args, facts: DataFacts) -> Tensor:
-    """A_i(s, a) of --advantage agent, from q [B, n] -> [B, n]: W_i (q_i - v_i), and a share of what these leave."""
-    x, state = q - critics.v(batch["agents", "observation"]), batch["state"]
-    at = critics.mixer.at(state)
-    td = td_form(critics, batch, nu_tot(critics, batch), args, facts)
-    parts, their_sum = critics.mixer.parts(x, state, at), critics.mixer.advantage(x, state, at)
-    return losses.agent_advantage(parts, their_sum, td, args.residual)
-
-
 def local_form(critics: Critics, batch: TensorDict, q: Tensor) -> Tensor:
     """The local A_i = W_i (q_i - nu_i) of `released_nu` -> [B, n]. The gradient flows to psi_nu alone."""
     return critics.mixer.weights(batch["state"]).detach() * (q.detach() - critics.nu(batch["agents", "observation"]))
@@ -279,16 +256,15 @@ def local_form(critics: Critics, batch: TensorDict, q: Tensor) -> Tensor:
 
 def nu_loss(
     critics: Critics, batch: TensorDict, init: TensorDict, nu_s: Tensor, td: Tensor | None, q: Tensor | None,
-    alpha: float | Tensor, args: Args, facts: DataFacts,
+    args: Args, facts: DataFacts,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What lines 6 and 7 minimise: L(nu, theta) of args.objective, and w [B], which is for metrics.csv alone.
 
     nu_s is nu_tot(s) [B]. td is the TD form [B] with nu_tot(s') from the target networks, slowly moving copies of the
     networks; only `semi` needs it. q is q_i(o_i, a_i) [B, n], or None without --advantage q. `init` are initial states,
-    which `semi` does not need. alpha is in scaled rewards. critics.lam is the multiplier of mass E[w] = 1. It stays at
-    0 where --lambda-scale is 0.
+    which `semi` does not need. critics.lam is the multiplier of mass E[w] = 1. It stays at 0 where --lambda-scale is 0.
     """
-    f, gamma, lam = losses.DIVERGENCES[args.f], args.gamma, critics.lam
+    f, gamma, lam, alpha = losses.DIVERGENCES[args.f], args.gamma, critics.lam, args.alpha * args.reward_scale
     if args.objective == "semi":  # the default, in the place of Eq. 10: no gradient flows at s'
         return losses.semi_loss(nu_s, td, alpha, f), losses.occupancy_ratio(td, alpha, f)
     if args.objective == "released_nu":  # the released code's rule. theta gets no gradient: q's loss trains it
@@ -303,36 +279,18 @@ def nu_loss(
     return loss, losses.occupancy_ratio(A_tot, alpha, f, lam)
 
 
-def draws_for_q(args: Args) -> bool:
-    """Whether line 5 has a batch of its own. nu of `semi` sees good episodes more often, q should see all alike."""
-    return args.objective == "semi" and args.advantage != "td"
-
-
-def own_q_loss(critics: Critics, target: Critics, batch: TensorDict, args: Args, facts: DataFacts) -> Tensor:
-    """Eq. 9 on a batch [B] of its own, plus the loss of v with --advantage agent: a scalar. It trains q and v alone."""
-    observation, state = batch["agents", "observation"], batch["state"]
-    with torch.no_grad():
-        nu, at = critics.nu(observation), critics.mixer.at(state)
-        td = td_form(target, batch, critics.mixer(nu, state, at), args, facts)
-    q = critics.q(observation, batch["agents", "action"])
-    L_q = losses.q_loss(critics.mixer.advantage(q - nu, state, at), td)  # line 5, Eq. 9
-    return L_q + losses.v_loss(critics.v(observation), q) if args.advantage == "agent" else L_q
-
-
 def critic_losses(
-    critics: Critics, target: Critics, batch: TensorDict, init: TensorDict, alpha: float | Tensor, args: Args,
-    facts: DataFacts, q_batch: TensorDict | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    critics: Critics, target: Critics, batch: TensorDict, init: TensorDict, args: Args, facts: DataFacts
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The losses of lines 5 to 7: (L_q, L(nu, theta), w [B], nu_tot(s) [B]). The last two are for metrics.csv.
 
-    batch is [B] transitions, init [B0] initial states, alpha a scalar in scaled rewards; both losses are scalars. L_q
-    is 0 if w* does not come from q. In Eq. 9 the target networks give nu_tot(s'). No parameter gets a gradient from
-    both losses. With draws_for_q, q and v learn from the transitions `q_batch` instead.
+    batch is [B] transitions, init [B0] initial states; both losses are scalars. L_q is 0 if w* does not come from q. In
+    Eq. 9 the target networks give nu_tot(s'). No parameter gets a gradient from both losses.
     """
-    nu_s, with_q = nu_tot(critics, batch), args.advantage == "q" and not draws_for_q(args)
+    nu_s, with_q = nu_tot(critics, batch), args.advantage == "q"
     td = td_form(target, batch, nu_s, args, facts) if with_q or args.objective == "semi" else None
     q = critics.q(batch["agents", "observation"], batch["agents", "action"]) if with_q else None
-    L_nu, w = nu_loss(critics, batch, init, nu_s, td, q, alpha, args, facts)  # lines 6 and 7
+    L_nu, w = nu_loss(critics, batch, init, nu_s, td, q, args, facts)  # lines 6 and 7
     L_q = torch.zeros_like(L_nu)
     if with_q:
         if args.objective == "released_nu":  # M[q] is fitted to r + gamma nu_tot(s'), and theta is trained with q
@@ -340,8 +298,6 @@ def critic_losses(
         else:
             A_q = q_form(critics, batch, q, args, trains_q=True)
         L_q = losses.q_loss(A_q, td)  # line 5, Eq. 9 (released_nu: the same with M[q])
-    if draws_for_q(args):
-        L_q = own_q_loss(critics, target, q_batch, args, facts)  # line 5, Eq. 9
     return L_q, L_nu, w.detach(), nu_s.detach()
 
 
@@ -355,10 +311,10 @@ def critic_metrics(L_q: Tensor, L_nu: Tensor, w: Tensor, nu_s: Tensor, args: Arg
 
 
 def make_critics(card: dict, args: Args) -> Critics:
-    """psi_nu and theta, psi_q if w* comes from q, v with --advantage agent, and the multiplier lambda."""
+    """psi_nu and theta, psi_q if w* comes from q, and the multiplier lambda."""
     sizes = (card[k] for k in ("n_agents", "obs_dim", "state_dim", "action_dim", "discrete"))
-    with_q, with_v = args.advantage != "td", args.advantage == "agent"
-    return Critics(*sizes, args.hidden, args.mixer_hidden, args.mixer_layers, args.layer_norm, with_q, with_v)
+    with_q = args.advantage == "q"
+    return Critics(*sizes, args.hidden, args.mixer_hidden, args.mixer_layers, args.layer_norm, with_q)
 
 
 def make_optimizer(critics: Critics, args: Args) -> torch.optim.Adam:
@@ -369,30 +325,23 @@ def make_optimizer(critics: Critics, args: Args) -> torch.optim.Adam:
 
 
 def losses_per_seed(critics: Critics, target: Critics, args: Args, facts: DataFacts, n_seeds: int):
-    """critic_losses for each seed, as a function of (batch, init, alpha), and of q_batch with draws_for_q."""
-    on_batch = lambda critics, target, batch, init, alpha, *q_batch: critic_losses(
-        critics, target, batch, init, alpha, args, facts, *q_batch
-    )
+    """critic_losses for each seed, as a function of (batch, init)."""
+    on_batch = lambda *inputs: critic_losses(*inputs, args, facts)
     return per_seed(on_batch, [critics, target], n_seeds, args.compile)
 
 
-def make_critic_update(
-    critics: Critics, target: Critics, optimizer: torch.optim.Adam, args: Args, facts: DataFacts,
-    alpha: Tensor | None = None,
-):  # fmt: skip
+def make_critic_update(critics: Critics, target: Critics, optimizer: torch.optim.Adam, args: Args, facts: DataFacts):
     """Lines 5 to 7 as a function of (batch, init): one Adam step for all at once, then a step of the target networks.
 
-    With draws_for_q it takes q_batch as well. It returns what critic_losses does. With stacked critics of S
-    seeds, batches are [S, B], losses [S], w and nu_s [S, B]. alpha [S] is in scaled rewards, one for each seed. By
-    default it is args.alpha times args.reward_scale.
+    It returns what critic_losses does. With stacked critics of S seeds, batches are [S, B], losses [S], w and nu_s
+    [S, B].
     """
-    alpha = torch.full_like(critics.lam, args.alpha * args.reward_scale) if alpha is None else alpha
     trained = [parameter for name, parameter in critics.named_parameters() if name != "lam" or args.lambda_scale]
-    losses_of = losses_per_seed(critics, target, args, facts, alpha.numel())
+    losses_of = losses_per_seed(critics, target, args, facts, critics.lam.numel())
     update_target = target_update(target, critics, args.tau)
 
-    def update(batch: TensorDict, init: TensorDict, *q_batch: TensorDict):
-        L_q, L_nu, w, nu_s = losses_of(batch, init, alpha, *q_batch)
+    def update(batch: TensorDict, init: TensorDict):
+        L_q, L_nu, w, nu_s = losses_of(batch, init)
         set_gradients((L_q + L_nu).sum(), trained)  # no parameter gets a gradient from both
         optimizer.step()  # lines 5, 6 and 7: psi_q, theta and psi_nu
         update_target()
@@ -406,8 +355,7 @@ def train_critics(rows: TensorDict, card: dict, args: Args, runs: list[Run], fac
 
     A transition is a row of `rows` and the next row. Not in the paper: for critics and policies, a transition is drawn
     with a probability proportional to `weights`, the ratio of its episode (comadice_losses.episode_ratio). Initial
-    states are drawn uniformly. So are the transitions of q and v with `semi`: these learn from good and poor episodes
-    alike.
+    states are drawn uniformly.
     """
     device, seeds = pick_device(args.device), [run.seed for run in runs]
     critics, target = make_stacked(lambda: make_critics(card, args).to(device), seeds)  # line 1: theta, psi_q, psi_nu
@@ -424,14 +372,12 @@ def train_critics(rows: TensorDict, card: dict, args: Args, runs: list[Run], fac
     nu_at_starts = per_seed(lambda critics, states: (nu_tot(critics, states).mean(),), [target], len(seeds))
     update = Graph(make_critic_update(critics, target, optimizer, args, facts), args.graph)
     # `semi` ignores the initial states. They are drawn for it too, so that all objectives see the same transitions.
-    sources = [(transitions, args.batch_size), (initial_states, args.init_batch_size)]
-    if draws_for_q(args):
-        sources.append((make_replay(rows, CRITIC_KEYS, pairs=True, **how), args.batch_size))
+    sources = (transitions, args.batch_size), (initial_states, args.init_batch_size)
     # line 3: training the occupancy ratio
-    for step, *batches in stage.steps(*sources):  # line 4: to step args.steps
+    for step, batch, init in stage.steps(*sources):  # line 4: to step args.steps
         if args.critic_lr_decay:
             optimizer.param_groups[0]["lr"].fill_(args.critic_lr * (1 - (step - 1) / args.steps))  # not lambda's
-        results = update(*batches)  # lines 5 to 7: `update` of make_critic_update
+        results = update(batch, init)  # lines 5 to 7: `update` of make_critic_update
         if step in stage.eval_steps:  # --evals times
             metrics = [critic_metrics(*result, args) for result in split_seeds(results, seeds)]
             with torch.no_grad():
@@ -442,31 +388,23 @@ def train_critics(rows: TensorDict, card: dict, args: Args, runs: list[Run], fac
 
 @torch.no_grad()
 def dataset_ratio(target: Critics, rows: TensorDict, args: Args, facts: DataFacts) -> Tensor:
-    """w*(s, a) of every transition of the dataset, [T], or [T, n] with --advantage agent.
-
-    `target` are the trained target networks.
-    """
+    """w_tot*(s, a) of every transition of the dataset, [T]. `target` are the trained target networks."""
     t, device = transition_rows(rows), target.lam.device
     alpha = args.policy_alpha * args.alpha * args.reward_scale
     f = losses.DIVERGENCES[args.f]
-    n_weights = rows["agents", "observation"].shape[1:2] if args.advantage == "agent" else ()
-    w = torch.empty(len(t), *n_weights, dtype=rows["state"].dtype, device=t.device)  # filled in place, to save memory
+    w = torch.empty(len(t), dtype=rows["state"].dtype, device=t.device)  # filled in place, to save memory
     for index, out in zip(t.split(CHUNK // 8), w.split(CHUNK // 8)):
         stops.leave()
         batch = as_transition(rows[torch.stack([index, index + 1], -1)].to(device))
-        q = None if args.advantage == "td" else target.q(batch["agents", "observation"], batch["agents", "action"])
+        q = target.q(batch["agents", "observation"], batch["agents", "action"]) if args.advantage == "q" else None
         if args.objective == "released_nu":
             w_batch = losses.released_nu_ratio(local_form(target, batch, q), alpha, f, target.lam)
         else:
-            if args.advantage == "agent":
-                A = agent_form(target, batch, q, args, facts)
-            elif args.advantage == "td":
-                A = td_form(target, batch, nu_tot(target, batch), args, facts)
-            elif args.objective == "semi":
-                A = mixed_form(target, batch, q, args, facts)
+            if args.advantage == "td":
+                A_tot = td_form(target, batch, nu_tot(target, batch), args, facts)
             else:
-                A = q_form(target, batch, q, args, trains_q=False)  # no gradient is taken here
-            w_batch = losses.occupancy_ratio(A, alpha, f, target.lam)  # w* of Section 4.3
+                A_tot = q_form(target, batch, q, args, trains_q=False)  # no gradient is taken here
+            w_batch = losses.occupancy_ratio(A_tot, alpha, f, target.lam)  # w* of Section 4.3
         out.copy_(w_batch)
     return w
 
@@ -512,14 +450,10 @@ def train_seeds(args: Args, rows: TensorDict, card: dict, env) -> list[list[dict
     return end_runs(runs)
 
 
-def demonstrate(args: Args, action_scale: float, rows: TensorDict, card: dict, env):
-    """Compares ComaDICE with BC and BC on the best episodes, on the small dataset that comes with the code.
-
-    action_scale is that of both BCs.
-    """
+def demonstrate(args: Args, rows: TensorDict, card: dict, env):
+    """Compares ComaDICE with BC and BC on the best episodes, on the small dataset that comes with the code."""
     curves = {"ComaDICE": train_seeds(args, rows, card, env)}
     shared = {k: v for k, v in asdict(args).items() if k in comadice_bc.Args.__dataclass_fields__}
-    shared["action_scale"] = action_scale
     for name, best in (("BC", 1.0), ("BC on the best 10%", 0.1)):
         curves[name] = comadice_bc.train_seeds(comadice_bc.Args(**shared | {"best": best}), rows, card, None, env)
     report(curves, card, args, "demonstration.png")
@@ -534,20 +468,18 @@ def main(args: Args, is_demo: bool = False):
     device = pick_device(args.device, args.tf32)
     rows, card = load_dataset(args, device, "comadice")  # line 1: the offline data D
     units = mean_abs_reward(rows), return_deviation(rows), return_deviation(rows, neighbours=True)
-    bc_scale = resolve(replace(args, advantage=None), *units).action_scale  # q and agent have their own
     args = resolve(args, *units)
-    alphas = f"alpha {args.alpha:g}, episode alpha {args.episode_alpha:g}"
+    of_weights = f" (of the weights {args.policy_alpha * args.alpha:.4g})" if args.policy_alpha != 1 else ""
+    alphas = f"alpha {args.alpha:g}{of_weights}, episode alpha {args.episode_alpha:g}"
     scale = "" if card["discrete"] else f", action scale {args.action_scale:g}"
     objective = f"objective {args.objective}, w* from {args.advantage}"
     if args.neighbours and args.episode_alpha:
         told = preferred_by(rows, neighbours=True)[1]
         alphas += " by the neighbours' returns" if told else " by the own returns (neighbours tell nothing)"
-    if draws_for_q(args):
-        alphas = f"residual {args.residual:g}, alpha of the weights {args.policy_alpha * args.alpha:.4g}, {alphas}"
     print(f"preset {args.preset}: {objective}, {alphas}, tau {args.tau:g}{scale}")
     env = try_eval_env(card, args.eval_episodes, args.workers)
     if is_demo:
-        demonstrate(args, bc_scale, rows, card, env)
+        demonstrate(args, rows, card, env)
     else:
         report({"ComaDICE": train_seeds(args, rows, card, env)}, card, args, "learning_curve.png")
 

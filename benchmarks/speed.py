@@ -103,10 +103,6 @@ def needed(card: dict, args: comadice_train.Args) -> tuple[list, list]:
         critics += nu_tot(B, False)
     if args.advantage != "td":
         critics += products(B * n, [O + n, H, H, A] if card["discrete"] else [O + n + A, H, H, 1])
-    if comadice_train.draws_for_q(args):  # nu_tot(s) and nu_tot(s') on the batch of q
-        critics += 2 * nu_tot(B, False)
-    if args.advantage == "agent":  # v
-        critics += products(B * n, [O + n, H, H, 1])
     return critics, products(B * n, [O + n, H, H, A if card["discrete"] else 2 * A])
 
 
@@ -164,19 +160,15 @@ def critics_stage(rows: TensorDict, card: dict, n_seeds: int, args: Args, device
     how = {"generators": generators, "device": device}
     replay = make_replay(rows, comadice_train.CRITIC_KEYS, **how)
     initial = make_replay(rows, comadice_train.INIT_KEYS, pairs=False, drawn_from=initial_rows(rows), **how)
-    sources = [(replay, train.batch_size), (initial, train.init_batch_size)]
-    if comadice_train.draws_for_q(train):
-        sources.append((replay, train.batch_size))
-    draw = lambda: minibatches(0, {args.steps}, *sources)
+    draw = lambda: minibatches(0, {args.steps}, (replay, train.batch_size), (initial, train.init_batch_size))
 
     def steps():
-        for _, *batches in draw():
-            update(*batches)
+        for _, batch, init in draw():
+            update(batch, init)
 
-    _, batch, init, *q_batch = next(draw())
-    alpha = torch.full_like(critics.lam, train.alpha * train.reward_scale)
+    _, batch, init = next(draw())
     losses_of = comadice_train.losses_per_seed(critics, target, train, data, n_seeds)
-    losses = lambda: losses_of(batch, init, alpha, *q_batch)
+    losses = lambda: losses_of(batch, init)
     parts = {
         "sample": lambda: [None for _ in draw()],
         "losses": losses,
@@ -185,8 +177,7 @@ def critics_stage(rows: TensorDict, card: dict, n_seeds: int, args: Args, device
         "targets": target_update(target, critics, train.tau),
     }
     if train.advantage != "td":
-        v = list(critics.v.parameters()) if train.advantage == "agent" else []
-        parts["q"] = lambda: set_gradients(losses()[0].sum(), [*critics.q.parameters(), *v])
+        parts["q"] = lambda: set_gradients(losses()[0].sum(), list(critics.q.parameters()))
     return steps, parts
 
 

@@ -1,7 +1,6 @@
 """The values of comadice_train.py's flags that were not given.
 
-A flag takes the preset's value. Where the preset has none, it takes that of WITH_Q if semi trains q, then the
-objective's, and after that COMMON's.
+A flag takes the preset's value. Where the preset has none, it takes the objective's, and after that COMMON's.
 """
 
 from dataclasses import asdict, replace
@@ -24,9 +23,6 @@ OBJECTIVES = {
     "printed": {"advantage": "q", "alpha": 5.0, "tau": 0.005, "bound": False},
     "released_nu": {"advantage": "q", "alpha": 5.0, "tau": 0.005, "bound": False},
 }
-WITH_Q = {  # what --advantage q and agent bring with semi
-    "policy_alpha": 0.15, "neighbours": True, "critic_lr": 1e-3, "critic_lr_decay": True, "action_scale": 0.75,
-}  # fmt: skip
 COMMON = {
     "episode_alpha": 0.0, "lambda_scale": 0.0, "critic_lr": 3e-4, "layer_norm": True, "lr": 1e-3, "lr_decay": True,
     "ema": 0.999, "action_scale": 0.85, "policy_alpha": 1.0, "neighbours": False, "critic_lr_decay": False,
@@ -45,16 +41,12 @@ def check(args):
     check_discount(args)
     if not 0 <= args.lambda_scale < 1e38 or not 0 <= args.episode_alpha < 1e38:
         raise BadInput("--lambda-scale and --episode-alpha must be 0 or positive numbers below 1e38")
-    if not 0 <= args.residual <= 1:
-        raise BadInput(f"--residual is {args.residual}: give a share in [0, 1]")
     if args.objective == "semi" and args.lambda_scale:
         raise BadInput("--objective semi has E[w | s] = 1 in every state and no multiplier: use --lambda-scale 0")
     if args.objective == "released_nu" and args.mixer_layers == 2:
         raise BadInput("--objective released_nu needs local weights W_i, so it needs --mixer-layers 1")
     if args.objective in ("printed", "released_nu") and args.advantage != "q":
         raise BadInput(f"--objective {args.objective} is defined with q: use --advantage q")
-    if args.advantage == "agent" and args.objective != "semi":  # its --policy-alpha belongs to semi's alpha
-        raise BadInput("--advantage agent is made for --objective semi")
 
 
 def resolve(args, mean_abs_reward: float, return_deviation: float = 0.0, policy_deviation: float | None = None):
@@ -69,10 +61,7 @@ def resolve(args, mean_abs_reward: float, return_deviation: float = 0.0, policy_
     preset = PRESETS[args.preset]
     if args.objective not in (None, preset["objective"]):  # another objective brings its own values and lambda_scale 0
         preset = {k: v for k, v in preset.items() if k not in OBJECTIVES[args.objective] and k != "lambda_scale"}
-    objective = given.get("objective", preset["objective"])
-    own = dict(OBJECTIVES[objective])
-    if objective == "semi" and given.get("advantage", "td") != "td":
-        own |= WITH_Q
+    own = dict(OBJECTIVES[given.get("objective", preset["objective"])])
     own["alpha"] = four_digits(own["alpha"] * mean_abs_reward)
     if "episode_alpha" in own:
         # A large --alpha means imitation, so episode_alpha grows with it. At the default the ratio between episodes is

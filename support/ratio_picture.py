@@ -3,8 +3,7 @@
     python comadice_eval.py ratio runs/mamujoco/hopper/medium-replay/comadice/seed0
 
 A transition's weight in Eq. 11 is a product of two factors. Its own w* multiplies its log-likelihood. The ratio of its
-episode says how often it is drawn. Each is divided by its mean here: 1 is plain BC. If every agent has its own w*, the
-histogram has all of them, and the curves have their mean over agents.
+episode says how often it is drawn. Each is divided by its mean here: 1 is plain BC.
 """
 
 import math
@@ -31,21 +30,11 @@ BEST = 0.1  # the picture says how much of the weight this share of the episodes
 class Weights(NamedTuple):
     """Weights of T transitions from E episodes. Each column has mean 1 over the transitions."""
 
-    w: Tensor  # [T, k] w*: k = 1, or the number of agents if every agent has its own
+    step: Tensor  # [T] w*
     between: Tensor  # [T] the ratio of the transition's episode
-    in_eq_11: Tensor  # [T, k] the product of both
+    total: Tensor  # [T] the weight in Eq. 11
     episode: Tensor  # [T] int64, the transition's episode
     returns: Tensor  # [E]
-
-    @property
-    def step(self) -> Tensor:
-        """[T] w*, or its mean over agents."""
-        return self.w.mean(-1)
-
-    @property
-    def total(self) -> Tensor:
-        """[T] the weight in Eq. 11, or its mean over agents."""
-        return self.in_eq_11.mean(-1)
 
     def of_episodes(self, weight: Tensor) -> Tensor:
         """The mean weight of each episode's transitions, [E]."""
@@ -54,18 +43,14 @@ class Weights(NamedTuple):
 
 
 def weights_of(w: Tensor, rows: TensorDict, episode_alpha: float, f: str, neighbours: bool) -> Weights:
-    """Weights from a run's ratio w, [T] or [T, n], and its three flags.
-
-    Raises BadInput for a ratio that can't be used.
-    """
-    episode, w = rows["episode"][transition_rows(rows), 0].cpu(), w.double().cpu().reshape(len(w), -1)
+    """Weights from a run's ratio w [T] and its three flags. Raises BadInput for a ratio that can't be used."""
+    episode, step = rows["episode"][transition_rows(rows), 0].cpu(), w.double().cpu()
     between = episode_weights(rows, episode_alpha, f, neighbours)
-    between = torch.ones(len(w), dtype=w.dtype) if between is None else between.double().cpu()
-    in_eq_11 = w * between[:, None]
-    if not (torch.isfinite(w).all() and in_eq_11.mean() > 0):
-        raise BadInput(f"the ratio w* can't be drawn: its mean is {w.mean():.3g}")
-    columns = [weight / weight.mean() for weight in (w, between, in_eq_11)]
-    return Weights(*columns, episode, episode_returns(rows).cpu())
+    between = torch.ones_like(step) if between is None else between.double().cpu()
+    total = step * between
+    if not (torch.isfinite(step).all() and total.mean() > 0):
+        raise BadInput(f"the ratio w* can't be drawn: its mean is {step.mean():.3g}")
+    return Weights(*(weight / weight.mean() for weight in (step, between, total)), episode, episode_returns(rows).cpu())
 
 
 def correlation(weights: Weights) -> float:
@@ -96,8 +81,8 @@ def verdict(weights: Weights) -> str:
 def draw_histogram(axis, weights: Weights):
     """The distribution of w* and of the whole weight. Zeros have no logarithm, so the legend counts them."""
     for weight, name, style in (
-        (weights.w.flatten(), "w*", {"alpha": 0.6}),
-        (weights.in_eq_11.flatten(), "w* × ratio of the episode", {"histtype": "step", "color": "black"}),
+        (weights.step, "w*", {"alpha": 0.6}),
+        (weights.total, "w* × ratio of the episode", {"histtype": "step", "color": "black"}),
     ):
         zero = (weight == 0).double().mean()
         positive = weight[weight > 0].log10().clamp(min=LEAST)
@@ -143,7 +128,7 @@ def draw_training(axis, metrics: list[dict], weights: Weights):
     """Effective sample size and nu_tot at initial states over the training of the critics."""
     rows = [row for row in metrics if row["stage"] == "critics"]
     steps = [row["step"] for row in rows]
-    ess = 100 * effective_sample_size(weights.in_eq_11).item()
+    ess = 100 * effective_sample_size(weights.total).item()
     batch_ess = [100 * row.get("ess", math.nan) for row in rows]
     axis.plot(steps, batch_ess, color="C0", marker=".", label="of nu's w on a batch")
     axis.axhline(ess, color="C0", linestyle=":", label="of the weights in Eq. 11, at the end")

@@ -44,11 +44,10 @@ from support.flags import ABOUT, commit, versions
 from support.seeds import name_seeds
 
 # Flags of a run that its summary.json repeats.
-METHOD_FLAGS = ("preset", "objective", "advantage", "residual", "alpha", "policy_alpha", "episode_alpha", "neighbours",
+METHOD_FLAGS = ("preset", "objective", "advantage", "alpha", "policy_alpha", "episode_alpha", "neighbours",
                 "action_scale", "tau", "lr")  # fmt: skip
 # What ComaDICE's runs from before these flags are taken to have.
-OLDER = {"policy_alpha": 1.0, "residual": 0.3, "neighbours": False, "critic_lr_decay": False}
-OLDER_AGENT = {"neighbours": None}  # those with --advantage agent: their q and v learned from other transitions
+OLDER = {"policy_alpha": 1.0, "neighbours": False, "critic_lr_decay": False}
 FITS = 0.7  # share of a GPU's free memory that a dataset may take; training needs the rest
 # Arguments that may differ when a run is resumed.
 FREE = ("seeds", "data", "out", "resume", "overwrite", "device", "data_device", "workers", "graph", "quiet", "logger",
@@ -282,7 +281,7 @@ def is_row(row: object) -> bool:
 
 def with_older(config: dict) -> dict:
     """A ComaDICE run's config, plus the flags that did not exist yet when it was begun."""
-    return OLDER | (OLDER_AGENT if config.get("advantage") == "agent" else {}) | config
+    return OLDER | config
 
 
 def load_checkpoint(run: str | Path) -> dict:
@@ -313,19 +312,16 @@ def load_checkpoint(run: str | Path) -> dict:
 
 
 def load_ratio_run(run: str | Path) -> dict:
-    """load_checkpoint of a ComaDICE run, with its ratio "w", [T] or [T, n]. Raises BadInput if it has none (yet)."""
+    """load_checkpoint of a ComaDICE run, with its ratio "w" [T]. Raises BadInput if it has none (yet)."""
     state = load_checkpoint(run)
     if state["algo"] != "comadice" or state.get("w") is None:
         raise BadInput(f"{run} holds no ratio: give a run of comadice_train.py whose critics are trained")
     # Runs older than --episode-alpha drew all episodes equally.
     state["config"] = config = {"episode_alpha": 0.0} | state["config"]
-    w, n_samples, n_agents = state["w"], state["card"]["samples"], state["card"]["n_agents"]
-    shapes = (n_samples,), (n_samples, n_agents)
-    if not isinstance(w, torch.Tensor) or w.shape not in shapes or not w.is_floating_point():
-        what = f"one number for each of the dataset's {n_samples} transitions (or one for each agent)"
-        raise BadInput(f"{run}: its ratio is not {what}")
-    flags = {"f": str, "episode_alpha": int | float, "neighbours": bool | None, "data": str | None,
-             "quality": str}  # fmt: skip
+    w, shape = state["w"], (state["card"]["samples"],)
+    if not isinstance(w, torch.Tensor) or w.shape != shape or not w.is_floating_point():
+        raise BadInput(f"{run}: its ratio is not one number for each of the dataset's {shape[0]} transitions")
+    flags = {"f": str, "episode_alpha": int | float, "neighbours": bool, "data": str | None, "quality": str}
     if not all(isinstance(config.get(k), kind) for k, kind in flags.items()) or config["f"] not in DIVERGENCES:
         raise BadInput(f"{run}: the checkpoint's config is not that of a run of comadice_train.py")
     return state
@@ -355,6 +351,11 @@ def begin(args, algo: str, card: dict, where: str, seed: int, path: Path, first:
     if "action_scale" in config:  # runs older than this flag play their mean action; in battles it has no effect
         old = {"action_scale": config["action_scale"] if card["discrete"] else 1.0} | old
     old = with_older(old) if algo == "comadice" else old
+    if "residual" in old and old.get("objective") == "semi" and old.get("advantage") != "td":
+        raise BadInput(
+            f"{path} was begun by an older version of this code, with another --advantage {old.get('advantage')}: go "
+            f"on with that version (its config.json names the commit), or {BEGIN_AGAIN}"
+        )
     grows = isinstance(old.get("steps"), int) and args.steps > old["steps"]
     free = FREE + GROWS * grows
     changed = [key for key in sorted(config) if key not in free and old.get(key) != config[key]]

@@ -901,8 +901,6 @@ def test_xor_game(name, tmp_path):
         # at its default of 5 mean absolute rewards, 3.25, (0, 0) is slightly ahead
         ("comadice", {"alpha": 1.5}, (0, 1)),
         ("comadice", {"alpha": 1.5, "advantage": "q"}, (0, 1)),
-        # a weight for each agent knows the additive fit alone
-        ("comadice", {"alpha": 1.5, "advantage": "agent"}, (1, 1)),
         ("bcq", {}, (0, 1)),  # agent 0's action 1 is too rare to be a candidate
         ("cql", {}, (0, 0)),  # at 5 mean absolute rewards it is near BC
         ("cql", {"cql_alpha": 1.6}, (0, 1)),

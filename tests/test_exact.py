@@ -626,7 +626,7 @@ def sampled_dataset(m, episodes, seed=0):
     return rows, s[keep], a[keep]
 
 
-@pytest.mark.parametrize("advantage", ["agent", "td", "q"])
+@pytest.mark.parametrize("advantage", ["td", "q"])
 @pytest.mark.parametrize(
     "seed, termination",
     [(0, "random"), (1, "random"), (2, "random"), (0, "none")],  # endless games take far longer
@@ -635,7 +635,7 @@ def test_policy_of_the_default_tends_to_the_behaviour(seed, termination, advanta
     """Through the code that trains: data of a random MMDP, updates of tabular critics, and w* of the whole dataset.
 
     For tabular policies of the team, Eq. 11's optimum is the weighted share of each action. It is compared with the
-    plain share. With a weight for each agent, the same is done for each agent's own actions.
+    plain share.
     """
     m = random_model(seed, termination=termination)
     rows, s, a = sampled_dataset(m, 60)
@@ -643,7 +643,7 @@ def test_policy_of_the_default_tends_to_the_behaviour(seed, termination, advanta
     pairs = torch.stack([transition_rows(rows), transition_rows(rows) + 1], -1)
     batch, init = as_transition(rows[pairs]), rows[rows["is_init"][:, 0]]
     for alpha in (0.5, 1000.0, 10_000.0):
-        # The alpha that counts is that of the weights, so it is not divided for --advantage q and agent.
+        # The alpha that counts is that of the weights.
         given = comadice_train.Args(alpha=alpha, policy_alpha=1.0, advantage=advantage, gamma=m.gamma, critic_lr=0.02)
         deviations = return_deviation(rows), return_deviation(rows, neighbours=True)
         args = comadice_train.resolve(given, rows["reward"].abs().mean().item(), *deviations)
@@ -651,28 +651,19 @@ def test_policy_of_the_default_tends_to_the_behaviour(seed, termination, advanta
         critics = tabular_critics(m.n, m.S, m.S)
         if advantage == "td":
             del critics.q
-        if advantage == "agent":
-            critics.v = TabularNu(m.n, m.S)
         target, optimizer = copy.deepcopy(critics), torch.optim.Adam(critics.parameters(), args.critic_lr)
         data = comadice_train.data_facts(rows, args)
         update = comadice_train.make_critic_update(critics, target, optimizer, args, data)
         for _ in range(300):
-            update(batch, init, *[batch] * comadice_train.draws_for_q(args))
+            update(batch, init)
         w = comadice_train.dataset_ratio(target, rows, args, data).numpy()
         # how often Eq. 11 draws a transition
         draws = episode_weights(rows, args.episode_alpha, args.f, args.neighbours).numpy()
-        if advantage == "agent":
-            table, each = np.asarray(m.actions)[a], w.T  # every agent's action, and its weights
-        else:
-            table, each = a[:, None], w[None]
         for far, factor in ((alone, 1), (both, draws)):
-            variations = []
-            for taken, weights in zip(table.T, each):
-                plain, weighted = np.zeros((m.S, taken.max() + 1)), np.zeros((m.S, taken.max() + 1))
-                np.add.at(plain, (s, taken), 1)
-                np.add.at(weighted, (s, taken), weights * factor)
-                variations.append(variation(weighted / plain.clip(1), plain))
-            far[alpha] = np.mean(variations)
+            plain, weighted = np.zeros((m.S, a.max() + 1)), np.zeros((m.S, a.max() + 1))
+            np.add.at(plain, (s, a), 1)
+            np.add.at(weighted, (s, a), w * factor)
+            far[alpha] = variation(weighted / plain.clip(1), plain)
         mean_w = w.mean()
     show = lambda far: ", ".join(f"{value:.5f} at alpha {alpha:g}" for alpha, value in far.items())
     print(
@@ -797,7 +788,7 @@ def test_critic_losses_and_gradients_by_hand(objective, lambda_scale, data, name
     hand = by_hand(critics, target, batch, init, objective, name, lam, data)
     if data is not FREE:  # the clip matters to what is compared
         assert hand.L_q != by_hand(critics, target, batch, init, objective, name, lam).L_q
-    L_q, L_nu, w, nu_tot = comadice_train.critic_losses(critics, target, batch, init, ALPHA, args, data, batch)
+    L_q, L_nu, w, nu_tot = comadice_train.critic_losses(critics, target, batch, init, args, data)
     np.testing.assert_allclose([L_q.item(), L_nu.item()], [hand.L_q, hand.L_nu], rtol=1e-9)
     np.testing.assert_allclose(w, hand.w, rtol=1e-9)
     metrics = comadice_train.critic_metrics(L_q, L_nu, w, nu_tot, args)
@@ -815,7 +806,7 @@ def test_critic_losses_and_gradients_by_hand(objective, lambda_scale, data, name
     for p in (p for name, p in critics.named_parameters() if name != "lam"):
         p.grad = torch.ones_like(p)  # as the last step may have left it
     comadice_train.make_critic_update(critics, target, torch.optim.SGD(critics.parameters(), 0.1), args, data)(
-        batch, init, *[batch] * comadice_train.draws_for_q(args)
+        batch, init
     )
     np.testing.assert_allclose(critics.q.table.grad, hand.psi_q, atol=1e-12)
     np.testing.assert_allclose(critics.nu.table.grad, hand.psi_nu, atol=1e-12)
@@ -846,8 +837,10 @@ def test_no_parameter_is_in_both_losses(objective, mixer_layers, lambda_scale):
         N_AGENTS, 1, batch["state"].shape[-1], 1, True, mixer_layers=mixer_layers
     ).mixer.double()
     target.mixer = copy.deepcopy(critics.mixer).requires_grad_(False)
-    args = comadice_train.Args(objective=objective, advantage="q", reward_scale=0.1, lambda_scale=lambda_scale)
-    L_q, L_nu, _, _ = comadice_train.critic_losses(critics, target, batch, init, ALPHA, args, FREE, batch)
+    args = comadice_train.Args(
+        objective=objective, advantage="q", alpha=10 * ALPHA, reward_scale=0.1, lambda_scale=lambda_scale
+    )
+    L_q, L_nu, _, _ = comadice_train.critic_losses(critics, target, batch, init, args, FREE)
 
     def trains(loss) -> set[str]:
         parts = {"q": critics.q, "nu": critics.nu, "theta": critics.mixer}
@@ -877,10 +870,10 @@ def test_without_q_nothing_else_changes(objective):
         lambda_scale=0.0,
         tau=0.005,
     )
-    _, L_nu, w, nu_tot = comadice_train.critic_losses(critics, target, batch, init, ALPHA, args, FREE, batch)
+    _, L_nu, w, nu_tot = comadice_train.critic_losses(critics, target, batch, init, args, FREE)
     del critics.q, target.q
     args.advantage = "td"
-    L_q, *same = comadice_train.critic_losses(critics, target, batch, init, ALPHA, args, FREE)
+    L_q, *same = comadice_train.critic_losses(critics, target, batch, init, args, FREE)
     assert L_q == 0 and all(torch.equal(x, y) for x, y in zip(same, (L_nu, w, nu_tot)))
     comadice_train.make_critic_update(critics, target, torch.optim.SGD(critics.parameters(), 0.1), args, FREE)(
         batch, init
@@ -893,7 +886,7 @@ def test_without_q_nothing_else_changes(objective):
         ).named_parameters()
     }
     assert parts("td") == {"nu", "mixer", "lam"}
-    assert parts("q") == {"nu", "q", "mixer", "lam"} and parts("agent") == {"nu", "q", "v", "mixer", "lam"}
+    assert parts("q") == {"nu", "q", "mixer", "lam"}
 
 
 def two_row_episodes(batch):
@@ -938,91 +931,6 @@ def test_dataset_ratio_by_hand(objective, advantage, bound, monkeypatch):
     np.testing.assert_allclose(w, hand.w, rtol=1e-9)
 
 
-def agent_setting():
-    """random_setting with networks and flags of --advantage agent: (critics, target, batch, init, args)."""
-    critics, target, batch, init = random_setting(lam=0.0)
-    critics.v, target.v = TabularNu(N_AGENTS, N_OBS), TabularNu(N_AGENTS, N_OBS)
-    args = comadice_train.Args(
-        objective="semi", advantage="agent", gamma=GAMMA, alpha=ALPHA / SCALE, reward_scale=SCALE, lambda_scale=0.0,
-        tau=0.1,
-    )  # fmt: skip
-    return critics, target, batch, init, args
-
-
-def test_v_is_the_mean_of_q_over_recorded_actions():
-    """Through the update that trains, on one batch; v has no influence on the other networks."""
-    critics, target, batch, init, args = agent_setting()
-    L_q, L_nu, _, _ = comadice_train.critic_losses(critics, target, batch, init, ALPHA, args, FREE, batch)
-    hand = by_hand(critics, target, batch, init, "semi", "soft_chi2", 0.0)
-    obs, q = batch["agents", "observation"], critics.q(batch["agents", "observation"], batch["agents", "action"])
-    assert L_q.item() == pytest.approx(hand.L_q + (critics.v(obs) - q).square().mean().item())
-    gradients = torch.autograd.grad(L_q + L_nu, [critics.q.table, critics.nu.table])
-    for gradient, expected in zip(gradients, (hand.psi_q, hand.psi_nu)):
-        torch.testing.assert_close(gradient, torch.as_tensor(expected))
-    minimise(lambda: losses.v_loss(critics.v(obs), q), [critics.v.table])
-    for i in range(N_AGENTS):
-        for o in range(N_OBS):
-            seen = obs[:, i, o] == 1
-            if seen.any():
-                assert critics.v.table[i, o].item() == pytest.approx(q[seen, i].mean().item(), abs=1e-6)
-
-
-def test_q_and_v_learn_from_a_batch_of_their_own():
-    critics, target, batch, init, args = agent_setting()
-    halves = batch[: B // 2], batch[B // 2 :]
-    first, second = (comadice_train.critic_losses(critics, target, x, init, ALPHA, args, FREE, x) for x in halves)
-    of_nu, q_batch = halves
-    L_q, L_nu, w, nu_s = comadice_train.critic_losses(critics, target, of_nu, init, ALPHA, args, FREE, q_batch)
-    torch.testing.assert_close([L_q, L_nu, w, nu_s], [second[0], *first[1:]])
-    assert (first[0] - second[0]).abs() > 1e-5 and (first[1] - second[1]).abs() > 1e-5
-    tables = [critics.q.table, critics.v.table, critics.nu.table]
-    gradients = [*torch.autograd.grad(second[0], tables[:2]), *torch.autograd.grad(first[1], tables[2:])]
-    expected = [(table - 0.1 * gradient).detach() for table, gradient in zip(tables, gradients)]
-    optimizer = torch.optim.SGD(critics.parameters(), 0.1)
-    comadice_train.make_critic_update(critics, target, optimizer, args, FREE)(of_nu, init, q_batch)
-    torch.testing.assert_close([table.detach() for table in tables], expected)
-
-
-@pytest.mark.parametrize("residual", [0.0, 0.4])
-@pytest.mark.parametrize("advantage", ["q", "agent"])
-def test_dataset_ratio_with_a_residual_by_hand(advantage, residual, monkeypatch):
-    """q's part of A_tot and a share of what it leaves of the TD form, from tables, one transition at a time.
-
-    The part is W (q - nu) with q, and each agent's W_i (q_i - v_i) with agent.
-    """
-    monkeypatch.setattr(comadice_train, "CHUNK", 16)
-    critics, _, batch, _ = random_setting(lam=0.0)
-    critics.v = TabularNu(N_AGENTS, N_OBS)
-    nn.init.normal_(critics.v.table, generator=torch.Generator().manual_seed(9))
-    args = comadice_train.Args(
-        objective="semi", advantage=advantage, residual=residual, gamma=GAMMA, alpha=ALPHA / SCALE, reward_scale=SCALE,
-        policy_alpha=0.5,
-    )  # fmt: skip
-    w = comadice_train.dataset_ratio(critics, two_row_episodes(batch), args, FREE)
-    assert w.shape == ((B,) if advantage == "q" else (B, N_AGENTS))
-    ratio = lambda A: np.exp(y) if (y := A.item() / (0.5 * ALPHA)) < 0 else 1 + y
-    nu_table, q_table, v_table = (x.table.detach() for x in (critics.nu, critics.q, critics.v))
-    mix = lambda state: [part.detach() for part in critics.mixer.at(state)]
-    for t in range(B):
-        see = lambda b: b["agents", "observation"][t].argmax(-1).tolist()
-        (W, b), (W_next, b_next) = mix(batch["state"][t]), mix(batch["next"]["state"][t])
-        nu = torch.stack([nu_table[i, o] for i, o in enumerate(see(batch))])
-        nu_next = torch.stack([nu_table[i, o] for i, o in enumerate(see(batch["next"]))])
-        q = torch.stack(
-            [q_table[i, o, u] for i, (o, u) in enumerate(zip(see(batch), batch["agents", "action"][t].tolist()))]
-        )
-        after = 0 if batch["terminated"][t, 0] else GAMMA * ((W_next * nu_next).sum() + b_next[0])
-        td = SCALE * batch["reward"][t, 0] + after - (W * nu).sum() - b[0]
-        if advantage == "q":
-            A = (W * (q - nu)).sum()
-            assert w[t].item() == pytest.approx(ratio(A + residual * (td - A)))
-            continue
-        v = torch.stack([v_table[i, o] for i, o in enumerate(see(batch))])
-        for i in range(N_AGENTS):
-            A_i = W[i] * (q[i] - v[i]) + residual * (td - (W * (q - v)).sum())
-            assert w[t, i].item() == pytest.approx(ratio(A_i))
-
-
 @pytest.mark.parametrize("alpha", [1.0, 10.0])
 @pytest.mark.parametrize("name", FS)
 def test_training_assembly_solves_a_dataset(name, alpha):
@@ -1055,7 +963,7 @@ def test_training_assembly_solves_a_dataset(name, alpha):
         objective="exact", advantage="td", f=name, alpha=alpha, gamma=m.gamma, reward_scale=0.1, policy_alpha=1.0
     )
     critics = tabular_critics(m.n, m.S, m.S)
-    loss = lambda: comadice_train.critic_losses(critics, critics, batch, init, alpha * args.reward_scale, args, FREE)[1]
+    loss = lambda: comadice_train.critic_losses(critics, critics, batch, init, args, FREE)[1]
     value = minimise(loss, [*critics.nu.parameters(), *critics.mixer.parameters()])
     assert value == pytest.approx(args.reward_scale * solution.value, abs=1e-5)
     assert abs(comadice_train.dataset_ratio(critics, rows, args, FREE).numpy() - solution.w[s, a]).max() <= 1e-3

@@ -325,8 +325,6 @@ def test_effective_sample_size():
     assert losses.effective_sample_size(torch.tensor([1.0, 3.0])).item() == pytest.approx(16 / 20)
     assert losses.effective_sample_size(torch.zeros(50)).item() == 0
     assert losses.effective_sample_size(torch.tensor([1e30, 3e30])).item() == pytest.approx(16 / 20)
-    each = torch.stack([one_hot, torch.full((50,), 0.2)], 1)  # of two agents
-    assert losses.effective_sample_size(each).item() == pytest.approx((1 / 50 + 1) / 2)
 
 
 def test_released_multiplier_holds_the_mean_ratio_at_one():
@@ -339,50 +337,3 @@ def test_released_multiplier_holds_the_mean_ratio_at_one():
 def test_released_ratio_sums_over_agents():
     A, f = torch.tensor([[0.0, 1.0, -5.0], [3.0, 4.0, -0.5]]), DIVERGENCES["chi2"]
     torch.testing.assert_close(losses.released_nu_ratio(A, 1.0, f), torch.tensor([1.0 + 2 + 0, 4 + 5 + 0.5]))
-
-
-@pytest.mark.parametrize("residual", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("name, alpha", [("chi2", 6.0), ("kl", 0.7)])
-def test_a_weight_for_each_agent_has_the_optimum_of_the_team_s(name, alpha, residual):
-    """Three agents who act independently, all 3 x 3 x 3 joint actions in one state, each with its exact probability.
-
-    The parts have mean zero under the behaviour policy, and chi2 is not clipped. The noise of the TD form is -1 or 1
-    with equal probabilities. Eq. 11 is minimised by policies of free logits with either weight.
-    """
-    g, f = torch.Generator().manual_seed(0), DIVERGENCES[name]
-    n, A = 3, 3
-    mu = torch.rand(n, A, generator=g).double() + 0.2
-    mu /= mu.sum(-1, keepdim=True)
-    part = torch.randn(n, A, generator=g).double()
-    part -= (mu * part).sum(-1, keepdim=True)
-    action = torch.cartesian_prod(*[torch.arange(A)] * n)  # [27, n]
-    action, noise = action.repeat(2, 1), torch.tensor([-1.0, 1.0]).repeat_interleave(len(action)).double()
-    agents = torch.arange(n)
-    p, parts = mu[agents, action].prod(-1) / 2, part[agents, action]
-    td = parts.sum(-1) + noise
-    each = losses.agent_advantage(parts, parts.sum(-1), td, residual)
-    if residual == 1:  # the TD form without what the other agents did
-        torch.testing.assert_close(each[:, 0], td - parts[:, 1] - parts[:, 2])
-
-    def optimum(w):
-        logits = torch.zeros(n, A, dtype=torch.float64, requires_grad=True)
-        optimizer = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
-
-        def closure():
-            optimizer.zero_grad()
-            log_prob = logits.log_softmax(-1)[agents, action]
-            weight = w * p if w.ndim == 1 else w * p[:, None]
-            loss = len(p) * losses.policy_loss(weight, log_prob)  # with probabilities the mean is a sum
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
-        return logits.detach().softmax(-1)
-
-    team = losses.occupancy_ratio(td, alpha, f)
-    assert (team > 0).all()
-    torch.testing.assert_close(optimum(losses.occupancy_ratio(each, alpha, f)), optimum(team), rtol=0, atol=1e-5)
-    assert (optimum(team) - mu).abs().max() > 0.05
-    # An agent's weight varies less than the team's.
-    spread = lambda w: (p * (w / (p * w).sum()) ** 2).sum()
-    assert all(spread(w) < spread(team) for w in losses.occupancy_ratio(each, alpha, f).T)

@@ -219,19 +219,6 @@ def test_linear_mixer_satisfies_eq_5():
     assert (M(q, state) - M(nu, state) - M.advantage(q - nu, state)).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("mixer", [LinearMixer, TwoLayerMixer])
-def test_an_agent_s_part_is_the_advantage_it_has_alone(mixer):
-    M, state, x = mixer(N, S, H).double(), torch.randn(20, S).double(), torch.randn(20, N).double()
-    parts = M.parts(x, state)
-    for i in range(N):
-        alone = torch.zeros_like(x)
-        alone[:, i] = x[:, i]
-        torch.testing.assert_close(parts[:, i], M.advantage(alone, state))
-    torch.testing.assert_close(M.parts(x, state, M.at(state)), parts)
-    gap = (parts.sum(-1) - M.advantage(x, state)).abs().max()
-    assert gap < 1e-9 if mixer is LinearMixer else gap > 0.01
-
-
 def test_two_layer_mixer_by_hand():
     """elu(x |W1| + b1) |W2| + b2 in numpy, from the hyper-networks' outputs; layouts [n, hidden]."""
     M, state, x = TwoLayerMixer(N, S, H).double(), torch.randn(6, S).double(), torch.randn(6, N).double()
@@ -269,8 +256,6 @@ def cases():
         "linear mixer's advantage": (lambda: LinearMixer(N, S, H), "advantage", (x, state)),
         "2-layer mixer": (lambda: TwoLayerMixer(N, S, H), "forward", (x, state)),
         "2-layer mixer's advantage": (lambda: TwoLayerMixer(N, S, H), "advantage", (x, state)),
-        "linear mixer's parts": (lambda: LinearMixer(N, S, H), "parts", (x, state)),
-        "2-layer mixer's parts": (lambda: TwoLayerMixer(N, S, H), "parts", (x, state)),
         "Gaussian log_prob": (lambda: GaussianPolicy(N, O, A, H), "log_prob", (obs, continuous)),
         "Gaussian act": (lambda: GaussianPolicy(N, O, A, H), "act", (obs,)),
         "categorical log_prob": (lambda: CategoricalPolicy(N, O, A, H), "log_prob", (obs, discrete, mask)),

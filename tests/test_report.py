@@ -177,14 +177,14 @@ def test_an_ablation_of_alpha_names_alpha_alone(tmp_path):
 
 
 def test_episode_alpha_follows_from_neighbours_too(tmp_path):
-    """Two ways of choosing w* on two datasets are two columns."""
+    """Two ways of preferring episodes on two datasets are two columns."""
     for task, sizes in (("hopper", (2.0, 108.4, 40.0)), ("ant", (1.0, 29.5, 17.0))):
-        for way in ("td", "agent"):
-            args = resolve(comadice_train.Args(advantage=way), *sizes)
-            flags = {name: getattr(args, name) for name in ("advantage", "neighbours", "alpha", "episode_alpha")}
-            make_run(tmp_path / f"{task}-{way}", returns=[1.0], task=task, **flags)
+        for neighbours in (False, True):
+            args = resolve(comadice_train.Args(neighbours=neighbours), *sizes)
+            flags = {name: getattr(args, name) for name in ("neighbours", "alpha", "episode_alpha")}
+            make_run(tmp_path / f"{task}-{neighbours}", returns=[1.0], task=task, **flags)
     _, rows = report(tmp_path)
-    assert {row["setting"] for row in rows} == {"advantage=agent neighbours=true", "advantage=td neighbours=false"}
+    assert {row["setting"] for row in rows} == {"neighbours=true", "neighbours=false"}
 
 
 def test_runs_from_before_the_action_scale(tmp_path):

@@ -222,7 +222,7 @@ def test_objectives_train(nowhere, tmp_path, objective, mixer_layers):
     assert state["w"].isfinite().all() and (state["w"] >= 0).all() and state["critics"]["lam"] != 0
 
 
-@pytest.mark.parametrize("advantage", ["td", "agent"])
+@pytest.mark.parametrize("advantage", ["td", "q"])
 def test_discrete_actions_train(discrete_data, tmp_path, advantage):
     """One seed alone, then two together, and the first seed's ratio in another policy."""
     comadice_train.main(args(comadice_train, discrete_data, tmp_path, advantage=advantage))
@@ -230,12 +230,8 @@ def test_discrete_actions_train(discrete_data, tmp_path, advantage):
     comadice_bc.main(args(comadice_bc, discrete_data, tmp_path, checkpoint=str(path)))
     comadice_train.main(args(comadice_train, discrete_data, tmp_path / "both", advantage=advantage, seeds=[0, 1]))
     both = checkpoint(tmp_path / "both/nowhere/game/random/comadice/seed0")
-    card = both["card"]
-    shape = (card["samples"], card["n_agents"]) if advantage == "agent" else (card["samples"],)
-    assert checkpoint(path)["w"].shape == both["w"].shape == shape
+    assert checkpoint(path)["w"].shape == both["w"].shape == (both["card"]["samples"],)
     torch.testing.assert_close(checkpoint(path)["w"], both["w"], rtol=0.05, atol=0.01)
-    if advantage == "agent":
-        assert both["w"].std(1).max() > 0
     assert (path / "ratio.png").stat().st_size > 10_000
     for algo in ("comadice", "weighted-bc"):
         state = checkpoint(tmp_path / f"nowhere/game/random/{algo}/seed0")
@@ -330,16 +326,14 @@ def test_demonstration(hopper_data, tmp_path, monkeypatch, capsys):
     assert (runs / "ratio.png").read_bytes() == (runs / "comadice/seed0/ratio.png").read_bytes()
 
 
-@pytest.mark.parametrize("flags, scales", [({"preset": "paper"}, (1.0, 1.0)), ({"advantage": "agent"}, (0.75, 0.85))])
-def test_the_demonstration_s_bcs_play_the_preset_s_action_scale(flags, scales, hopper_data, tmp_path):
-    """--advantage agent brings an --action-scale for ComaDICE alone."""
+def test_the_demonstration_s_bcs_play_the_preset_s_action_scale(hopper_data, tmp_path):
     size = {"seeds": [0], "steps": 2, "evals": 1, "eval_episodes": 1, "hidden": 16, "device": "cpu"}
     place = {"data": str(hopper_data), "out": str(tmp_path / "runs")}
-    comadice_train.main(dataclasses.replace(comadice_train.DEMO, **size | place | flags), is_demo=True)
+    comadice_train.main(dataclasses.replace(comadice_train.DEMO, **size | place, preset="paper"), is_demo=True)
     played = lambda algo: json.loads(
         (tmp_path / f"runs/mamujoco/hopper/random/{algo}/seed0/config.json").read_text()
     )["action_scale"]
-    assert (played("comadice"), played("bc"), played("bc-best10")) == (*scales, scales[1])
+    assert played("comadice") == played("bc") == played("bc-best10") == 1
 
 
 def test_the_demonstration_has_an_episode_alpha_of_its_own_only_with_its_own_method():
@@ -511,7 +505,7 @@ def test_action_scale_reaches_the_simulator(module, algo, hopper_data, tmp_path)
 def test_a_run_from_before_policy_alpha_goes_on(hopper_data, tmp_path):
     run = train(hopper_data, tmp_path, steps=10, evals=1)
     config = json.loads((run / "config.json").read_text())
-    state, flags = checkpoint(run), ("policy_alpha", "residual", "neighbours", "critic_lr_decay")
+    state, flags = checkpoint(run), ("policy_alpha", "neighbours", "critic_lr_decay")
     for flag in flags:
         del config[flag], state["config"][flag]
     (run / "config.json").write_text(json.dumps(config))
@@ -526,15 +520,19 @@ def test_a_run_from_before_policy_alpha_goes_on(hopper_data, tmp_path):
         train(hopper_data, tmp_path, steps=20, evals=2, resume=True, policy_alpha=0.5)
 
 
-def test_an_older_run_with_a_weight_for_each_agent_does_not_go_on(hopper_data, tmp_path):
-    """Its q and v learned from other transitions, whatever the flags."""
-    older = {"advantage": "agent", "neighbours": False, "critic_lr_decay": False, "evals": 1}
-    run = train(hopper_data, tmp_path, steps=10, **older)
+@pytest.mark.parametrize("advantage", ["td", "q"])
+def test_an_older_run_with_another_w_from_q_does_not_go_on(advantage, hopper_data, tmp_path):
+    """Once --residual mixed q with the TD form. Its q learned from other transitions, whatever the flags."""
+    run = train(hopper_data, tmp_path, steps=10, evals=1, advantage=advantage)
     config = json.loads((run / "config.json").read_text())
-    del config["neighbours"], config["critic_lr_decay"]
-    (run / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BadInput, match=r"neighbours None, not False"):
-        train(hopper_data, tmp_path, steps=20, resume=True, **older)
+    (run / "config.json").write_text(json.dumps(config | {"residual": 0.3}))
+    resume = lambda: train(hopper_data, tmp_path, steps=20, evals=2, resume=True, advantage=advantage)
+    if advantage == "q":
+        with pytest.raises(BadInput, match="another --advantage q"):
+            resume()
+    else:
+        resume()
+        assert checkpoint(run)["step"] == 20
 
 
 @pytest.mark.parametrize("decay", [True, False])
@@ -861,11 +859,7 @@ TRAIN_FLAGS = [
     ({"objective": "exact", "lambda_scale": -1.0}, "--lambda-scale"),
     ({"objective": "released_nu", "mixer_layers": 2}, "--mixer-layers"),
     ({"objective": "printed", "advantage": "td"}, "--advantage q"),
-    ({"objective": "printed", "advantage": "agent"}, "--advantage q"),
-    ({"objective": "exact", "advantage": "agent"}, "--objective semi"),
-    ({"residual": 1.5}, "--residual is 1.5"),
     ({"policy_alpha": 0.0}, "--policy-alpha"),
-    ({"residual": float("nan")}, "--residual is nan"),
     ({"objective": "released_nu", "advantage": "td"}, "--advantage q"),
     ({"critic_lr": 0.0}, "--critic-lr"),
     ({"action_scale": 0.0}, "--action-scale"),
@@ -1427,22 +1421,6 @@ def test_an_objective_brings_its_own_values(objective):
         comadice_train.Args(objective=objective, advantage="q", reward_scale=3.0, alpha=7.0, tau=0.5), size
     )
     assert (given.advantage, given.reward_scale, given.alpha, given.tau, given.bound) == ("q", 3.0, 7.0, 0.5, bound)
-
-
-@pytest.mark.parametrize("way", ["q", "agent"])
-def test_w_from_q_brings_its_own_values(way):
-    sizes = 2.0, 30.0, 8.0  # of rewards, of returns, and of neighbours' mean returns
-    resolved = lambda **flags: comadice_train.resolve(comadice_train.Args(**flags), *sizes)
-    default, with_q = resolved(), resolved(advantage=way)
-    own = {"advantage": way, "policy_alpha": 0.15, "critic_lr": 1e-3, "critic_lr_decay": True, "action_scale": 0.75}
-    assert (default.neighbours, default.critic_lr_decay, default.episode_alpha) == (False, False, 30)
-    assert with_q == dataclasses.replace(default, **own, neighbours=True, episode_alpha=8.0)
-    given = resolved(advantage=way, policy_alpha=2.0, neighbours=False)
-    assert given == dataclasses.replace(with_q, policy_alpha=2.0, neighbours=False, episode_alpha=30.0)
-    if way == "q":  # only with semi
-        assert resolved(objective="exact", advantage="q") == dataclasses.replace(
-            resolved(objective="exact"), advantage="q"
-        )
 
 
 def test_the_default_is_semi():

@@ -74,9 +74,7 @@ def critics_of(seeds: list[int], rows: TensorDict, card: dict, args, device: str
     generators = make_generators(seeds, 1, rows)
     starts = {"pairs": False, "generators": generators, "drawn_from": initial_rows(rows)}
     transitions = make_replay(rows, comadice_train.CRITIC_KEYS, generators=generators), args.batch_size
-    sources = [transitions, (make_replay(rows, comadice_train.INIT_KEYS, **starts), args.init_batch_size)]
-    if comadice_train.draws_for_q(args):
-        sources.append(transitions)
+    sources = transitions, (make_replay(rows, comadice_train.INIT_KEYS, **starts), args.init_batch_size)
     update = comadice_train.make_critic_update(critics, target, parts["optimizer"], args, DATA)
     return parts, generators, update, lambda start, stop: minibatches(start, {stop}, *sources)
 
@@ -100,7 +98,6 @@ def same(state: dict, other: dict, **tolerance):
         {"objective": "exact"},
         {"objective": "semi", "alpha": 5.0},
         {"objective": "semi", "advantage": "q"},
-        {"objective": "semi", "advantage": "agent"},
         {"objective": "printed"},
         {"objective": "released_nu"},
         {"objective": "exact", "mixer_layers": 2, "lambda_scale": 0.5},
@@ -110,23 +107,22 @@ def same(state: dict, other: dict, **tolerance):
 def test_critics_together_are_critics_alone(changes, discrete, double, way):
     args, card, rows = resolved(**changes), CARD | {"discrete": discrete}, data(discrete)
     parts, generators, update, batches = critics_of(SEEDS, rows, card, args)
-    together = [update(*each) for _, *each in batches(0, 50)]
+    together = [update(batch, init) for _, batch, init in batches(0, 50)]
     states = seed_states(parts, generators)
     for s, seed in enumerate(SEEDS):
         parts, generators, update, batches = critics_of([seed], rows, card, args)
-        for results, (_, batch, init, *q_batch) in zip(together, batches(0, 50)):
+        for results, (_, batch, init) in zip(together, batches(0, 50)):
             assert batch.batch_size == (16,) and init.batch_size == (4,)
-            for ours, alone in zip(split_seeds(results, SEEDS)[s], update(batch, init, *q_batch)):
+            for ours, alone in zip(split_seeds(results, SEEDS)[s], update(batch, init)):
                 torch.testing.assert_close(ours, alone, rtol=1e-9, atol=1e-9)
         same(states[s], seed_states(parts, generators)[0], rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("shape", [(300,), (300, 3)], ids=["w of the team", "w of each agent"])
 @pytest.mark.parametrize("discrete", [False, True])
-def test_policies_together_are_policies_alone(discrete, shape, double, way):
+def test_policies_together_are_policies_alone(discrete, double, way):
     """Each with a ratio of its own."""
     rows = data(discrete)
-    ratios = [torch.rand(shape, generator=torch.Generator().manual_seed(seed)) for seed in SEEDS]
+    ratios = [torch.rand(300, generator=torch.Generator().manual_seed(seed)) for seed in SEEDS]
 
     def train(seeds: list[int], ratios: list) -> list[dict]:
         each = []
@@ -188,7 +184,7 @@ def test_stacked_losses_by_hand(objective, name, way):
     batch, init = (torch.stack([setting[i] for setting in settings]) for i in (2, 3))
     L_q, L_nu, w, _ = comadice_train.make_critic_update(
         critics, target, torch.optim.SGD(critics.parameters(), 0.1), args, FREE
-    )(batch, init, *[batch] * comadice_train.draws_for_q(args))
+    )(batch, init)
     for s in range(2):
         torch.testing.assert_close(torch.stack([L_q[s], L_nu[s]]), torch.tensor([hand[s].L_q, hand[s].L_nu]).double())
         torch.testing.assert_close(w[s], torch.as_tensor(hand[s].w))
@@ -306,7 +302,7 @@ def test_an_update_can_be_captured(stage, seeds, monkeypatch):
     "changes",
     [
         *({"objective": objective} for objective in ("exact", "semi", "printed", "released_nu")),
-        *({"objective": "semi", "advantage": advantage} for advantage in ("q", "agent")),
+        {"objective": "semi", "advantage": "q"},
     ],
     ids=lambda c: " ".join(c.values()),
 )
