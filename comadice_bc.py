@@ -7,7 +7,7 @@
 
 The policy that is played is an average of the trained policy's weights over the last steps, and the learning rate falls
 to 0. Neither is in the paper. They make neighbouring evaluations more alike. Nor is --action-scale in the paper: robots
-play 0.85 times the mean action (docs/PAPER.md).
+play 0.85 times the mean action, those of ComaDICE 0.8 times (docs/PAPER.md).
 """
 
 import environments.cpu  # noqa: F401 -- before torch
@@ -41,7 +41,7 @@ class Args:
     # Method
     checkpoint: str | None = None
     """a ComaDICE run whose saved ratio w* weights the data, which is drawn as in that run; plain BC without it. Other
-    flags are not taken from that run"""
+    flags are not taken from that run; robots of ComaDICE's default play --action-scale 0.8"""
     best: float = 1.0
     """share of the episodes, the best by return, that are cloned; 1: all of them"""
     action_scale: float = 0.85

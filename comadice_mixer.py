@@ -161,7 +161,7 @@ class GaussianPolicy(nn.Module):
     B.2).
 
     The mean is not squashed: recorded actions may exceed the simulator's bounds. The simulator clips them. What is
-    played is `action_scale` times the mean. It is not in the paper: comadice_train.py plays 0.85 times the mean on
+    played is `action_scale` times the mean. It is not in the paper: comadice_train.py plays 0.8 times the mean on
     robots (docs/PAPER.md).
     """
 

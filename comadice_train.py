@@ -4,15 +4,16 @@
     python comadice_train.py --env mamujoco --task hopper --quality medium-replay --seeds 0 1 2 3 4
 
 Read `algorithm_1` first, near the end of this file. Lines 3 to 8 of Algorithm 1 are in this file: they train nu and the
-mixer, and q if w* is to come from it (--advantage q). Then w* is computed once for every transition of the
-dataset. Lines 9 to 12 train the local policies by weighted behavioural cloning, in comadice_bc.py. The equations are in
+mixer, and q if w* is to come from it (--advantage q). Then w* is computed once for every transition of the dataset.
+Lines 9 to 12 train the local policies by weighted behavioural cloning, in comadice_bc.py. The equations are in
 comadice_losses.py, the networks in comadice_mixer.py.
 
 By default (objective `semi`, w* from the TD form) there is no q: line 5 has nothing to do, and lines 6 and 7 minimise
-semi_loss in the place of Eq. 10. Not in the paper: transitions of episodes with a higher return are drawn more often
-(--episode-alpha), and robots play 0.85 times their policy's mean action (--action-scale). `--preset paper` runs the
-algorithm as printed. docs/PAPER.md says why. `resolve` in support/presets.py fills in the flags of the groups Method
-and Optimisation whose default is None. --env, --task and --quality are filled in by `load_dataset` in support/runs.py.
+semi_loss in the place of Eq. 10. Not in the paper: transitions of better episodes are drawn more often
+(--episode-alpha), w* in Eq. 11 has a smaller alpha than the loss of nu (--policy-alpha), and robots play 0.8 times
+their policy's mean action (--action-scale). `--preset paper` runs the algorithm as printed. docs/PAPER.md says why.
+`resolve` in support/presets.py fills in the flags of the groups Method and Optimisation whose default is None. --env,
+--task and --quality are filled in by `load_dataset` in support/runs.py.
 """
 
 import environments.cpu  # noqa: F401 -- before torch
@@ -70,8 +71,8 @@ class Args:
     not count, since it is partly luck. Where neighbours tell nothing about an episode's return, its own return counts
     instead (default with semi)"""
     action_scale: float | None = None
-    """robots' policies play this multiple of their mean action, clipped to the simulator's box (default 0.85; 1: the
-    mean)"""
+    """robots' policies play this multiple of their mean action, clipped to the simulator's box (default 0.85, with semi
+    0.8; 1: the mean)"""
     f: Literal["soft_chi2", "chi2", "kl"] = "soft_chi2"
     """f-divergence (Section B.5)"""
     gamma: float = 0.99

@@ -18,11 +18,14 @@ PRESETS = {
 # alpha is in units of the data's mean_abs_reward, and episode_alpha in units of its return_deviation, both in
 # offline_data/facts.py. So they mean the same on robots and in battles.
 OBJECTIVES = {
-    "semi": {"advantage": "td", "alpha": 5.0, "episode_alpha": 1.0, "tau": 0.05, "bound": True},
+    "semi": {
+        "advantage": "td", "alpha": 5.0, "policy_alpha": 0.5, "episode_alpha": 1.0, "neighbours": True, "tau": 0.05,
+        "bound": True, "critic_lr": 1e-3, "critic_lr_decay": True, "action_scale": 0.8,
+    },
     "exact": {"advantage": "td", "alpha": 0.5, "tau": 0.005, "bound": False},
     "printed": {"advantage": "q", "alpha": 5.0, "tau": 0.005, "bound": False},
     "released_nu": {"advantage": "q", "alpha": 5.0, "tau": 0.005, "bound": False},
-}
+}  # fmt: skip
 COMMON = {
     "episode_alpha": 0.0, "lambda_scale": 0.0, "critic_lr": 3e-4, "layer_norm": True, "lr": 1e-3, "lr_decay": True,
     "ema": 0.999, "action_scale": 0.85, "policy_alpha": 1.0, "neighbours": False, "critic_lr_decay": False,
