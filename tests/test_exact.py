@@ -643,8 +643,7 @@ def test_policy_of_the_default_tends_to_the_behaviour(seed, termination, advanta
     pairs = torch.stack([transition_rows(rows), transition_rows(rows) + 1], -1)
     batch, init = as_transition(rows[pairs]), rows[rows["is_init"][:, 0]]
     for alpha in (0.5, 1000.0, 10_000.0):
-        # The alpha that counts is that of the weights.
-        given = comadice_train.Args(alpha=alpha, policy_alpha=1.0, advantage=advantage, gamma=m.gamma, critic_lr=0.02)
+        given = comadice_train.Args(alpha=alpha, advantage=advantage, gamma=m.gamma, critic_lr=0.02)
         deviations = return_deviation(rows), return_deviation(rows, neighbours=True)
         args = comadice_train.resolve(given, rows["reward"].abs().mean().item(), *deviations)
         assert args.objective == "semi" and args.bound

@@ -503,10 +503,10 @@ def test_action_scale_reaches_the_simulator(module, algo, hopper_data, tmp_path)
 
 
 def test_a_run_from_before_policy_alpha_goes_on(hopper_data, tmp_path):
-    run = train(hopper_data, tmp_path, steps=10, evals=1)
-    config = json.loads((run / "config.json").read_text())
-    state, flags = checkpoint(run), ("policy_alpha", "neighbours", "critic_lr_decay")
-    for flag in flags:
+    older = {"policy_alpha": 1.0, "neighbours": False, "critic_lr_decay": False}
+    run = train(hopper_data, tmp_path, steps=10, evals=1, **older)
+    config, state = json.loads((run / "config.json").read_text()), checkpoint(run)
+    for flag in older:
         del config[flag], state["config"][flag]
     (run / "config.json").write_text(json.dumps(config))
     torch.save(state, run / "checkpoint.pt")
@@ -514,10 +514,10 @@ def test_a_run_from_before_policy_alpha_goes_on(hopper_data, tmp_path):
     rows, card = open_dataset(hopper_data)
     _, weights = comadice_bc.load_ratio(str(run), rows, card)
     torch.testing.assert_close(weights, episode_weights(rows, config["episode_alpha"], config["f"]))
-    train(hopper_data, tmp_path, steps=20, evals=2, resume=True)
+    train(hopper_data, tmp_path, steps=20, evals=2, resume=True, **older)
     assert checkpoint(run)["step"] == 20
-    with pytest.raises(BadInput, match=r"policy_alpha 1\.0, not 0\.5"):
-        train(hopper_data, tmp_path, steps=20, evals=2, resume=True, policy_alpha=0.5)
+    with pytest.raises(BadInput, match=r"neighbours False, not True, policy_alpha 1\.0, not 0\.5"):
+        train(hopper_data, tmp_path, steps=20, evals=2, resume=True)
 
 
 @pytest.mark.parametrize("advantage", ["td", "q"])
@@ -1406,14 +1406,21 @@ def test_an_objective_brings_its_own_values(objective):
     assert (args.preset, args.objective) == ("comadice", objective)
     assert (args.advantage, args.tau, args.bound) == (advantage, tau, bound)
     assert (args.alpha, args.reward_scale) == (alpha * size, 0.2 / size)
-    assert (args.lambda_scale, args.critic_lr, args.lr, args.ema) == (0.0, 3e-4, 1e-3, 0.999)
-    assert (args.policy_alpha, args.action_scale) == (1, 0.85)
-    assert (args.layer_norm, args.lr_decay) == (True, True)
+    assert (args.lambda_scale, args.lr, args.ema, args.layer_norm, args.lr_decay) == (0.0, 1e-3, 0.999, True, True)
+    # What was tuned with semi is semi's.
+    tuned = args.policy_alpha, args.neighbours, args.critic_lr, args.critic_lr_decay, args.action_scale
+    assert tuned == ((0.5, True, 1e-3, True, 0.8) if objective == "semi" else (1.0, False, 3e-4, False, 0.85))
     # The ratio between episodes is semi's. Its alpha grows with the square of --alpha, and does not shrink with it.
     episode_alpha = lambda **flags: (
         comadice_train.resolve(comadice_train.Args(objective=objective, **flags), size, 30.0).episode_alpha
     )
     assert objective != "semi" or episode_alpha(alpha=1.0) == 30
+    resolved = lambda **flags: comadice_train.resolve(
+        comadice_train.Args(objective=objective, **flags), size, 30.0, 8.0
+    )  # 8 is the deviation of the neighbours' mean returns
+    assert (resolved().episode_alpha, resolved(neighbours=False).episode_alpha) == (
+        (8, 30) if objective == "semi" else (0, 0)
+    )
     assert (episode_alpha(), episode_alpha(alpha=100.0), episode_alpha(episode_alpha=7.0)) == (
         (30, 3000, 7.0) if objective == "semi" else (0.0, 0.0, 7.0)
     )
@@ -1447,12 +1454,14 @@ def test_preset_paper_is_table_4():
     assert (args.reward_scale, args.layer_norm, args.lr_decay, args.ema) == (1.0, False, False, 0.0)
     assert args.action_scale == args.policy_alpha == 1
     assert comadice_train.resolve(comadice_train.Args(preset="paper", objective="printed"), 2.0) == args
-    # Other flags override it. Another objective brings its own alpha and tau, what is left of Table 4 stays.
+    # Other flags override it. Another objective brings its own values, what is left of Table 4 stays.
     assert comadice_train.resolve(comadice_train.Args(preset="paper", tau=0.5), 2.0) == dataclasses.replace(
         args, tau=0.5
     )
     other = comadice_train.resolve(comadice_train.Args(preset="paper", objective="semi"), 2.0)
-    changed = {"objective": "semi", "advantage": "td", "alpha": 10.0, "tau": 0.05, "bound": True, "lambda_scale": 0.0}
+    changed = {"objective": "semi", "advantage": "td", "alpha": 10.0, "tau": 0.05, "bound": True, "lambda_scale": 0.0,
+               "policy_alpha": 0.5, "neighbours": True, "critic_lr": 1e-3, "critic_lr_decay": True,
+               "action_scale": 0.8}  # fmt: skip
     assert other == dataclasses.replace(args, **changed)
 
 
@@ -1529,7 +1538,8 @@ def test_no_alpha_diverges(factor, tmp_path):
     critics.load_state_dict(run.state["critics"])
     with torch.no_grad():
         nu = comadice_train.nu_tot(critics, rows)
-    w = comadice_train.dataset_ratio(critics, rows, args, data)
+    # E[w | s] is 1 at the minimum with nu's own alpha, so --policy-alpha is 1 here.
+    w = comadice_train.dataset_ratio(critics, rows, dataclasses.replace(args, policy_alpha=1.0), data)
     # of r + gamma nu_tot(s')
     largest = args.reward_scale * rows["reward"].abs().max().item() + args.gamma * max(abs(data.low), data.high)
     print(
