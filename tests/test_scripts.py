@@ -195,9 +195,8 @@ def test_saved_ratio_is_the_formula_for_each_transition(run, hopper_data):
             for t in range(len(episode) - 1):
                 after = 0 if episode["terminated"][t] else arguments.gamma * nu_tot[t + 1].clamp(low, high)
                 A = arguments.reward_scale * episode["reward"][t, 0] + after - nu_tot[t]
-                w.append(
-                    losses.occupancy_ratio(A, arguments.alpha * arguments.reward_scale, losses.DIVERGENCES[arguments.f])
-                )
+                alpha = 0.5 * arguments.alpha * arguments.reward_scale  # --policy-alpha is 0.5 by default
+                w.append(losses.occupancy_ratio(A, alpha, losses.DIVERGENCES[arguments.f]))
     torch.testing.assert_close(state["w"], torch.stack(w))
     assert state["w"].std() > 0
 
