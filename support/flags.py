@@ -47,7 +47,11 @@ def take_config(words: list[str], Args, default):
     foreign = sorted(config.keys() - {field.name for field in fields(Args)})
     if foreign:
         name = foreign[0].replace("_", "-") if NAME.fullmatch(foreign[0]) else short(foreign[0])
-        raise BadInput(f"--config {file}: it is of another script, this one has no --{name}")
+        raise BadInput(f"--config {file}: it is of another script or version, this one has no --{name}")
+    given = {word.split("=")[0].removeprefix("--").removeprefix("no-") for word in words if word.startswith("--")}
+    for name in sorted({field.name for field in fields(Args)} - config.keys() - {*NOT_AGAIN}):
+        if (flag := name.replace("_", "-")) not in given:  # its default may be another one now
+            raise BadInput(f"--config {file}: it is older than --{flag}, so give that flag, too")
     for name, kind in get_type_hints(Args).items():
         if name in config and not fits(config[name], kind):
             raise BadInput(f"--config {file}: {name} is {short(config[name])}, which --{name.replace('_', '-')} is not")

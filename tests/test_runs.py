@@ -864,13 +864,27 @@ def test_config_runs_again(run, tmp_path, monkeypatch, capsys):
     comadice_train.main(again)
     assert same_run(folder(tmp_path, "comadice"), run)
     for file, said in (
-        (run / "config.json", "--config .*: it is of another script, this one has no --"),
+        (run / "config.json", "--config .*: it is of another script or version, this one has no --"),
         (tmp_path, "give the config.json of a run"),
     ):
         monkeypatch.setattr(sys, "argv", ["comadice_bc.py", f"--config={file}"])
         with pytest.raises(SystemExit, match="2"):
             flags.parse(comadice_bc.Args)
         assert re.search(said, capsys.readouterr().err)
+
+
+def test_an_older_config_asks_for_the_flag_that_it_lacks(run, tmp_path, monkeypatch, capsys):
+    """What the flag's default is now need not be what the older code did."""
+    config, file = json.loads((run / "config.json").read_text()), tmp_path / "config.json"
+    file.write_text(json.dumps({name: value for name, value in config.items() if name != "policy_alpha"}))
+    words = ["comadice_train.py", "--config", str(file)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit, match="2"):
+        flags.parse(comadice_train.Args)
+    assert "it is older than --policy-alpha, so give that flag, too" in capsys.readouterr().err
+    for flag in (["--policy-alpha", "1"], ["--policy-alpha=1"]):
+        monkeypatch.setattr(sys, "argv", words + flag)
+        assert flags.parse(comadice_train.Args).policy_alpha == 1
 
 
 def test_hostile_configs(run, hopper_data, tmp_path, monkeypatch, capsys):
