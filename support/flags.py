@@ -48,7 +48,8 @@ def take_config(words: list[str], Args, default):
     if foreign:
         name = foreign[0].replace("_", "-") if NAME.fullmatch(foreign[0]) else short(foreign[0])
         raise BadInput(f"--config {file}: it is of another script or version, this one has no --{name}")
-    given = {word.split("=")[0].removeprefix("--").removeprefix("no-") for word in words if word.startswith("--")}
+    flags = [word.split("=")[0].replace("_", "-") for word in words if word.startswith("--")]
+    given = {flag.removeprefix("--").removeprefix("no-") for flag in flags}
     for name in sorted({field.name for field in fields(Args)} - config.keys() - {*NOT_AGAIN}):
         if (flag := name.replace("_", "-")) not in given:  # its default may be another one now
             raise BadInput(f"--config {file}: it is older than --{flag}, so give that flag, too")
