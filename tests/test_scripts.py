@@ -325,21 +325,27 @@ def test_demonstration(hopper_data, tmp_path, monkeypatch, capsys):
     assert (runs / "ratio.png").read_bytes() == (runs / "comadice/seed0/ratio.png").read_bytes()
 
 
-def test_the_demonstration_s_bcs_play_the_preset_s_action_scale(hopper_data, tmp_path):
+@pytest.mark.parametrize("flags, scale", [({}, 1), ({"objective": "exact"}, 0.85), ({"action_scale": 0.5}, 0.5)])
+def test_the_demonstration_s_bcs_play_comadice_s_action_scale(flags, scale, hopper_data, tmp_path):
     size = {"seeds": [0], "steps": 2, "evals": 1, "eval_episodes": 1, "hidden": 16, "device": "cpu"}
     place = {"data": str(hopper_data), "out": str(tmp_path / "runs")}
-    comadice_train.main(dataclasses.replace(comadice_train.DEMO, **size | place, preset="paper"), is_demo=True)
+    demo = comadice_train.demonstration(comadice_train.Args(**flags))
+    comadice_train.main(dataclasses.replace(demo, **size | place | flags), is_demo=True)
     played = lambda algo: json.loads(
         (tmp_path / f"runs/mamujoco/hopper/random/{algo}/seed0/config.json").read_text()
     )["action_scale"]
-    assert played("comadice") == played("bc") == played("bc-best10") == 1
+    assert played("comadice") == played("bc") == played("bc-best10") == scale
 
 
-def test_the_demonstration_has_an_episode_alpha_of_its_own_only_with_its_own_method():
+def test_the_demonstration_has_values_of_its_own_only_with_its_own_method():
     """Otherwise --preset paper would draw by episodes, which the paper does not."""
-    chosen = lambda **flags: comadice_train.demonstration(comadice_train.Args(**flags)).episode_alpha
-    assert chosen() == chosen(steps=5) == comadice_train.DEMO.episode_alpha
-    assert chosen(preset="paper") is chosen(objective="exact") is chosen(alpha=1e6) is None
+
+    def chosen(**flags):
+        args = comadice_train.demonstration(comadice_train.Args(**flags))
+        return args.episode_alpha, args.action_scale
+
+    assert chosen() == chosen(steps=5) == (43.29, 1.0)
+    assert chosen(preset="paper") == chosen(objective="exact") == chosen(alpha=1e6) == (None, None)
     paper = comadice_train.demonstration(comadice_train.Args(preset="paper"))
     assert comadice_train.resolve(dataclasses.replace(paper, preset="paper"), 0.4).episode_alpha == 0
 
