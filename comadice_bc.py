@@ -41,7 +41,7 @@ class Args:
     # Method
     checkpoint: str | None = None
     """a ComaDICE run whose saved ratio w* weights the data, which is drawn as in that run; plain BC without it. Other
-    flags are not taken from that run; robots of ComaDICE's default play --action-scale 0.8"""
+    flags are not taken from that run. ComaDICE's default has --action-scale 0.8"""
     best: float = 1.0
     """share of the episodes, the best by return, that are cloned; 1: all of them"""
     action_scale: float = 0.85

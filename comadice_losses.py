@@ -126,7 +126,7 @@ def q_loss(A_tot: Tensor, td: Tensor, rho: Tensor | None = None) -> Tensor:
 def dual_loss(
     nu_tot_init: Tensor,
     A_tot: Tensor,
-    alpha: float | Tensor,
+    alpha: float,
     f: Divergence,
     gamma: float,
     lam: float | Tensor = 0.0,
@@ -157,7 +157,7 @@ def dual_loss(
     return (1 - gamma) * expectation(nu_tot_init, p0) + data_term + lam  # Eq. 10 (printed), Prop. 4.1 (exact)
 
 
-def semi_loss(nu_tot: Tensor, A_tot: Tensor, alpha: float | Tensor, f: Divergence, rho: Tensor | None = None) -> Tensor:
+def semi_loss(nu_tot: Tensor, A_tot: Tensor, alpha: float, f: Divergence, rho: Tensor | None = None) -> Tensor:
     """Objective `semi`: E_D[nu_tot(s) + alpha f*(A_tot / alpha)], with nu_tot(s') in A_tot held fixed.
 
     Its minimum has E[w | s] = 1: among the actions recorded in a state, some get more weight and others less.
@@ -178,7 +178,7 @@ def semi_loss(nu_tot: Tensor, A_tot: Tensor, alpha: float | Tensor, f: Divergenc
 
 
 def released_nu_loss(
-    nu_init: Tensor, A: Tensor, alpha: float | Tensor, f: Divergence, gamma: float, lam: float | Tensor = 0.0
+    nu_init: Tensor, A: Tensor, alpha: float, f: Divergence, gamma: float, lam: float | Tensor = 0.0
 ) -> Tensor:
     """Objective `released_nu`: how the authors' released code moves nu, for a given multiplier lam.
 
@@ -195,7 +195,7 @@ def released_nu_loss(
     return (1 - gamma) * nu_init.mean() + nu_term + (lam * (1 - constant_w)).mean()
 
 
-def occupancy_ratio(A_tot: Tensor, alpha: float | Tensor, f: Divergence, lam: float | Tensor = 0.0) -> Tensor:
+def occupancy_ratio(A_tot: Tensor, alpha: float, f: Divergence, lam: float | Tensor = 0.0) -> Tensor:
     """w_tot*(s, a) = max(0, (f')^-1((A_tot - lam) / alpha)), [B] -> [B].
 
     With `exact` it is rho^pi / rho^mu. With `semi` it is pi(a|s) / mu(a|s), since E[w | s] = 1; not so with another
@@ -205,7 +205,7 @@ def occupancy_ratio(A_tot: Tensor, alpha: float | Tensor, f: Divergence, lam: fl
     return f.w_star((A_tot - lam) / alpha)  # Prop. 4.1 and Section 4.3
 
 
-def released_nu_ratio(A: Tensor, alpha: float | Tensor, f: Divergence, lam: float | Tensor = 0.0) -> Tensor:
+def released_nu_ratio(A: Tensor, alpha: float, f: Divergence, lam: float | Tensor = 0.0) -> Tensor:
     """The weight that goes with `released_nu`: ratios of A_i = W_i (q_i - nu_i) [B, n], summed over agents -> [B]."""
     return f.w_star((A - lam) / alpha).sum(-1)
 

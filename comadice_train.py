@@ -51,8 +51,7 @@ class Args:
     preset: Literal["comadice", "paper"] = "comadice"
     """comadice: what RESULTS.md measures; paper: Table 4 and Eq. 10 as printed. Other flags override it"""
     objective: Objective | None = None
-    """how nu and theta are trained (docs/PAPER.md). It has its own defaults of --advantage, --alpha, --episode-alpha,
-    --bound and --tau"""
+    """how nu and theta are trained (docs/PAPER.md). It has its own defaults of other flags, which their texts name"""
     advantage: Literal["td", "q"] | None = None
     """what w* is computed from. td: the TD form r + gamma nu_tot(s') - nu_tot(s). q: M[q - nu] - M[0], with q trained
     by Eq. 9 (printed: M[q - nu]; released_nu: from W_i (q_i - nu_i) of each agent)"""
@@ -155,10 +154,9 @@ DEMO = Args(
 
 
 def demonstration(args: Args) -> Args:
-    """DEMO, but with the method's own values if `args` has another preset, an objective or an alpha."""
-    demo = replace(DEMO, resume=not args.overwrite)
+    """DEMO with the method's own --episode-alpha if `args` has another preset, an objective or an alpha."""
     other = args.preset != "comadice" or args.objective is not None or args.alpha is not None
-    return replace(demo, episode_alpha=None, action_scale=None) if other else demo
+    return replace(DEMO, resume=not args.overwrite, episode_alpha=None if other else DEMO.episode_alpha)
 
 
 if __name__ == "__main__":  # before the slow imports, so that --help and a mistyped flag answer at once
@@ -471,8 +469,8 @@ def main(args: Args, is_demo: bool = False):
     rows, card = load_dataset(args, device, "comadice")  # line 1: the offline data D
     units = mean_abs_reward(rows), return_deviation(rows), return_deviation(rows, neighbours=True)
     args = resolve(args, *units)
-    of_weights = f" (of the weights {args.policy_alpha * args.alpha:.4g})" if args.policy_alpha != 1 else ""
-    alphas = f"alpha {args.alpha:g}{of_weights}, episode alpha {args.episode_alpha:g}"
+    for_w = f" ({args.policy_alpha * args.alpha:.4g} for w*)" if args.policy_alpha != 1 else ""
+    alphas = f"alpha {args.alpha:g}{for_w}, episode alpha {args.episode_alpha:g}"
     scale = "" if card["discrete"] else f", action scale {args.action_scale:g}"
     objective = f"objective {args.objective}, w* from {args.advantage}"
     if args.neighbours and args.episode_alpha:

@@ -57,8 +57,8 @@ class RunArgs:
     layer_norm: bool = True
     """LayerNorm in q and v, as in comadice_train.py"""
     episode_alpha: float = 0.0
-    """transitions of better episodes are drawn more often, as in comadice_train.py; in units of the return. 0: all
-    equally often, as published"""
+    """transitions of episodes with a higher return are drawn more often, as in comadice_train.py with --neighbours
+    False; in units of the return. 0: all equally often, as published"""
     batch_size: int = 128
     """transitions in a batch (Table 4)"""
     hidden: int = 256

@@ -50,9 +50,10 @@ def take_config(words: list[str], Args, default):
         raise BadInput(f"--config {file}: it is of another script or version, this one has no --{name}")
     flags = [word.split("=")[0].replace("_", "-") for word in words if word.startswith("--")]
     given = {flag.removeprefix("--").removeprefix("no-") for flag in flags}
-    for name in sorted({field.name for field in fields(Args)} - config.keys() - {*NOT_AGAIN}):
-        if (flag := name.replace("_", "-")) not in given:  # its default may be another one now
-            raise BadInput(f"--config {file}: it is older than --{flag}, so give that flag, too")
+    lacks = {field.name.replace("_", "-") for field in fields(Args) if field.name not in {*config, *NOT_AGAIN}} - given
+    if lacks:  # their defaults may be other ones now
+        missing = ", --".join(sorted(lacks))
+        raise BadInput(f"--config {file}: it is older than these flags, so give them, too: --{missing}")
     for name, kind in get_type_hints(Args).items():
         if name in config and not fits(config[name], kind):
             raise BadInput(f"--config {file}: {name} is {short(config[name])}, which --{name.replace('_', '-')} is not")

@@ -280,8 +280,14 @@ def is_row(row: object) -> bool:
 
 
 def with_older(config: dict) -> dict:
-    """A ComaDICE run's config, plus the flags that did not exist yet when it was begun."""
-    return OLDER | config
+    """A ComaDICE run's config, plus the flags that did not exist yet when it was begun.
+
+    Without --residual, which is gone, if it had no effect on the run.
+    """
+    config = OLDER | config
+    if config.get("objective") != "semi" or config.get("advantage") == "td":
+        config.pop("residual", None)
+    return config
 
 
 def load_checkpoint(run: str | Path) -> dict:
@@ -351,10 +357,10 @@ def begin(args, algo: str, card: dict, where: str, seed: int, path: Path, first:
     if "action_scale" in config:  # runs older than this flag play their mean action; in battles it has no effect
         old = {"action_scale": config["action_scale"] if card["discrete"] else 1.0} | old
     old = with_older(old) if algo == "comadice" else old
-    if "residual" in old and old.get("objective") == "semi" and old.get("advantage") != "td":
+    if "residual" in old:
         raise BadInput(
-            f"{path} was begun by an older version of this code, with another --advantage {old.get('advantage')}: go "
-            f"on with that version (its config.json names the commit), or {BEGIN_AGAIN}"
+            f"{path} was begun by an older version of this code, whose --residual is gone: go on with that version "
+            f"(its config.json names the commit), or {BEGIN_AGAIN}"
         )
     grows = isinstance(old.get("steps"), int) and args.steps > old["steps"]
     free = FREE + GROWS * grows

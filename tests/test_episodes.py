@@ -151,6 +151,7 @@ def test_neighbours_decide_which_episodes_are_preferred():
 def test_the_default_prefers_the_good_episodes_and_tends_to_all_of_them():
     rows, _ = open_dataset(FEW_GOOD)
     deviation = return_deviation(rows)
+    assert deviation == return_deviation(rows, neighbours=True)  # the good episodes lie among poor ones
     args = comadice_train.resolve(comadice_train.Args(), 2.0, deviation)
     assert args.episode_alpha == pytest.approx(deviation, rel=1e-3)
     w = episode_ratio(episode_returns(rows), args.episode_alpha, DIVERGENCES[args.f])

@@ -187,6 +187,14 @@ def test_episode_alpha_follows_from_neighbours_too(tmp_path):
     assert {row["setting"] for row in rows} == {"neighbours=true", "neighbours=false"}
 
 
+def test_a_flag_that_is_gone_does_not_split_a_column(tmp_path):
+    """--residual had no effect on w* from the TD form."""
+    make_run(tmp_path / "old", seed=0, returns=[1.0], objective="semi", advantage="td", residual=0.3)
+    make_run(tmp_path / "new", seed=1, returns=[2.0], objective="semi", advantage="td")
+    _, rows = report(tmp_path)
+    assert len(rows) == 1, rows
+
+
 def test_runs_from_before_the_action_scale(tmp_path):
     """A robot's run without --action-scale counts as one with 1. In battles the flag is ignored."""
     make_run(tmp_path / "old", "bc", seed=0, returns=[1.0])

@@ -881,7 +881,7 @@ def test_an_older_config_asks_for_the_flag_that_it_lacks(run, tmp_path, monkeypa
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit, match="2"):
         flags.parse(comadice_train.Args)
-    assert "it is older than --policy-alpha, so give that flag, too" in capsys.readouterr().err
+    assert "it is older than these flags, so give them, too: --policy-alpha\n" in capsys.readouterr().err
     for flag in (["--policy-alpha", "1"], ["--policy-alpha=1"]):
         monkeypatch.setattr(sys, "argv", words + flag)
         assert flags.parse(comadice_train.Args).policy_alpha == 1

@@ -325,7 +325,7 @@ def test_demonstration(hopper_data, tmp_path, monkeypatch, capsys):
     assert (runs / "ratio.png").read_bytes() == (runs / "comadice/seed0/ratio.png").read_bytes()
 
 
-@pytest.mark.parametrize("flags, scale", [({}, 1), ({"objective": "exact"}, 0.85), ({"action_scale": 0.5}, 0.5)])
+@pytest.mark.parametrize("flags, scale", [({}, 1), ({"objective": "exact"}, 1), ({"action_scale": 0.5}, 0.5)])
 def test_the_demonstration_s_bcs_play_comadice_s_action_scale(flags, scale, hopper_data, tmp_path):
     size = {"seeds": [0], "steps": 2, "evals": 1, "eval_episodes": 1, "hidden": 16, "device": "cpu"}
     place = {"data": str(hopper_data), "out": str(tmp_path / "runs")}
@@ -337,7 +337,7 @@ def test_the_demonstration_s_bcs_play_comadice_s_action_scale(flags, scale, hopp
     assert played("comadice") == played("bc") == played("bc-best10") == scale
 
 
-def test_the_demonstration_has_values_of_its_own_only_with_its_own_method():
+def test_the_demonstration_has_an_episode_alpha_of_its_own_only_with_its_own_method():
     """Otherwise --preset paper would draw by episodes, which the paper does not."""
 
     def chosen(**flags):
@@ -345,7 +345,7 @@ def test_the_demonstration_has_values_of_its_own_only_with_its_own_method():
         return args.episode_alpha, args.action_scale
 
     assert chosen() == chosen(steps=5) == (43.29, 1.0)
-    assert chosen(preset="paper") == chosen(objective="exact") == chosen(alpha=1e6) == (None, None)
+    assert chosen(preset="paper") == chosen(objective="exact") == chosen(alpha=1e6) == (None, 1.0)
     paper = comadice_train.demonstration(comadice_train.Args(preset="paper"))
     assert comadice_train.resolve(dataclasses.replace(paper, preset="paper"), 0.4).episode_alpha == 0
 
@@ -533,7 +533,7 @@ def test_an_older_run_with_another_w_from_q_does_not_go_on(advantage, hopper_dat
     (run / "config.json").write_text(json.dumps(config | {"residual": 0.3}))
     resume = lambda: train(hopper_data, tmp_path, steps=20, evals=2, resume=True, advantage=advantage)
     if advantage == "q":
-        with pytest.raises(BadInput, match="another --advantage q"):
+        with pytest.raises(BadInput, match="whose --residual is gone"):
             resume()
     else:
         resume()
